@@ -1,0 +1,192 @@
+"""A plan becomes an adapter, and is held against what PEFT made of it: injected == planned.
+
+PEFT does much without a word (a misspelt name beside a good one is dropped, an index that is
+not there too); the comparison after every injection and every load is what lorafit trusts.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from safetensors import SafetensorError, safe_open
+
+from lorafit.errors import RequestError, RunError
+from lorafit.plan import Plan
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}  # a masked model has no task type in PEFT
+
+
+def lora_config(plan: Plan, task: str) -> LoraConfig:
+    """The plan in PEFT's words."""
+    lora, target = plan.lora, plan.peft
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(target.target_modules),
+        layers_to_transform=list(target.layers_to_transform) if target.layers_to_transform else None,
+        layers_pattern=list(target.layers_pattern) if target.layers_pattern else None,
+        target_parameters=list(target.target_parameters) if target.target_parameters else None,
+        bias=lora.bias,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        rank_pattern=dict(lora.rank_pattern),
+        alpha_pattern=dict(lora.alpha_pattern),
+        fan_in_fan_out=bool(plan.slots) and all(s.kind == "conv1d" for s in plan.slots),
+        task_type=TASKS.get(task),
+    )
+
+
+def inject(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
+    """The model with the plan's adapter in it, everything else frozen; float32 adapters.
+
+    Raises RunError with the difference when PEFT adapted anything else than the plan, or
+    counts other trainable parameters.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            peft_model = get_peft_model(model, lora_config(plan, task))
+        except ValueError as error:
+            raise RunError(f"PEFT refuses the plan: {str(error).splitlines()[0]}") from error
+    compare(plan.modules, adapted(peft_model))
+    trainable, _ = peft_model.get_nb_trainable_parameters()
+    if trainable != plan.trainable_params:
+        raise RunError(
+            f"PEFT trains {trainable:,} parameters where {plan.trainable_params:,} were planned",
+            "this is a fault of lorafit: please report it with the model's config",
+        )
+    return peft_model
+
+
+def adapted(model: torch.nn.Module) -> tuple[str, ...]:
+    """The full names, in the base model's terms, of all that carries an adapter."""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = path.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):  # wrappers of several tensors of a module are nested
+            name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        found.append(name)
+    return tuple(found)
+
+
+def compare(planned: Iterable[str], injected: Iterable[str]) -> None:
+    """Raises RunError naming what is missing and what is too much; silent when the sets agree."""
+    wanted, got = set(planned), set(injected)
+    if wanted == got:
+        return
+    parts = []
+    for word, names in (("not adapted", wanted - got), ("adapted unasked", got - wanted)):
+        if names:
+            first = ", ".join(f"`{n}`" for n in sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{word}: {first}{more}")
+    raise RunError(
+        f"PEFT did not adapt what was planned: {'; '.join(parts)}",
+        "nothing was trained; name the modules with --modules, or leave a part out with --exclude",
+    )
+
+
+def save(model: PeftModel, folder: Path) -> None:
+    """Write `adapter_model.safetensors` and `adapter_config.json`, its lists in a fixed order."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model.save_pretrained(folder, save_embedding_layers=False)
+    path = folder / CONFIG
+    data = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save"):
+        if isinstance(data.get(key), list):
+            data[key] = sorted(data[key])
+    path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / "README.md").unlink(missing_ok=True)  # PEFT's card: a form with nothing filled in
+
+
+def read_config(folder: str | Path) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter folder.
+
+    Raises RequestError when the folder is no LoRA adapter.
+    """
+    path = Path(folder).expanduser()
+    if not path.exists():
+        raise RequestError(f"there is no folder `{folder}`", "lorafit train makes one")
+    if not (path / CONFIG).is_file():
+        raise RequestError(f"`{folder}` is no adapter: there is no {CONFIG} in it")
+    if not (path / WEIGHTS).is_file():
+        raise RequestError(f"`{folder}` is no whole adapter: there is no {WEIGHTS} in it")
+    try:
+        data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise RequestError(f"`{path / CONFIG}` cannot be read: {error}") from None
+    if not isinstance(data, dict) or data.get("peft_type") != "LORA":
+        kind = data.get("peft_type") if isinstance(data, dict) else None
+        raise RequestError(f"`{folder}` is an adapter of type `{kind}`; lorafit reads LoRA")
+    return data
+
+
+def base_of(folder: str | Path) -> str:
+    """The model an adapter names as its base. Raises RequestError when it names none."""
+    base = read_config(folder).get("base_model_name_or_path")
+    if not isinstance(base, str) or not base:
+        raise RequestError(f"the adapter `{folder}` names no base model", "name it with --model")
+    return base
+
+
+def tensor_names(folder: str | Path) -> list[str]:
+    """The names of the tensors in an adapter. Raises RequestError when the file is damaged."""
+    path = Path(folder) / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            return list(file.keys())
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"`{path}` is damaged: {error}") from None
+
+
+def attach(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
+    """The model with a saved adapter on it, checked: what was injected holds every tensor of the file.
+
+    Raises RequestError when the adapter belongs to another model.
+    """
+    read_config(folder)
+    names = set(tensor_names(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            peft_model = PeftModel.from_pretrained(
+                model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False
+            )
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
+        raise RequestError(
+            f"the adapter `{folder}` does not fit its base: {detail[:220]}",
+            "it was trained on another model, or the base has changed",
+        ) from None
+    from peft import get_peft_model_state_dict
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+    if there != names:
+        odd = sorted(there ^ names)
+        raise RequestError(
+            f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
+            + (f" and {len(odd) - 1} more tensors" if len(odd) > 1 else "")
+            + " have no counterpart",
+            "it was trained on another model, or the base has changed",
+        )
+    return peft_model

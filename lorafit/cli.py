@@ -1,0 +1,638 @@
+"""The commands: options in, one call each, an answer out. Errors end here, in two lines.
+
+torch, transformers and rich are imported in the bodies, so that every `--help` is instant.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+from typer.core import TyperGroup
+
+from lorafit import __version__
+from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
+from lorafit.options import OPTIONS
+
+if TYPE_CHECKING:
+    from lorafit.config import RunConfig
+    from lorafit.modelmap import ModelMap
+    from lorafit.plan import Plan
+    from lorafit.show import Screen
+
+# Typer may carry its own copy of click: its errors are found by their place in the family.
+_CLICK_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_debug = False
+
+
+class Boundary(TyperGroup):
+    """The shell around every command: an error becomes two lines on stderr and an exit code."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        signal.signal(signal.SIGTERM, _on_term)
+        code: Any = DONE
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except LorafitError as error:
+            code = _report(error)
+        except _CLICK_ERROR as error:
+            code = _report(_usage(error))
+        except (KeyboardInterrupt, typer.Abort):
+            code = _report(LorafitError("interrupted"), INTERRUPTED)
+        except _Terminated:
+            code = _report(LorafitError("terminated"), TERMINATED)
+        except BrokenPipeError:  # the reader has had enough: `lorafit inspect … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if _debug:
+                raise
+            text = str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+            hint = "--debug shows where; please report it with the command"
+            code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else DONE)
+        return code
+
+
+class _Terminated(BaseException):
+    """SIGTERM, as something that unwinds."""
+
+
+def _on_term(number: int, frame: Any) -> None:
+    raise _Terminated
+
+
+def _report(error: LorafitError, code: int | None = None) -> int:
+    if _debug and error.__cause__ is not None:
+        import traceback
+
+        traceback.print_exception(error)
+    from lorafit.show import Screen
+
+    Screen().error(error)
+    return error.exit_code if code is None else code
+
+
+def _usage(error: Any) -> LorafitError:
+    """A wrong command line in our own voice."""
+    message = error.format_message().strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "lorafit"
+    return RequestError(message[:1].lower() + message[1:], f"see `{command} --help`")
+
+
+app = typer.Typer(
+    name="lorafit",
+    cls=Boundary,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="LoRA in chosen modules of chosen layers: see what a model holds, plan, train, evaluate, merge.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 and 143 interrupted.",
+)
+
+# -- options, each declared once --------------------------------------------------------------
+
+WHAT, DATA, TRAINING, OUTPUT = "What to adapt", "Data", "Training", "Output"
+
+
+def _option(name: str, panel: str, *more: str) -> Any:
+    option = OPTIONS[name]
+    flags = [f"{option.flag}/--no-{option.flag[2:]}"] if name == "gradient_checkpointing" else [option.flag]
+    shown = option.help
+    if option.default not in (None, (), False):
+        shown = f"{shown} [dim]\\[{option.default}][/]"
+    return typer.Option(*flags, *more, help=shown, rich_help_panel=panel, show_default=False)
+
+
+Model = Annotated[str, typer.Argument(help=OPTIONS["model"].help, show_default=False)]
+PresetOption = Annotated[Optional[str], _option("preset", WHAT)]
+Modules = Annotated[Optional[list[str]], _option("modules", WHAT)]
+Layers = Annotated[Optional[str], _option("layers", WHAT)]
+Include = Annotated[Optional[list[str]], _option("include", WHAT)]
+Exclude = Annotated[Optional[list[str]], _option("exclude", WHAT)]
+StackOption = Annotated[Optional[str], _option("stack", WHAT)]
+Strict = Annotated[Optional[bool], _option("strict", WHAT)]
+Rank = Annotated[Optional[int], _option("rank", WHAT)]
+Alpha = Annotated[Optional[float], _option("alpha", WHAT)]
+Dropout = Annotated[Optional[float], _option("dropout", WHAT)]
+Data = Annotated[Optional[list[str]], _option("data", DATA)]
+EvalData = Annotated[Optional[list[str]], _option("eval_data", DATA)]
+Holdout = Annotated[Optional[float], _option("holdout", DATA)]
+Format = Annotated[Optional[str], _option("format", DATA)]
+MaxLength = Annotated[Optional[int], _option("max_length", DATA)]
+Epochs = Annotated[Optional[int], _option("epochs", TRAINING)]
+MaxSteps = Annotated[Optional[int], _option("max_steps", TRAINING)]
+SaveSteps = Annotated[Optional[int], _option("save_steps", TRAINING)]
+EvalSteps = Annotated[Optional[int], _option("eval_steps", TRAINING)]
+BatchSize = Annotated[Optional[int], _option("batch_size", TRAINING)]
+Accumulate = Annotated[Optional[int], _option("accumulate", TRAINING)]
+LearningRate = Annotated[Optional[float], _option("learning_rate", TRAINING)]
+Scheduler = Annotated[Optional[str], _option("scheduler", TRAINING)]
+Warmup = Annotated[Optional[float], _option("warmup", TRAINING)]
+WeightDecay = Annotated[Optional[float], _option("weight_decay", TRAINING)]
+MaxGradNorm = Annotated[Optional[float], _option("max_grad_norm", TRAINING)]
+Seed = Annotated[Optional[int], _option("seed", TRAINING)]
+Dtype = Annotated[Optional[str], _option("dtype", TRAINING)]
+Device = Annotated[Optional[str], _option("device", TRAINING)]
+Checkpointing = Annotated[Optional[bool], _option("gradient_checkpointing", TRAINING)]
+Output = Annotated[Optional[str], _option("output", OUTPUT, "-o")]
+Overwrite = Annotated[Optional[bool], _option("overwrite", OUTPUT)]
+Resume = Annotated[Optional[bool], _option("resume", OUTPUT)]
+Config = Annotated[
+    Optional[str],
+    typer.Option("--config", help="A run file, as `run.yaml`; flags override it.", rich_help_panel=OUTPUT, show_default=False),
+]
+Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT, show_default=False)]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.", rich_help_panel=OUTPUT, show_default=False)]
+
+
+def _set_debug(value: bool) -> None:
+    global _debug
+    _debug = value
+
+
+Debug = Annotated[
+    bool,
+    typer.Option("--debug", help="Show where an error came from.", rich_help_panel=OUTPUT, callback=_set_debug, show_default=False),
+]
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        typer.echo(f"lorafit {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def top(
+    version: Annotated[
+        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True, show_default=False)
+    ] = False,
+) -> None:
+    """LoRA in chosen modules of chosen layers: see what a model holds, plan, train, evaluate, merge."""
+
+
+# -- commands ---------------------------------------------------------------------------------
+
+
+@app.command()
+def inspect(model: Model = "demo", json: Json = False, debug: Debug = False) -> None:
+    """What is in a model: the way of a text through it, every weight, its role, its size.
+
+    From the config alone: a hub id, a folder or a config.json.
+    """
+    from lorafit.show import Screen, show_map
+    from lorafit.survey import find, survey
+
+    screen = Screen(json)
+    found = survey(find(model))
+    if json:
+        screen.document(found)
+    else:
+        show_map(screen, found)
+
+
+@app.command()
+def presets(json: Json = False, debug: Debug = False) -> None:
+    """The strategies there are, what each is for, the roles and the bands."""
+    from lorafit.presets import load, names
+    from lorafit.show import Screen, show_presets
+
+    screen = Screen(json)
+    found = [load(name) for name in names()]
+    if json:
+        screen.document({"presets": found})
+    else:
+        show_presets(screen, found)
+
+
+@app.command()
+def plan(
+    model: Model = "demo",
+    preset: PresetOption = None,
+    layers: Layers = None,
+    modules: Modules = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    stack: StackOption = None,
+    strict: Strict = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    dropout: Dropout = None,
+    batch_size: BatchSize = None,
+    max_length: MaxLength = None,
+    dtype: Dtype = None,
+    gradient_checkpointing: Checkpointing = None,
+    config: Config = None,
+    matrix: Annotated[bool, typer.Option("--matrix", help="Every strategy × band in one table.", rich_help_panel=OUTPUT, show_default=False)] = False,
+    estimate: Annotated[bool, typer.Option("--estimate/--no-estimate", help="Estimate the memory of a step.", rich_help_panel=OUTPUT, show_default=False)] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """What would be adapted, and what it costs; no weight is read.
+
+    Modules, layers, their spelling for PEFT, trainable parameters, memory by named terms.
+    """
+    from lorafit import show
+    from lorafit.config import derive_from_model, derive_from_rows, settle
+    from lorafit.cost import estimate as cost_of
+    from lorafit.survey import find, survey
+
+    flags = _given(locals())
+    settings, chosen = settle(flags, config)
+    screen = show.Screen(json)
+    found = survey(find(settings.model))
+    settings = derive_from_model(settings, found)
+    settings = derive_from_rows(settings, settings.max_length or 1)
+    if matrix:
+        cells = _matrix(found, settings)
+        if json:
+            screen.document({"model": found.model, "cells": cells})
+        else:
+            show.show_matrix(screen, found.model, cells)
+        return
+    made = _resolve(found, chosen, settings)
+    cost = cost_of(made, found, _shape(settings, found)) if estimate else None
+    if json:
+        screen.document({**made.as_json(), "estimate": cost.as_json() if cost else None})
+    else:
+        show.show_plan(screen, made, found, cost)
+
+
+@app.command()
+def train(
+    model: Annotated[Optional[str], typer.Argument(help=OPTIONS["model"].help, show_default=False)] = None,
+    preset: PresetOption = None,
+    layers: Layers = None,
+    modules: Modules = None,
+    include: Include = None,
+    exclude: Exclude = None,
+    stack: StackOption = None,
+    strict: Strict = None,
+    rank: Rank = None,
+    alpha: Alpha = None,
+    dropout: Dropout = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    holdout: Holdout = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
+    learning_rate: LearningRate = None,
+    scheduler: Scheduler = None,
+    warmup: Warmup = None,
+    weight_decay: WeightDecay = None,
+    max_grad_norm: MaxGradNorm = None,
+    seed: Seed = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    gradient_checkpointing: Checkpointing = None,
+    save_steps: SaveSteps = None,
+    eval_steps: EvalSteps = None,
+    output: Output = None,
+    overwrite: Overwrite = None,
+    resume: Resume = None,
+    config: Config = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Train an adapter: show the plan, do exactly that, evaluate before and after, save.
+
+    Without a model and data: the embedded demo.
+    """
+    from lorafit import show
+    from lorafit.checkpoint import RunFolder
+    from lorafit.config import derive_from_model, derive_from_rows, settle
+    from lorafit.events import TrainReport
+    from lorafit.survey import find, load_tokenizer, survey
+
+    flags = _given(locals())
+    settings, chosen = settle(flags, config)
+    screen = show.Screen(json, quiet)
+    if settings.resume and settings.output is None:
+        raise RequestError("--resume needs the run's folder", "name it with -o")
+    source = find(settings.model)
+    found = survey(source)
+    settings = derive_from_model(settings, found)
+    made = _resolve(found, chosen, settings)
+    folder = RunFolder(_output(settings, found, made))
+    if settings.resume and folder.target.exists() and not settings.overwrite:
+        screen.line("done", f"{folder.target} is a finished run: nothing to resume")
+        return
+    show.show_header(screen, made, found, settings)
+
+    from lorafit import data as rows_of
+    from lorafit import train as trainer
+
+    trainer.pick_device(settings.device)
+    tokenizer = load_tokenizer(source.place, source.name)
+    rows = rows_of.load(settings, tokenizer, found.task, found.vocab_size)
+    settings = derive_from_rows(settings, rows.mean_tokens)
+    show.show_data(screen, settings, rows)
+    folder.open(settings.overwrite, settings.resume)
+    view = show.TrainView(screen)
+    report = None
+    try:
+        with _stopping() as stop:
+            job = trainer.assemble(source, settings, made, rows, tokenizer, found.task, folder, stop)
+            for event in trainer.recorded(job, trainer.run(job)):
+                view.on(event)
+                report = event if isinstance(event, TrainReport) else report
+    except BaseException:
+        folder.abandon()
+        raise
+    finally:
+        view.close()
+    assert report is not None
+    if json:
+        screen.document(report)
+    else:
+        show.show_train_report(screen, report)
+
+
+@app.command(name="eval")
+def evaluate(
+    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False)],
+    data: Data = None,
+    format: Format = None,
+    max_length: MaxLength = None,
+    batch_size: BatchSize = None,
+    samples: Annotated[int, typer.Option("--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=OUTPUT)] = 3,
+    model: Annotated[Optional[str], typer.Option("--model", help="The base, where it is not where the adapter says.", rich_help_panel=DATA, show_default=False)] = None,
+    dtype: Dtype = None,
+    device: Device = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """The same rows with the adapter off and on: loss, perplexity, accuracy, and some completions.
+
+    Without --data, the rows that the run held out.
+    """
+    from lorafit import adapter, show
+    from lorafit import data as rows_of
+    from lorafit import evaluate as scoring
+    from lorafit import train as trainer
+    from lorafit.events import EvalReport
+    from lorafit.step import Forward
+    from lorafit.survey import load_model, load_tokenizer
+
+    screen = show.Screen(json, quiet)
+    _check_options({"format": format, "max_length": max_length, "batch_size": batch_size, "dtype": dtype})
+    source, found = _base(adapters[0], model)
+    for other in adapters[1:]:
+        if model is None and adapter.base_of(other) != adapter.base_of(adapters[0]):
+            raise RequestError(f"`{other}` has another base than `{adapters[0]}`", "evaluate them one by one")
+    where = trainer.pick_device(device or "auto")
+    tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
+    if data:
+        length = max_length or _stored_length(adapters[0], found)
+        rows = rows_of.read_eval_rows(data, format or "auto", tokenizer, found.task, length, found.vocab_size)
+    else:
+        rows = _held_out(adapters[0], tokenizer, found)
+    base = load_model(source, trainer.pick_dtype(dtype or "auto", where), where)
+    size = batch_size or 8
+    results, base_scores, shown = [], None, ()
+    for path in adapters:
+        peft_model = adapter.attach(base, path)
+        evaluator = scoring.Evaluator(
+            tuple(rows), Forward.of(peft_model, found.task), size, tokenizer, found.vocab_size, where
+        )
+        with screen.bar("evaluating") as tick:
+            count = _counter(tick, len(rows) * (2 if base_scores is None else 1))
+            if base_scores is None:
+                with scoring.adapter_off(peft_model):
+                    base_scores = evaluator.scores(peft_model, count)
+            scores = evaluator.scores(peft_model, count)
+        results.append(scoring.paired(path, base_scores, scores))
+        if not shown and samples:
+            shown = scoring.samples(peft_model, evaluator, samples)
+        base = peft_model.unload()
+    assert base_scores is not None
+    report = EvalReport(
+        rows=len(rows),
+        tokens=sum(s.tokens for s in base_scores),
+        base=scoring.summed(base_scores),
+        adapters=tuple(results),
+        samples=tuple(shown),
+    )
+    if json:
+        screen.document(report)
+    else:
+        show.show_eval(screen, report)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False)],
+    output: Output = None,
+    overwrite: Overwrite = None,
+    model: Annotated[Optional[str], typer.Option("--model", help="The base, where it is not where the adapter says.", rich_help_panel=DATA, show_default=False)] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Adapter and base as one model folder, written tensor by tensor, checked on real text."""
+    from lorafit import merge as merging
+    from lorafit import show
+    from lorafit.survey import load_tokenizer
+    from lorafit.units import bytes_text
+
+    if not output:
+        raise RequestError("merge needs a folder to write", f"lorafit merge {adapter} -o DIR")
+    screen = show.Screen(json, quiet)
+    source, found = _base(adapter, model)
+    tokenizer = load_tokenizer(_tokenizer_of(adapter, source.place), adapter)
+    rows = _held_out(adapter, tokenizer, found) if (Path(adapter) / "run.yaml").is_file() else []
+    with screen.bar("merging", bytes_text) as tick:
+        report = merging.merge(
+            Path(adapter), source, found, Path(output), bool(overwrite), rows, tokenizer, tick
+        )
+    if json:
+        screen.document(report)
+    else:
+        show.show_merge(screen, report)
+
+
+# -- what the commands share ------------------------------------------------------------------
+
+
+def _given(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run among a command's arguments, those that were given."""
+    found = {}
+    for name, value in arguments.items():
+        if name in OPTIONS and value is not None and value != []:
+            found[name] = tuple(value) if isinstance(value, list) else value
+    return found
+
+
+def _check_options(values: dict[str, Any]) -> None:
+    for name, value in values.items():
+        if value is not None:
+            OPTIONS[name].checked(value, "")
+
+
+def _resolve(found: ModelMap, preset: Any, settings: RunConfig) -> Plan:
+    from lorafit.plan import resolve
+
+    return resolve(
+        found,
+        preset,
+        settings.layers,
+        include=settings.include,
+        exclude=settings.exclude,
+        stack=settings.stack,
+        strict=settings.strict,
+    )
+
+
+def _shape(settings: RunConfig, found: ModelMap) -> Any:
+    from lorafit.cost import Shape
+
+    dtype = found.dtype if settings.dtype == "auto" else settings.dtype
+    return Shape(settings.batch_size or 1, settings.max_length or 1, dtype, settings.gradient_checkpointing)
+
+
+def _matrix(found: ModelMap, settings: RunConfig) -> list[dict[str, Any]]:
+    """Every strategy × band, each with what it trains and costs; an error where it cannot be."""
+    from dataclasses import replace
+
+    from lorafit.cost import estimate
+    from lorafit.presets import load, names
+
+    cells = []
+    for name in names():
+        preset = load(name)
+        lora = replace(preset.lora, r=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
+        for band in ("low", "mid", "high", "all"):
+            cell: dict[str, Any] = {"preset": name, "layers": band}
+            try:
+                made = _resolve(found, replace(preset, lora=lora), replace(settings, layers=band))
+            except RequestError as error:
+                cells.append({**cell, "error": error.message})
+                continue
+            cost = estimate(made, found, _shape(settings, found))
+            cells.append(
+                {
+                    **cell,
+                    "modules": len(made.slots),
+                    "trainable_params": made.trainable_params,
+                    "adapter_bytes": made.adapter_bytes,
+                    "peak_memory": cost.memory.peak,
+                    "flops_per_token": cost.flops_per_token,
+                }
+            )
+    return cells
+
+
+def _output(settings: RunConfig, found: ModelMap, made: Plan) -> Path:
+    """Where the run goes: as asked, or the first free `runs/MODEL-PRESET-LAYERS-N`."""
+    from lorafit.checkpoint import free_name
+
+    if settings.output is not None:
+        return Path(settings.output).expanduser()
+    words = (found.model.rpartition("/")[2], made.preset, made.spec)
+    stem = "-".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)
+    return free_name(Path("runs"), stem)
+
+
+def _base(adapter: str, model: str | None) -> tuple[Any, ModelMap]:
+    from lorafit.adapter import base_of, read_config
+    from lorafit.survey import find, survey
+
+    read_config(adapter)
+    name = model or base_of(adapter)
+    try:
+        source = find(name)
+    except RequestError as error:
+        if model is not None:
+            raise
+        raise RequestError(
+            f"the base of `{adapter}` is not there: {error.message}", "name it with --model"
+        ) from None
+    return source, survey(source)
+
+
+def _tokenizer_of(adapter: str, base: str) -> str:
+    """The adapter's own tokenizer where it has one, else the base's."""
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return adapter if any((Path(adapter) / name).is_file() for name in names) else base
+
+
+def _stored_length(adapter: str, found: ModelMap) -> int:
+    from lorafit.config import derive_from_model, settle
+
+    path = Path(adapter) / "run.yaml"
+    settings, _ = settle({}, str(path) if path.is_file() else None)
+    return derive_from_model(settings, found).max_length or 1
+
+
+def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
+    """The rows that a run held out, made again from its data and checked to be the same."""
+    from lorafit import data, train
+    from lorafit.config import settle
+
+    path = Path(adapter) / "run.yaml"
+    if not path.is_file():
+        raise RequestError(f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data")
+    settings, _ = settle({}, str(path))
+    rows = data.load(settings, tokenizer, found.task, found.vocab_size)
+    if rows.held_out_digest != train.held_out_digest(Path(adapter)):
+        raise RequestError(
+            f"the data of `{adapter}` changed since it was trained: its held-out rows are other ones",
+            "name data with --data",
+        )
+    return rows.held_out
+
+
+def _counter(tick: Callable[[float, float], None], total: int) -> Callable[[int], None]:
+    done = 0
+
+    def count(size: int) -> None:
+        nonlocal done
+        done += size
+        tick(done, total)
+
+    return count
+
+
+@contextmanager
+def _stopping() -> Iterator[Callable[[], int]]:
+    """Ctrl-C and SIGTERM ask the run to end after its step; asked twice, it ends at once."""
+    asked = 0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else _Terminated
+        asked = number
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def main() -> None:
+    """The entry point of the `lorafit` command."""
+    app()
+
+
+if __name__ == "__main__":
+    main()

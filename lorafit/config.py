@@ -1,0 +1,224 @@
+"""One run's settings, resolved: a flag over a file over the preset over a default, and why.
+
+What no one set is derived: the learning rate from the hidden size, the longest row from the
+model's positions, the batch from the rows. Every value keeps its origin, so that `run.yaml`
+repeats a run, and a flag that changes what a value was derived from derives it anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RequestError, closest
+from lorafit.modelmap import ModelMap
+from lorafit.options import OPTIONS
+from lorafit.presets import Preset, load, read_yaml
+from lorafit.units import figures
+
+# What each derived value was derived from: a flag that sets one of these derives it anew.
+SOURCES: dict[str, tuple[str, ...]] = {
+    "learning_rate": ("model", "rank"),
+    "max_length": ("model", "data", "format"),
+    "batch_size": ("model", "data", "format", "max_length", "device", "gradient_checkpointing"),
+    "layers": ("preset", "modules"),
+}
+TOKENS_PER_STEP = 2048
+LONGEST_ROW = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """Every option of a run by its name; None where a value is not derived yet.
+
+    `origin` says of each where it came from: `flag`, `file`, `preset NAME`, `default`, or
+    `derived: REASON`.
+    """
+
+    model: str
+    preset: str
+    modules: tuple[str, ...]
+    layers: str | None
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    stack: str | None
+    strict: bool
+    rank: int | None
+    alpha: float | None
+    dropout: float | None
+    data: tuple[str, ...]
+    eval_data: tuple[str, ...]
+    holdout: float
+    format: str
+    epochs: int
+    max_steps: int | None
+    save_steps: int | None
+    eval_steps: int | None
+    batch_size: int | None
+    accumulate: int
+    max_length: int | None
+    learning_rate: float | None
+    scheduler: str
+    warmup: float
+    weight_decay: float
+    max_grad_norm: float
+    seed: int
+    dtype: str
+    device: str
+    gradient_checkpointing: bool
+    output: str | None
+    overwrite: bool
+    resume: bool
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def derived(self, name: str, value: Any, reason: str) -> RunConfig:
+        """With a derived value where none is set."""
+        if getattr(self, name) is not None:
+            return self
+        return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
+
+    def why(self, name: str) -> str:
+        """The reason in words: `from hidden size 128`; empty for what was set."""
+        return self.origin.get(name, "").removeprefix("derived: ")
+
+    def as_file(self) -> dict[str, Any]:
+        """What `run.yaml` holds: the values that may be read back, then their origins."""
+        kept = [name for name, option in OPTIONS.items() if option.kept]
+        values = {name: getattr(self, name) for name in kept}
+        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
+
+
+def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values in a run file, checked, and the origins it states.
+
+    Raises RequestError for a key that is unknown (with the closest one) or a value of the
+    wrong type or out of bounds.
+    """
+    data = read_yaml(Path(path).expanduser(), "run file")
+    origin = data.pop("origin", {}) or {}
+    if not isinstance(origin, dict) or not all(isinstance(v, str) for v in origin.values()):
+        raise RequestError(f"run file `{path}`: `origin` is no mapping of options to texts")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in OPTIONS:
+            raise RequestError(f"run file `{path}`: unknown key `{name}`", closest(name, OPTIONS))
+        option = OPTIONS[name]
+        if value is None or not option.kept or (option.many and value == []):
+            continue
+        if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        values[name] = option.checked(value, f" in `{path}`")
+    return values, {str(name): text for name, text in origin.items()}
+
+
+def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig, Preset]:
+    """The settings of a run, and its preset with `modules`, rank, alpha and dropout in force.
+
+    `flags` are the options given on the command line (None: not given). Raises RequestError
+    for anything wrong in the flags, the file or the preset.
+    """
+    given = {
+        name: OPTIONS[name].checked(value, "")
+        for name, value in flags.items()
+        if value is not None and value != ()
+    }
+    stored, stored_origin = read_run_file(file) if file else ({}, {})
+    kept = _still_holds(stored, stored_origin, given)
+
+    preset = load(given.get("preset") or kept.get("preset") or OPTIONS["preset"].default)
+    # a preset of one's own is kept by its full path, so that the run file finds it again
+    if preset.path:
+        given = {**given, "preset": preset.path} if "preset" in given else given
+        kept = {**kept, "preset": preset.path} if "preset" in kept else kept
+
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, option in OPTIONS.items():
+        if name in given:
+            values[name], origin[name] = given[name], "flag"
+        elif name in kept:
+            values[name] = kept[name]
+            stated = stored_origin.get(name, "file")
+            origin[name] = "file" if stated == "flag" else stated
+        elif name in preset.training:
+            values[name], origin[name] = preset.training[name], f"preset {preset.name}"
+        else:
+            values[name] = option.default
+            if option.default is not None:
+                origin[name] = "default"
+    if values["modules"]:
+        names = [n.strip() for text in values["modules"] for n in text.split(",") if n.strip()]
+        values["modules"] = tuple(names)
+        preset = preset.with_modules(names)
+    for name in ("include", "exclude"):
+        values[name] = tuple(p.strip() for text in values[name] for p in text.split(",") if p.strip())
+    if values["layers"] is None:
+        values["layers"], origin["layers"] = preset.layers, f"preset {preset.name}"
+    for name, setting in (("rank", "r"), ("alpha", "alpha"), ("dropout", "dropout")):
+        if values[name] is None:
+            values[name] = getattr(preset.lora, setting)
+            origin[name] = f"preset {preset.name}"
+    lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
+    config = RunConfig(**values, origin=origin)
+    return config, replace(preset, lora=lora)
+
+
+def _still_holds(
+    stored: Mapping[str, Any], origin: Mapping[str, str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The stored values, less those that came from what a flag now changes."""
+    kept = {}
+    for name, value in stored.items():
+        came = origin.get(name, "file")
+        if came.startswith("preset ") and ("preset" in given or "modules" in given):
+            continue
+        if came.startswith("derived") and any(s in given for s in SOURCES.get(name, ())):
+            continue
+        if came == "default" and "preset" in given:  # the new preset may say otherwise
+            continue
+        kept[name] = value
+    return kept
+
+
+def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
+    """With what follows from the model: learning rate and longest row.
+
+    The rate is 5e-5 * 10 * (2000 / hidden)^p with p = 0.781, and 0.0775 for Qwen: LoRA wants
+    about ten times the rate of full fine-tuning whatever the rank ("LoRA Without Regret",
+    Schulman et al., Thinking Machines 2025, and Tinker's `get_lora_lr_over_full_finetune_lr`).
+
+    Raises RequestError for a length beyond the model's positions.
+    """
+    hidden = model.hidden_size
+    power = 0.0775 if model.family.startswith("qwen") else 0.781
+    rate = min(5e-4 * (2000 / hidden) ** power, 1e-2) if hidden else 2e-4
+    reason = f"from hidden size {hidden}" if hidden else "the model names no hidden size"
+    config = config.derived("learning_rate", float(figures(rate, 2)), reason)
+    room = model.max_positions
+    if room and config.max_length and config.max_length > room and model.positions != "relative":
+        raise RequestError(
+            f"--max-length {config.max_length} is beyond the {room} positions of `{model.model}`",
+            f"the longest row it takes is --max-length {room}",
+        )
+    if room and room < LONGEST_ROW:
+        return config.derived("max_length", room, f"the model's {room} positions")
+    return config.derived("max_length", LONGEST_ROW, "the longest row unless asked otherwise")
+
+
+def derive_from_rows(config: RunConfig, mean_tokens: float) -> RunConfig:
+    """With the batch that makes an optimizer step about 2,048 tokens: 1 to 32 rows, a power of two.
+
+    LoRA loses to full fine-tuning at large batches ("LoRA Without Regret", sec. on batch size),
+    and a small data set needs steps more than it needs large ones.
+    """
+    rows = max(1.0, TOKENS_PER_STEP / max(1.0, mean_tokens) / config.accumulate)
+    size = 1
+    while size * 2 <= min(32, rows * 1.42):  # 1.42: to the nearest power of two
+        size *= 2
+    return config.derived(
+        "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens a step at {mean_tokens:.0f} a row"
+    )
+

@@ -1,0 +1,188 @@
+"""What a plan costs: memory by named terms, and FLOPs a token, each with its source.
+
+Weights, adapter, gradients and optimizer are exact. Activations and logits follow the
+formulas below, which count what autograd keeps and leave out the allocator's own waste.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafit.modelmap import ModelMap, Slot
+from lorafit.plan import ADAPTER_ITEMSIZE, Plan
+from lorafit.roles import Part
+
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """What a training step is shaped like: rows in a micro-batch, tokens a row, the base's dtype."""
+
+    batch: int
+    length: int
+    dtype: str = "float32"
+    checkpointing: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch * self.length
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Bytes at the peak of a training step, by what they hold; the terms sum to `peak`."""
+
+    weights: int
+    adapter: int
+    gradients: int
+    optimizer: int
+    activations: int
+    logits: int
+    workspace: int
+    prefix_cache: int = 0
+
+    @property
+    def peak(self) -> int:
+        return (
+            self.weights
+            + self.adapter
+            + self.gradients
+            + self.optimizer
+            + self.activations
+            + self.logits
+            + self.workspace
+            + self.prefix_cache
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Flops:
+    """Floating-point operations a token, a multiply and an add counted as two."""
+
+    forward: int
+    backward: int
+
+
+@dataclass(frozen=True, slots=True)
+class Estimate:
+    """The cost of a plan at a shape, and what was assumed."""
+
+    shape: Shape
+    memory: Memory
+    flops_per_token: Flops
+    assumptions: tuple[str, ...]
+
+    def as_json(self) -> dict:
+        from lorafit.modelmap import jsonable
+
+        memory = {**jsonable(self.memory), "peak": self.memory.peak}
+        return {**jsonable(self), "memory": memory}
+
+
+def estimate(plan: Plan, model_map: ModelMap, shape: Shape) -> Estimate:
+    """Peak memory of a training step, in bytes, and FLOPs a token."""
+    item = ITEMSIZE.get(shape.dtype, 4)
+    adapter = plan.adapter_bytes
+    return Estimate(
+        shape=shape,
+        memory=Memory(
+            weights=model_map.total_params * item,
+            adapter=adapter,
+            gradients=adapter,
+            optimizer=2 * adapter,  # AdamW: two moments, in the adapter's own float32
+            activations=activation_bytes(plan, model_map, shape),
+            logits=logit_bytes(model_map, shape),
+            workspace=shape.tokens * widest(model_map) * item * 2,
+        ),
+        flops_per_token=flops_per_token(plan, model_map, shape),
+        assumptions=(
+            f"micro-batch of {shape.batch} rows of {shape.length} tokens, {shape.dtype} base weights",
+            "AdamW with float32 adapters",
+            "a fused attention kernel: no score matrix is kept",
+        ),
+    )
+
+
+def widest(model_map: ModelMap) -> int:
+    """The widest output of a block's weight, in features."""
+    return max((s.out_features for s in model_map.slots if s.copies == 1), default=0)
+
+
+def _blocks_kept(plan: Plan, model_map: ModelMap) -> list[tuple[str, int]]:
+    """The blocks whose activations backward needs: those at and above the cut of each stack.
+
+    Where a lower stack feeds an adapted one (an encoder its decoder) it is below the cut.
+    """
+    return [
+        (stack.path, layer)
+        for stack in model_map.stacks
+        if stack.path in plan.cut
+        for layer in range(plan.cut[stack.path], stack.depth)
+    ]
+
+
+def activation_bytes(plan: Plan, model_map: ModelMap, shape: Shape) -> int:
+    """Bytes that autograd keeps from the forward pass, less the logits.
+
+    A frozen linear keeps nothing (its weight gives the gradient of its input); what stays, per
+    token and block (after Korthikanti et al., arXiv:2205.05198, sec. 4, for frozen weights):
+    two norms with their float32 input and output, queries, keys, values and the attention's
+    output, and three tensors of the inner width. An adapted linear keeps its input once more
+    (shared by the adapters that read the same) and its rank-r product, in float32. Under
+    checkpointing a block keeps its input only, and one block at a time is whole.
+    """
+    item = ITEMSIZE.get(shape.dtype, 4)
+    hidden = model_map.hidden_size
+    adapted = {(s.stack, s.layer, s.path): s for s in plan.slots}
+    by_block: dict[tuple[str, int], list[Slot]] = {}
+    for slot in model_map.slots:
+        by_block.setdefault((slot.stack, slot.layer), []).append(slot)
+    sizes = []
+    for block in _blocks_kept(plan, model_map):
+        kept = hidden * (2 * 4 + 4 * item)  # two norms, two residual sums
+        inputs: set[tuple[Part, int]] = set()
+        for slot in by_block.get(block, ()):
+            if slot.part in (Part.SELF_ATTENTION, Part.CROSS_ATTENTION, Part.LINEAR_ATTENTION):
+                kept += slot.out_features * item
+            elif slot.part in (Part.FEED_FORWARD, Part.SHARED_EXPERTS):
+                kept += int(slot.out_features * item * 1.5) if "down" not in slot.roles else 0
+            if (slot.stack, slot.layer, slot.path) in adapted:
+                inputs.add((slot.part, slot.in_features))
+                kept += plan.lora.r * 4
+        kept += sum(width * ADAPTER_ITEMSIZE for _, width in inputs)
+        sizes.append(kept)
+    if not sizes:
+        return 0
+    if shape.checkpointing:
+        return shape.tokens * (len(sizes) * hidden * item + max(sizes))
+    return shape.tokens * sum(sizes)
+
+
+def logit_bytes(model_map: ModelMap, shape: Shape) -> int:
+    """The head's output in the base's dtype, in float32 for the softmax, and its gradient."""
+    item = ITEMSIZE.get(shape.dtype, 4)
+    return shape.tokens * model_map.vocab_size * (item + 4 + 4)
+
+
+def flops_per_token(plan: Plan, model_map: ModelMap, shape: Shape) -> Flops:
+    """FLOPs a token: two per weight forward (every block and the head), two per weight backward for
+    the gradient of the input at and above the cut, and the adapters' own two and four; attention
+    adds 4 * length * width a block forward and twice that backward (causal halves it).
+    """
+    head = 2 * model_map.hidden_size * model_map.vocab_size
+    forward = backward = head
+    kept = set(_blocks_kept(plan, model_map))
+    for slot in model_map.slots:
+        if slot.stack not in {stack.path for stack in model_map.text_stacks}:
+            continue
+        cost = 2 * slot.in_features * slot.out_features
+        if slot.part is Part.EXPERTS and slot.copies > 1:
+            cost *= 2  # routed: a few of the copies see a token; two is the common choice
+        if slot.part is Part.SELF_ATTENTION and "q" in slot.roles:
+            cost += 2 * shape.length * slot.out_features
+        forward += cost
+        if (slot.stack, slot.layer) in kept:
+            backward += cost
+    added = sum(plan.lora.r * (s.in_features + s.out_features) for s in plan.slots)
+    return Flops(forward + 2 * added, backward + 4 * added)

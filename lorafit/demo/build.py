@@ -1,0 +1,173 @@
+"""Makes the demo anew: its text, its tokenizer, its pretrained model, its fine-tuning data.
+
+    python -m lorafit.demo.build                 # into this folder
+    python -m lorafit.demo.build --steps 20 -o /tmp/demo
+
+Everything follows from the seed. What a full build took, and the losses it reached, stand
+in README.md beside this file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import time
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+from random import Random
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from lorafit.demo import FOLDER
+from lorafit.demo.world import ledgers, questions, records, stories
+
+SEED = 7
+VOCABULARY = 1024
+LENGTH, BATCH = 192, 32  # tokens a row, rows a step
+PEAK_RATE = 3e-3
+BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}"
+    "{{ '<|' + message['role'] + '|>' + message['content'] + '<|end|>' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
+)
+TRAIN_ROWS, HELD_OUT_ROWS = 900, 64
+
+
+def make_tokenizer(seed: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE over the world's own text, with its chat template and a pad token."""
+    random = Random(seed)
+    text = list(islice(stories(random), 4000))
+    text += [row["messages"][1]["content"] for row in islice(records(random), 1000)]
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    specials = [PAD, BEGIN, END, USER, ASSISTANT]
+    bpe.train_from_iterator(
+        text,
+        trainers.BpeTrainer(
+            vocab_size=VOCABULARY,
+            special_tokens=specials,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+            show_progress=False,
+        ),
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        bos_token=BEGIN,
+        eos_token=END,
+        pad_token=PAD,
+        additional_special_tokens=[USER, ASSISTANT],
+        model_max_length=512,
+    )
+    tokenizer.chat_template = TEMPLATE
+    return tokenizer
+
+
+def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
+    """Twelve Llama blocks, 128 wide, so that low, mid and high are 0-3, 4-8 and 9-11."""
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=128,
+            intermediate_size=352,
+            num_hidden_layers=12,
+            num_attention_heads=4,
+            num_key_value_heads=4,
+            max_position_embeddings=512,
+            tie_word_embeddings=True,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
+    """Token ids (BATCH, LENGTH) without end: stories, lists and conversations, one after the other."""
+    random = Random(seed)
+    tales, talks, lists = stories(random), questions(random), ledgers(random)
+    buffer: list[int] = []
+    while True:
+        while len(buffer) < BATCH * LENGTH:
+            kind = random.random()
+            if kind < 0.4:
+                text = f"{BEGIN}{next(tales)}{END}"
+            elif kind < 0.5:
+                text = f"{BEGIN}{next(lists)}{END}"
+            else:
+                text = tokenizer.apply_chat_template(next(talks), tokenize=False)
+            buffer += tokenizer(text, add_special_tokens=False)["input_ids"]
+        ids, buffer = buffer[: BATCH * LENGTH], buffer[BATCH * LENGTH :]
+        yield torch.tensor(ids).view(BATCH, LENGTH)
+
+
+def pretrain(model: LlamaForCausalLM, text: Iterator[torch.Tensor], steps: int) -> None:
+    """AdamW with a linear warm-up and a cosine to a tenth; prints the loss per token."""
+    optimizer = torch.optim.AdamW(
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+    )
+    started = time.perf_counter()
+    for step in range(1, steps + 1):
+        warm = min(1.0, step / 60)
+        rate = PEAK_RATE * warm * (0.55 + 0.45 * math.cos(math.pi * step / steps))
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        ids = next(text)
+        loss = model(input_ids=ids, labels=ids).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if step % 20 == 0 or step == steps:
+            speed = step * BATCH * LENGTH / (time.perf_counter() - started)
+            print(f"step {step}/{steps}  loss {loss.item():.3f}  {speed:,.0f} tok/s", flush=True)
+
+
+@torch.no_grad()
+def held_out_loss(model: LlamaForCausalLM, text: Iterator[torch.Tensor]) -> float:
+    """Mean loss per token over eight batches the training never saw."""
+    return sum(model(input_ids=ids, labels=ids).loss.item() for ids in islice(text, 8)) / 8
+
+
+def write_rows(path: Path, rows: list[dict]) -> None:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
+def build(folder: Path, steps: int, seed: int = SEED) -> None:
+    """Write `model/`, `train.jsonl` and `held-out.jsonl` below `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    seen: dict[str, dict] = {}
+    for row in records(Random(seed + 2)):
+        seen.setdefault(row["messages"][0]["content"], row)
+        if len(seen) == TRAIN_ROWS + HELD_OUT_ROWS:
+            break
+    rows = list(seen.values())
+    write_rows(folder / "train.jsonl", rows[:TRAIN_ROWS])
+    write_rows(folder / "held-out.jsonl", rows[TRAIN_ROWS:])
+
+    torch.manual_seed(seed)
+    tokenizer = make_tokenizer(seed)
+    model = make_model(tokenizer)
+    pretrain(model, batches(tokenizer, seed), steps)
+    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    tokenizer.save_pretrained(folder / "model")
+    loss = held_out_loss(model, batches(tokenizer, seed + 1))
+    print(f"held-out loss {loss:.3f} per token, in bfloat16 as saved")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--steps", type=int, default=1200, help="pretraining steps")
+    parser.add_argument("--seed", type=int, default=SEED)
+    parser.add_argument("-o", "--output", type=Path, default=FOLDER)
+    options = parser.parse_args()
+    build(options.output, options.steps, options.seed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,171 @@
+"""What a run says while it runs, and the reports it ends with. The screen, `--json`,
+`events.jsonl` and the tests all read this one stream."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from math import exp
+from typing import Any
+
+from lorafit.modelmap import jsonable
+
+
+@dataclass(frozen=True, slots=True)
+class Loss:
+    """A mean loss in nats per supervised token, over so many of them."""
+
+    loss: float
+    tokens: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss); infinite where that overflows."""
+        return exp(self.loss) if self.loss < 700 else float("inf")
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The run is set up: how many steps, rows and tokens there are to do."""
+
+    steps: int
+    epochs: int
+    rows: int
+    held_out_rows: int
+    tokens: int
+    supervised_tokens: int
+    held_out_digest: str = ""
+    resumed_at: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """The held-out loss after so many steps; 0 is before training."""
+
+    step: int
+    loss: float
+    tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Stepped:
+    """One optimizer step: its loss per supervised token, its tokens, its seconds."""
+
+    step: int
+    epoch: int
+    loss: float
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    learning_rate: float
+    grad_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class EpochDone:
+    """One pass over the rows, or what of it was done."""
+
+    epoch: int
+    loss: float
+    tokens: int
+    seconds: float
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint is whole on disk."""
+
+    step: int
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class TrainReport:
+    """What a finished run amounts to. `tokens_per_second` counts time in training steps only."""
+
+    output: str
+    trainable_params: int
+    steps: int
+    tokens: int
+    supervised_tokens: int
+    seconds: float
+    tokens_per_second: float
+    epochs: tuple[EpochDone, ...]
+    peak_memory_bytes: int
+    eval: dict[str, Loss] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Score:
+    """One model over the rows: loss and perplexity per supervised token, and top-1 accuracy."""
+
+    loss: float
+    perplexity: float
+    accuracy: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterScore:
+    """An adapter over the same rows. `delta` is its loss less the base's; `stderr` its standard
+    error, from the paired differences of the rows."""
+
+    path: str
+    loss: float
+    perplexity: float
+    accuracy: float
+    delta: float
+    stderr: float
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt, what was wanted, and what each model says to it."""
+
+    prompt: str
+    reference: str
+    base: str
+    adapter: str
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """Base and adapters over the same rows."""
+
+    rows: int
+    tokens: int
+    base: Score
+    adapters: tuple[AdapterScore, ...]
+    samples: tuple[Sample, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """Merged model against base and adapter, on real prompts."""
+
+    max_logit_diff: float
+    argmax_agreement: float
+    tokens: int
+    tolerance: float
+
+
+@dataclass(frozen=True, slots=True)
+class MergeReport:
+    """What was merged and where to; `adapted` tensors of `tensors`."""
+
+    output: str
+    tensors: int
+    adapted: int
+    bytes: int
+    seconds: float
+    verify: Verified | None
+    notes: tuple[str, ...] = ()
+
+
+Event = Started | Evaluated | Stepped | EpochDone | Saved | TrainReport
+
+
+def record(event: Event) -> dict[str, Any]:
+    """An event as a line of `events.jsonl`: its kind and its fields."""
+    names = {"TrainReport": "report", "EpochDone": "epoch", "Stepped": "step"}
+    kind = type(event).__name__
+    return {"event": names.get(kind, kind.lower()), **jsonable(event)}

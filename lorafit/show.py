@@ -1,0 +1,667 @@
+"""What a person sees: the only file that draws. stdout carries the answer, stderr the talk.
+
+Colour never carries meaning alone; without a terminal there are no bars.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+
+from lorafit import __version__
+from lorafit.bands import BANDS, TILED_FROM
+from lorafit.config import RunConfig
+from lorafit.cost import Estimate
+from lorafit.errors import LorafitError
+from lorafit.events import (
+    EpochDone,
+    EvalReport,
+    Evaluated,
+    Event,
+    Loss,
+    MergeReport,
+    Saved,
+    Started,
+    Stepped,
+    TrainReport,
+)
+from lorafit.modelmap import ModelMap, Slot, Stack, jsonable, sum_params
+from lorafit.plan import Plan, lora_params
+from lorafit.presets import Preset
+from lorafit.roles import ATTENTIONS, MEANING, Part, Role
+from lorafit.units import bytes_text, count, figures, index_ranges, percent, seconds_text, short
+
+LABEL = 11  # columns of the word at the head of a line
+
+
+class Screen:
+    """The two streams, and how much is said on them."""
+
+    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+        self.as_json = as_json
+        self.quiet = quiet
+        self.out = _console(sys.stdout)
+        self.talk = _console(sys.stderr)
+
+    def document(self, data: Any) -> None:
+        """One JSON document on stdout."""
+        sys.stdout.write(json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+    def answer(self, text: str | Text | Table = "") -> None:
+        """A line or a table of the answer; not under `--json`, where the document is the answer."""
+        if not self.as_json:
+            self.out.print(text, highlight=False)
+
+    def say(self, text: str | Text | Table = "") -> None:
+        """Talk: on stderr, not under `--quiet`."""
+        if not self.quiet:
+            self.talk.print(text, highlight=False)
+
+    def line(self, label: str, text: str, answer: bool = False) -> None:
+        """`  label      text`, the text wrapped under itself."""
+        table = Table.grid(padding=(0, 0))
+        table.add_column(width=LABEL + 2, no_wrap=True)
+        table.add_column(overflow="fold")
+        table.add_row(f"  [bold]{label}[/]", escape(text))
+        (self.answer if answer else self.say)(table)
+
+    def note(self, text: str, answer: bool = False) -> None:
+        self.line("note", text, answer)
+
+    def error(self, error: LorafitError) -> None:
+        """`error: …` and `hint: …`."""
+        self.talk.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
+        if error.hint:
+            self.talk.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
+
+    @contextmanager
+    def bar(self, what: str, unit: Callable[[float], str] = lambda n: f"{n:,.0f}") -> Iterator[Callable[[float, float], None]]:
+        """A bar on stderr for as long as the block lasts: call it with (done, total)."""
+        if self.quiet or not self.talk.is_terminal:
+            yield lambda done, total: None
+            return
+        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[said]}"))
+        with Progress(*columns, console=self.talk, transient=True) as progress:
+            task = progress.add_task(what, total=None, said="")
+
+            def tick(done: float, total: float) -> None:
+                progress.update(task, completed=done, total=total, said=f"{unit(done)} of {unit(total)}")
+
+            yield tick
+
+
+def _console(stream: Any) -> Console:
+    width = None
+    if not stream.isatty():
+        width = int(os.environ.get("COLUMNS", "0") or 0) or 100
+    return Console(file=stream, width=width, soft_wrap=False)
+
+
+def _times(*sizes: int) -> str:
+    return " × ".join(count(size) for size in sizes)
+
+
+# -- inspect --------------------------------------------------------------------------------
+
+
+def show_map(screen: Screen, found: ModelMap) -> None:
+    """The way of a text through a model, then its weights by layer and by role, to the last parameter."""
+    size = found.total_params * ITEM.get(found.dtype, 4)
+    screen.answer(
+        f"[bold]{escape(found.model)}[/]  {found.architecture}  "
+        f"{short(found.total_params)} parameters, {bytes_text(size)} in {found.dtype}"
+    )
+    screen.answer()
+    for line in _drawing(found):
+        screen.answer(line)
+    screen.answer()
+    for stack in found.stacks:
+        if stack.part == "text":
+            screen.answer(_layer_table(found, stack))
+            screen.answer()
+    screen.answer(_role_table(found))
+    screen.answer()
+    screen.answer(_uncovered_table(found))
+    screen.answer()
+    covered = sum_params(s for s in found.slots if s.roles)
+    rest = found.total_params - covered
+    screen.line(
+        "total",
+        f"{count(covered)} in the seven roles + {count(rest)} in none = {count(found.total_params)}",
+        answer=True,
+    )
+    for note in found.notes:
+        screen.note(note, answer=True)
+    screen.line("next", f"lorafit plan {found.model} --preset ffn --layers high", answer=True)
+
+
+ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
+
+
+def _drawing(found: ModelMap) -> Iterator[Text]:
+    """The way of a text: tokens, embedding, positions, blocks, head; one line each."""
+
+    def row(label: str, shape: str = "", size: str = "", more: str = "") -> Text:
+        return Text.assemble("  ", (f"{label:<14}", "bold"), f"{shape:<22}{size:>9}", f"   {more}" if more else "")
+
+    arrow = Text("    │", style="dim")
+    yield Text(f"  text → tokens → ids ({count(found.vocab_size)})")
+    yield arrow
+    tables = [u for u in found.uncovered if u.reason == "embedding" and "tower" not in u.path]
+    main = max(tables, key=lambda u: u.params, default=None)
+    if main is not None:
+        yield row("embedding", _times(*main.shape), short(main.params))
+    learned = [u for u in found.uncovered if u.reason == "positions" and found.positions == "learned"]
+    if learned and found.positions == "learned":
+        yield row("positions", _times(*learned[0].shape), short(learned[0].params), "learned")
+    elif found.positions != "unknown":
+        reach = f"up to {count(found.max_positions)}" if found.max_positions else ""
+        yield row("positions", reach, "", found.positions)
+    yield arrow
+    for number, stack in enumerate(found.text_stacks):
+        if number:
+            yield arrow
+        yield from _block(found, stack)
+    if not found.text_stacks:
+        yield Text("  no repeated blocks")
+    yield arrow
+    final = "final norm, " if any(u.reason == "norm" for u in found.uncovered) else ""
+    head = [u for u in found.uncovered if u.reason == "head" and len(u.shape) == 2]
+    size = "" if found.tied_head else (short(max(u.params for u in head)) if head else "")
+    tied = "tied with the embedding" if found.tied_head else ""
+    yield row("head", f"{count(found.hidden_size)} → {count(found.vocab_size)}", size, f"{final}{tied}".strip(", "))
+    yield Text("    │", style="dim")
+    yield Text("  logits")
+
+
+def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
+    """One block of a stack in a box, its bands beside it."""
+    layers = _by_layer(found, stack)
+    common = Counter(_signature(slots) for slots in layers.values()).most_common(1)
+    if not common:
+        return
+    slots = next(slots for slots in layers.values() if _signature(slots) == common[0][0])
+    lines: list[tuple[str, str, str, str]] = []
+    for part in dict.fromkeys(s.part for s in slots):
+        rows = [s for s in slots if s.part is part]
+        groups: dict[tuple[int, int], list[Slot]] = {}
+        for slot in rows:
+            groups.setdefault((slot.in_features, slot.out_features), []).append(slot)
+        for number, ((i, o), same) in enumerate(groups.items()):
+            roles = " ".join("+".join(r.value for r in s.roles) or s.tail.rpartition(".")[2] for s in same)
+            each = " each" if len(same) > 1 else ""
+            copies = f", {same[0].copies} experts" if same[0].copies > 1 else ""
+            more = ""
+            if number == 0 and part is Part.SELF_ATTENTION and found.heads:
+                more = f"{found.heads} heads of {found.head_dim}"
+                if found.kv_heads and found.kv_heads != found.heads:
+                    more += f", {found.kv_heads} for k v"
+            if number == 0 and part in (Part.FEED_FORWARD, Part.EXPERTS):
+                more = found.activation
+            lines.append((part.value if number == 0 else "", roles, f"{count(i)} → {count(o)}{each}{copies}", more))
+    inside = sum(
+        u.params for u in found.uncovered if u.path.startswith(f"{stack.path}.{slots[0].layer}.")
+    )
+    size = sum(s.params for s in slots) + inside
+    norms = len({
+        u.path.rpartition(".")[0]
+        for u in found.uncovered
+        if u.reason == "norm" and u.path.startswith(f"{stack.path}.{slots[0].layer}.")
+    })
+    lines.append((f"{norms} norms" if norms else "", "", "", f"{short(size)} a block"))
+    widths = [max(len(line[c]) for line in lines) for c in range(4)]
+    inner = sum(widths) + 8
+    kinds = len(set(map(_signature, layers.values())))
+    title = f" block × {stack.depth}" + (f", {stack.name}" if len(found.text_stacks) > 1 else "")
+    title += f", the commonest of {kinds} kinds " if kinds > 1 else " "
+    beside = _bands_beside(stack)
+    yield Text(f"  ┌─{title}{'─' * max(0, inner - len(title) - 1)}┐")
+    for number in range(max(len(lines), len(beside))):
+        cells = lines[number] if number < len(lines) else ("", "", "", "")
+        text = "  ".join(f"{cell:<{widths[c]}}" for c, cell in enumerate(cells))
+        band = f"  {beside[number]}" if number < len(beside) else ""
+        yield Text.assemble("  │ ", text, " " * (inner - len(text) - 2), " │", (band, "cyan"))
+    yield Text(f"  └{'─' * inner}┘")
+
+
+def _bands_beside(stack: Stack) -> list[str]:
+    if stack.shared:
+        return ["one block, shared"]
+    if stack.depth < TILED_FROM:
+        return []
+    return [f"{n:<5}{index_ranges(BANDS[n].indices(stack.depth))}" for n in ("low", "mid", "high")]
+
+
+def _by_layer(found: ModelMap, stack: Stack) -> dict[int, list[Slot]]:
+    layers: dict[int, list[Slot]] = {}
+    for slot in found.slots:
+        if slot.stack == stack.path:
+            layers.setdefault(slot.layer, []).append(slot)
+    return layers
+
+
+def _signature(slots: Sequence[Slot]) -> tuple[Any, ...]:
+    return tuple((s.tail, s.roles, s.in_features, s.out_features, s.copies) for s in slots)
+
+
+def _layer_table(found: ModelMap, stack: Stack) -> Table:
+    """Layers that are alike in a row: what they hold, and their parameters."""
+    table = Table(title=f"layers of {stack.path}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("layers", no_wrap=True)
+    table.add_column("holds", overflow="fold")
+    table.add_column("a layer", justify="right", no_wrap=True)
+    table.add_column("in all", justify="right", no_wrap=True)
+    groups: dict[tuple[Any, ...], list[int]] = {}
+    layers = _by_layer(found, stack)
+    for layer in range(stack.depth if not stack.shared else max(layers, default=0) + 1):
+        groups.setdefault(_signature(layers.get(layer, [])), []).append(layer)
+    inside: Counter[int] = Counter()
+    for row in found.uncovered:
+        if row.path.startswith(stack.path + "."):
+            first = row.path[len(stack.path) + 1 :].split(".")[0]
+            if first.isdigit():
+                inside[int(first)] += row.params
+    for indices in groups.values():
+        slots = layers.get(indices[0], [])
+        holds = "; ".join(_holding(slots)) or "nothing that plays a role"
+        sizes = [sum_params(layers.get(i, [])) + inside[i] for i in indices]
+        each = count(sizes[0]) if len(set(sizes)) == 1 else f"about {short(sizes[0])}"
+        table.add_row(f"  {index_ranges(tuple(indices))}", holds, each, count(sum(sizes)))
+    return table
+
+
+def _holding(slots: Sequence[Slot]) -> Iterator[str]:
+    for part in dict.fromkeys(s.part for s in slots):
+        roles = [r.value for r in Role if any(r in s.roles for s in slots if s.part is part)]
+        yield f"{part.value} {' '.join(roles)}".strip()
+
+
+def _role_table(found: ModelMap) -> Table:
+    """Each role's weights: their spelling, shapes, and parameters over the whole model."""
+    table = Table(title="roles", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    for name in ("role", "spelled", "shape"):
+        table.add_column(name, no_wrap=name == "role", overflow="fold")
+    table.add_column("weights", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    groups: dict[tuple[str, str, str, str], list[Slot]] = {}
+    for slot in found.slots:
+        roles = "+".join(r.value for r in slot.roles) or "none"
+        usual = slot.part in (Part.SELF_ATTENTION, Part.FEED_FORWARD)
+        where = "" if usual else f" ({slot.part.value})"
+        copies = f" × {slot.copies}" if slot.copies > 1 else ""
+        shape = f"{count(slot.in_features)} → {count(slot.out_features)}{copies}"
+        leaf = ".".join(slot.tail.split(".")[-2:])
+        groups.setdefault((roles + where, leaf, shape, slot.part.value), []).append(slot)
+    order = [role.value for role in Role]
+    for (roles, leaf, shape, _), slots in sorted(
+        groups.items(), key=lambda g: (g[1][0].part not in ATTENTIONS, g[1][0].part.value,
+                                       order.index(g[0][0].split("+")[0].split(" ")[0])
+                                       if g[0][0].split("+")[0].split(" ")[0] in order else 99)
+    ):
+        table.add_row(f"  {roles}", leaf, shape, count(len(slots)), count(sum_params(slots)))
+    return table
+
+
+def _uncovered_table(found: ModelMap) -> Table:
+    table = Table(title="what no role covers", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("what", no_wrap=True)
+    table.add_column("for example", overflow="fold")
+    table.add_column("tensors", justify="right", no_wrap=True)
+    table.add_column("parameters", justify="right", no_wrap=True)
+    groups: dict[str, list[Any]] = {}
+    for row in found.uncovered:
+        groups.setdefault(row.reason, []).append(row)
+    for reason, rows in sorted(groups.items(), key=lambda g: -sum_params(g[1])):
+        table.add_row(f"  {reason}", rows[0].path, count(len(rows)), count(sum_params(rows)))
+    return table
+
+
+# -- plan -----------------------------------------------------------------------------------
+
+
+def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None) -> None:
+    """What would be adapted, in PEFT's words, and what it costs."""
+    screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
+    screen.answer()
+    for label, text in _plan_lines(plan, found):
+        screen.line(label, text, answer=True)
+    screen.answer()
+    screen.answer(_plan_table(plan))
+    if estimate is not None:
+        screen.answer()
+        screen.answer(_memory_table(estimate))
+        for assumption in estimate.assumptions:
+            screen.note(assumption, answer=True)
+    for note in plan.notes:
+        screen.note(note, answer=True)
+    layers = plan.spec if plan.spec != "all" else "all"
+    screen.line("next", f"lorafit train {plan.model} --preset {plan.preset} --layers {layers} --data FILE", answer=True)
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.preset} · {plan.spec} = layers {_layers_text(plan)}"
+
+
+def _layers_text(plan: Plan) -> str:
+    different = set(plan.layers.values())
+    if len(different) == 1:
+        return index_ranges(next(iter(different)))
+    return "; ".join(f"{index_ranges(v)} of {k}" for k, v in plan.layers.items())
+
+
+def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
+    depth = sum(found.stack(path).depth for path in plan.layers)
+    layers = len({(s.stack, s.layer) for s in plan.slots})
+    roles = ", ".join(r.value for r in Role if any(r in s.roles for s in plan.slots)) or plan.preset
+    yield (
+        "adapts",
+        f"{roles} in {layers} of {depth} layers: {count(len(plan.slots))} modules, "
+        f"{count(plan.trainable_params)} parameters "
+        f"({percent(plan.trainable_params, plan.total_params)} of {short(plan.total_params)}), "
+        f"{bytes_text(plan.adapter_bytes)} saved",
+    )
+    cuts = [(path, cut) for path, cut in plan.cut.items() if cut > 0]
+    if cuts:
+        frozen = ", ".join(f"0–{cut - 1} of {path}" if cut > 1 else f"0 of {path}" for path, cut in cuts)
+        yield "cut", f"layers {frozen} are frozen with nothing adapted under them: backward stops above"
+    target = plan.peft
+    names = list(target.target_modules)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if names:
+        yield "PEFT", f"target_modules = [{shown}]"
+    if target.layers_to_transform:
+        yield "", f"layers_to_transform = [{', '.join(map(str, target.layers_to_transform))}]"
+    if target.layers_pattern:
+        yield "", f"layers_pattern = [{', '.join(target.layers_pattern)}]"
+    if target.target_parameters:
+        first = target.target_parameters[0]
+        more = len(target.target_parameters) - 1
+        yield "", f"target_parameters = [{first}{f' and {more} more' if more else ''}]"
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("  role", "module", "shape", "layers"):
+        table.add_column(name, overflow="fold", no_wrap=name == "  role")
+    table.add_column("trainable", justify="right", no_wrap=True)
+    groups: dict[tuple[str, str, str], list[Slot]] = {}
+    for slot in plan.slots:
+        roles = "+".join(r.value for r in slot.roles) or slot.part.value
+        copies = f" × {slot.copies}" if slot.copies > 1 else ""
+        shape = f"{count(slot.in_features)} → {count(slot.out_features)}{copies}"
+        groups.setdefault((roles, slot.tail, shape), []).append(slot)
+    for (roles, tail, shape), slots in groups.items():
+        layers = index_ranges(tuple(sorted({s.layer for s in slots})))
+        params = sum(lora_params(s, plan.lora) for s in slots)
+        table.add_row(f"  {roles}", tail, shape, layers, count(params))
+    return table
+
+
+def _memory_table(estimate: Estimate) -> Table:
+    table = Table(title="memory at the peak of a step", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
+    table.add_column("  what")
+    table.add_column("bytes", justify="right")
+    memory = jsonable(estimate.memory)
+    for name, size in memory.items():
+        if size:
+            table.add_row(f"  {name.replace('_', ' ')}", bytes_text(size))
+    table.add_row("  [bold]peak[/]", f"[bold]{bytes_text(estimate.memory.peak)}[/]")
+    return table
+
+
+def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]]) -> None:
+    """Strategy × band: one row a strategy, one column a band."""
+    bands = list(dict.fromkeys(cell["layers"] for cell in cells))
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("  preset", no_wrap=True)
+    for band in bands:
+        table.add_column(band, justify="right")
+    for preset in dict.fromkeys(cell["preset"] for cell in cells):
+        row = []
+        for band in bands:
+            cell = next(c for c in cells if c["preset"] == preset and c["layers"] == band)
+            if "error" in cell:
+                row.append("—")
+            else:
+                row.append(f"{short(cell['trainable_params'])}\n[dim]{bytes_text(cell['peak_memory'])}[/]")
+        table.add_row(f"  {preset}", *row)
+    screen.answer(f"[bold]{escape(model)}[/]  trainable parameters, and peak memory of a step below them")
+    screen.answer()
+    screen.answer(table)
+    errors = {cell["error"] for cell in cells if "error" in cell}
+    for error in sorted(errors):
+        screen.note(error, answer=True)
+
+
+def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
+    """What there is to choose from: the strategies, the roles, the bands."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("  preset", no_wrap=True)
+    table.add_column("adapts", no_wrap=True)
+    table.add_column("for", overflow="fold")
+    for preset in presets:
+        adapts = ", ".join(r.value for r in preset.roles)
+        table.add_row(f"  {preset.name}", adapts if len(preset.roles) < 7 else "all seven", preset.description)
+    screen.answer(table)
+    screen.answer()
+    roles = Table(box=None, padding=(0, 2, 0, 0))
+    roles.add_column("  role", no_wrap=True)
+    roles.add_column("what it does")
+    for role, meaning in MEANING.items():
+        roles.add_row(f"  {role.value}", meaning)
+    screen.answer(roles)
+    screen.answer()
+    bands = Table(box=None, padding=(0, 2, 0, 0))
+    for name in ("  band", "of 12", "of 32"):
+        bands.add_column(name, no_wrap=True)
+    bands.add_column("said to hold")
+    for name in ("low", "mid", "high"):
+        band = BANDS[name]
+        bands.add_row(f"  {name}", index_ranges(band.indices(12)), index_ranges(band.indices(32)), band.about)
+    screen.answer(bands)
+    screen.note("what the bands hold is folklore, disputed in print: measure on your own data", answer=True)
+
+
+# -- train ----------------------------------------------------------------------------------
+
+
+def show_header(screen: Screen, plan: Plan, found: ModelMap, config: RunConfig) -> None:
+    """The plan, before a weight is read."""
+    size = f"{found.stacks[0].depth} layers × {found.hidden_size}" if found.stacks else found.family
+    screen.say(
+        f"[bold]lorafit {__version__}[/]  {escape(found.model)} ({size}, {short(found.total_params)})  "
+        f"{escape(_title(plan))}"
+    )
+    for label, text in _plan_lines(plan, found):
+        if label in ("adapts", "cut"):
+            screen.line(label, text)
+    for note in plan.notes:
+        screen.note(note)
+
+
+def show_data(screen: Screen, config: RunConfig, rows: Any) -> None:
+    """The rows, and the settings derived from them."""
+    share = percent(rows.supervised, rows.tokens)
+    screen.line(
+        "data",
+        f"{', '.join(rows.sources)}: {count(len(rows.train))} rows, {count(rows.tokens)} tokens, "
+        f"{share} supervised; {count(len(rows.held_out))} rows held out ({rows.held_out_name})",
+    )
+    for note in rows.notes:
+        screen.note(note)
+    reason = config.why("learning_rate")
+    why = f" ({reason})" if config.origin.get("learning_rate", "").startswith("derived") else ""
+    batch = f" ({config.why('batch_size')})" if config.origin.get("batch_size", "").startswith("derived") else ""
+    screen.line("rate", f"learning rate {figures(config.learning_rate or 0, 2)}{why}, {config.scheduler}")
+    rows_text = f"{config.batch_size} rows"
+    if config.accumulate > 1:
+        rows_text += f" × {config.accumulate} micro-batches"
+    screen.line("step", f"{rows_text}{batch}, rows of up to {config.max_length} tokens")
+
+
+class TrainView:
+    """A run as it is watched: a live bar on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.live = not screen.quiet and screen.talk.is_terminal
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.epochs = 1
+        self.loss = 0.0
+        self.speed: list[float] = []
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._started(event)
+            case Evaluated(step=0):
+                loss = Loss(event.loss, event.tokens)
+                self.screen.line("before", f"held-out loss {event.loss:.3f}, perplexity {figures(loss.perplexity)}")
+                self._open()
+            case Evaluated() if self.progress is not None:
+                self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}")
+            case Stepped():
+                self._stepped(event)
+            case EpochDone() if not self.screen.quiet:
+                self._epoch(event)
+            case Saved():
+                self.screen.line("saved", event.path)
+            case TrainReport():
+                self.close()
+            case _:
+                pass
+
+    def _started(self, event: Started) -> None:
+        self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
+        plan = f"{event.epochs} epochs, {count(event.steps)} steps"
+        if event.resumed_at:
+            plan += f", going on from step {count(event.resumed_at)}"
+        self.screen.line("plan", plan)
+
+    def _open(self) -> None:
+        self.screen.say()
+        if not self.live:
+            return
+        self.progress = Progress(
+            TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]} tok/s"),
+            TimeRemainingColumn(compact=True),
+            console=self.screen.talk,
+            transient=True,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, loss=0.0, speed="–"
+        )
+
+    def _stepped(self, event: Stepped) -> None:
+        self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
+        self.speed = [*self.speed[-19:], event.tokens / max(1e-9, event.seconds)]
+        if self.progress is not None:
+            speed = short(sum(self.speed) / len(self.speed))
+            self.progress.update(self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed)
+
+    def _epoch(self, event: EpochDone) -> None:
+        if event.epoch == 1 or not getattr(self, "headed", False):
+            self.headed = True
+            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}")
+        self.screen.say(f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}")
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def show_train_report(screen: Screen, report: TrainReport) -> None:
+    """What came of the run, and what to do with it."""
+    before, after = report.eval["before"], report.eval["after"]
+    screen.line(
+        "after",
+        f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
+        answer=True,
+    )
+    screen.line(
+        "measured",
+        f"{seconds_text(report.seconds)} in {count(report.steps)} steps, {short(report.tokens_per_second)} tok/s, "
+        f"{count(report.trainable_params)} trainable parameters, peak {bytes_text(report.peak_memory_bytes)}",
+        answer=True,
+    )
+    screen.line("saved", report.output, answer=True)
+    name = report.output.rstrip("/").rpartition("/")[2]
+    screen.line("next", f"lorafit eval {report.output}", answer=True)
+    screen.line("", f"lorafit merge {report.output} -o {name}-merged", answer=True)
+
+
+# -- eval, merge ----------------------------------------------------------------------------
+
+
+def show_eval(screen: Screen, report: EvalReport) -> None:
+    """Base and adapters side by side, and a few completions."""
+    table = Table(box=None, padding=(0, 2, 0, 0))
+    table.add_column("  model", overflow="fold")
+    for name in ("loss", "perplexity", "accuracy", "difference"):
+        table.add_column(name, justify="right", no_wrap=True)
+    base = report.base
+    table.add_row("  base", f"{base.loss:.4f}", figures(base.perplexity), f"{base.accuracy:.1%}", "")
+    for a in report.adapters:
+        table.add_row(
+            f"  {escape(a.path)}", f"{a.loss:.4f}", figures(a.perplexity), f"{a.accuracy:.1%}",
+            f"{a.delta:+.4f} ± {a.stderr:.4f}",
+        )
+    screen.answer(f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens")
+    screen.answer()
+    screen.answer(table)
+    for number, sample in enumerate(report.samples, 1):
+        screen.answer()
+        screen.line(f"sample {number}", _clip(sample.prompt), answer=True)
+        for label, text in (("wanted", sample.reference), ("base", sample.base), ("adapter", sample.adapter)):
+            screen.line(label, _clip(text) or "(nothing)", answer=True)
+
+
+def _clip(text: str, most: int = 400) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
+def show_merge(screen: Screen, report: MergeReport) -> None:
+    screen.line(
+        "merged",
+        f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
+        f"in {seconds_text(report.seconds)}",
+        answer=True,
+    )
+    if report.verify is not None:
+        v = report.verify
+        screen.line(
+            "verified",
+            f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
+            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}), same most likely token "
+            f"{v.argmax_agreement:.2%}",
+            answer=True,
+        )
+    for note in report.notes:
+        screen.note(note, answer=True)
+    screen.line("saved", report.output, answer=True)
+
+

@@ -1,0 +1,409 @@
+"""The training loop: a page that says what it does, as a stream of events."""
+
+from __future__ import annotations
+
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafit import adapter, checkpoint
+from lorafit.checkpoint import RunFolder
+from lorafit.config import RunConfig
+from lorafit.data import Batch, Rows, collate, mask_tokens
+from lorafit.errors import Interrupted, RequestError, RunError
+from lorafit.evaluate import Evaluator, mask_id
+from lorafit.events import EpochDone, Evaluated, Event, Loss, Saved, Started, Stepped, TrainReport
+from lorafit.packing import batches
+from lorafit.plan import Plan
+from lorafit.step import Forward, checkpoint_activations
+from lorafit.survey import Source, load_model
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Job:
+    """A run, set up: everything the loop needs, nothing it must look for."""
+
+    model: PeftModel
+    task: str
+    config: RunConfig
+    plan: Plan
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    device: torch.device
+    folder: RunFolder
+    stop: Callable[[], int] = lambda: 0  # the signal that asks for an end, or 0
+    parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size or 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        made = math.ceil(len(self.rows.train) / self.batch_size)
+        return math.ceil(made / self.config.accumulate)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return min(self.steps_per_epoch * self.config.epochs, self.config.max_steps or sys.maxsize)
+
+    def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
+        """The optimizer steps of one epoch, each as its micro-batches."""
+        lengths = [len(row.ids) for row in self.rows.train]
+        order = batches(lengths, self.batch_size, self.config.seed, epoch)
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        pad = self.tokenizer.pad_token_id or 0
+        for at in range(0, len(order), self.config.accumulate):
+            group = []
+            for numbers in order[at : at + self.config.accumulate]:
+                batch = collate([self.rows.train[n] for n in numbers], pad, self.task)
+                if self.task == "masked":
+                    batch = mask_tokens(batch, mask_id(self.tokenizer), self.vocab_size, generator)
+                group.append(batch)
+            yield group
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU when there is one. Raises RequestError."""
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise RequestError(f"there is no device `{name}` here", "--device cpu, or auto") from None
+    if device.type == "meta":
+        raise RequestError("the meta device holds no weights to train", "--device cpu, or auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights; `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def assemble(
+    source: Source,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+) -> Job:
+    """Load the model, put the planned adapter in, and hold the two against each other."""
+    device = pick_device(config.device)
+    torch.manual_seed(config.seed)
+    model = load_model(source, pick_dtype(config.dtype, device), device)
+    peft_model = adapter.inject(model, plan, task)
+    if config.gradient_checkpointing:
+        checkpoint_activations(peft_model)
+    size = model.get_input_embeddings().weight.shape[0]
+    return Job(peft_model, task, config, plan, rows, tokenizer, size, device, folder, stop)
+
+
+def learning_rate(config: RunConfig, step: int, steps: int) -> float:
+    """The rate of optimizer step `step`, from 1 to `steps`: a linear warm-up, then the schedule."""
+    peak = config.learning_rate or 0.0
+    warm = config.warmup * steps if config.warmup < 1 else config.warmup
+    if step <= warm:
+        return peak * step / max(1.0, warm)
+    done = (step - warm - 1) / max(1.0, steps - warm)
+    match config.scheduler:
+        case "linear":
+            return peak * (1 - done)
+        case "cosine":
+            return peak * 0.5 * (1 + math.cos(math.pi * done))
+    return peak
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes at the highest mark: of the device's allocator on CUDA, of the process elsewhere."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def run(job: Job) -> Iterator[Event]:
+    """Train, saying what happens as it does; ends with the report, the run's folder in its place.
+
+    Raises RunError when the loss is no number or memory runs out, Interrupted when `job.stop`
+    asks for an end: the state is saved first. What was saved stays.
+    """
+    config, model = job.config, job.model
+    optimizer = torch.optim.AdamW(
+        job.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=job.device.type != "mps"
+    )
+    scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
+    forward = Forward.of(model, job.task)
+    held_out = Evaluator(job.rows.held_out, forward, job.batch_size, job.tokenizer, job.vocab_size, job.device)
+    state = _State()
+    if config.resume and job.folder.checkpoints:
+        state.load(checkpoint.restore(job.folder.checkpoints[-1], job.parameters, optimizer), job)
+
+    yield Started(
+        steps=job.steps,
+        epochs=config.epochs,
+        rows=len(job.rows.train),
+        held_out_rows=len(job.rows.held_out),
+        held_out_digest=job.rows.held_out_digest,
+        tokens=job.rows.tokens,
+        supervised_tokens=job.rows.supervised,
+        resumed_at=state.step,
+    )
+    if state.before is None:
+        state.before = held_out.loss(model)
+    yield Evaluated(0, state.before.loss, state.before.tokens)
+
+    model.train()
+    after: Loss | None = None
+    while state.step < job.steps:
+        epoch = state.step // job.steps_per_epoch + 1
+        done = state.step % job.steps_per_epoch
+        for number, group in enumerate(job.micro_batches(epoch)):
+            if number < done:  # done before the run was resumed
+                continue
+            started = time.perf_counter()
+            rate = learning_rate(config, state.step + 1, job.steps)
+            loss, norm = _optimizer_step(job, forward, optimizer, scaler, group, rate)
+            stepped = Stepped(
+                step=state.step + 1,
+                epoch=epoch,
+                loss=loss,
+                tokens=sum(b.tokens for b in group),
+                supervised_tokens=sum(b.supervised for b in group),
+                seconds=time.perf_counter() - started,
+                learning_rate=rate,
+                grad_norm=norm,
+            )
+            state.add(stepped)
+            yield stepped
+            if config.eval_steps and state.step % config.eval_steps == 0 and state.step < job.steps:
+                found = held_out.loss(model)
+                yield Evaluated(state.step, found.loss, found.tokens)
+            asked_to_stop = job.stop()
+            due = config.save_steps and state.step % config.save_steps == 0
+            if (due or asked_to_stop) and state.step < job.steps:
+                path = checkpoint.save(
+                    job.folder.work, state.step, job.parameters, optimizer, state.as_json(job)
+                )
+                yield Saved(state.step, str(path))
+            if asked_to_stop and state.step < job.steps:
+                raise Interrupted(
+                    f"interrupted after step {state.step} of {job.steps}; it is kept in `{job.folder.work}`",
+                    f"the same command with --resume -o {job.folder.target} goes on from there",
+                    asked_to_stop,
+                )
+            if state.step >= job.steps:
+                break
+        yield state.close_epoch(epoch)
+
+    after = held_out.loss(model)
+    yield Evaluated(state.step, after.loss, after.tokens)
+    yield _finish(job, state, after)
+
+
+def _optimizer_step(
+    job: Job,
+    forward: Forward,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    group: list[Batch],
+    rate: float,
+) -> tuple[float, float]:
+    """One optimizer step over its micro-batches: (loss per supervised token, gradient norm).
+
+    Each micro-batch's loss is divided by the supervised tokens of the whole step, so the step does
+    not depend on how it was split.
+    """
+    for settings in optimizer.param_groups:
+        settings["lr"] = rate
+    supervised = sum(batch.supervised for batch in group)
+    total = 0.0
+    try:
+        for batch in group:
+            loss = forward.loss_sum(job.model, batch.to(job.device)) / supervised
+            scaler.scale(loss).backward()
+            total += loss.item()
+        scaler.unscale_(optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(job.parameters.values(), job.config.max_grad_norm)
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"{job.device} ran out of memory at micro-batches of {job.batch_size} rows",
+            f"--batch-size {max(1, job.batch_size // 2)} --accumulate {job.config.accumulate * 2}, "
+            "or --gradient-checkpointing",
+        ) from None
+    if not math.isfinite(total):
+        raise RunError(
+            f"the loss is {total} at learning rate {rate:.2g}",
+            f"a lower --learning-rate, as {rate / 4:.1g}; or --dtype float32",
+        )
+    scaler.step(optimizer)
+    scaler.update()
+    optimizer.zero_grad(set_to_none=True)
+    return total, float(norm)
+
+
+@dataclass(slots=True)
+class _State:
+    """What the loop has done so far: all of it goes into a checkpoint."""
+
+    step: int = 0
+    before: Loss | None = None
+    tokens: int = 0
+    supervised: int = 0
+    seconds: float = 0.0
+    epochs: list[EpochDone] = field(default_factory=list)
+    epoch_loss: float = 0.0
+    epoch_supervised: int = 0
+    epoch_tokens: int = 0
+    epoch_seconds: float = 0.0
+
+    def add(self, done: Stepped) -> None:
+        self.step = done.step
+        self.tokens += done.tokens
+        self.supervised += done.supervised_tokens
+        self.seconds += done.seconds
+        self.epoch_loss += done.loss * done.supervised_tokens
+        self.epoch_supervised += done.supervised_tokens
+        self.epoch_tokens += done.tokens
+        self.epoch_seconds += done.seconds
+
+    def close_epoch(self, epoch: int) -> EpochDone:
+        done = EpochDone(
+            epoch,
+            self.epoch_loss / max(1, self.epoch_supervised),
+            self.epoch_tokens,
+            self.epoch_seconds,
+            self.epoch_tokens / max(1e-9, self.epoch_seconds),
+        )
+        self.epochs.append(done)
+        self.epoch_loss = self.epoch_seconds = 0.0
+        self.epoch_supervised = self.epoch_tokens = 0
+        return done
+
+    def as_json(self, job: Job) -> dict[str, Any]:
+        from lorafit.modelmap import jsonable
+
+        own = {name: jsonable(getattr(self, name)) for name in self.__slots__}
+        return {**own, "run": _fingerprint(job)}
+
+    def load(self, saved: dict[str, Any], job: Job) -> None:
+        """Take over a checkpoint's state. Raises RequestError when the run is another one."""
+        was, now = saved.pop("run"), _fingerprint(job)
+        changed = [name for name in now if was.get(name) != now[name]]
+        if changed:
+            name = changed[0]
+            raise RequestError(
+                f"this is not the run that was saved: {name} was {was.get(name)!r}, is {now[name]!r}",
+                "resume with the options it began with, or --overwrite to start anew",
+            )
+        for name, value in saved.items():
+            setattr(self, name, value)
+        if isinstance(saved["before"], dict):
+            self.before = Loss(**saved["before"])
+        self.epochs = [EpochDone(**row) for row in saved["epochs"]]
+
+
+def _fingerprint(job: Job) -> dict[str, Any]:
+    """What a resumed run must have in common with the one that was saved."""
+    config = job.config
+    names = (
+        "model preset layers rank alpha dropout epochs max_steps batch_size accumulate max_length "
+        "learning_rate scheduler warmup weight_decay max_grad_norm seed dtype"
+    ).split()
+    found = {name: getattr(config, name) for name in names}
+    return {
+        **found,
+        "modules": len(job.plan.modules),
+        "rows": len(job.rows.train),
+        "tokens": job.rows.tokens,
+        "held_out_digest": job.rows.held_out_digest,
+    }
+
+
+def _finish(job: Job, state: _State, after: Loss) -> TrainReport:
+    """Write adapter and tokenizer, put the folder in its place, and report."""
+    adapter.save(job.model, job.folder.work)
+    planned, saved = set(job.plan.modules), set(adapter.adapted(job.model))
+    adapter.compare(planned, saved)
+    job.tokenizer.save_pretrained(job.folder.work)
+    assert state.before is not None
+    return TrainReport(
+        output=str(job.folder.target),
+        trainable_params=job.plan.trainable_params,
+        steps=state.step,
+        tokens=state.tokens,
+        supervised_tokens=state.supervised,
+        seconds=state.seconds,
+        tokens_per_second=state.tokens / max(1e-9, state.seconds),
+        epochs=tuple(state.epochs),
+        peak_memory_bytes=peak_memory(job.device),
+        eval={"before": state.before, "after": after},
+    )
+
+
+def held_out_digest(folder: Path) -> str:
+    """The digest of the held-out rows that a finished run states in its events; empty when it has none."""
+    try:
+        with (folder / "events.jsonl").open(encoding="utf-8") as file:
+            for line in file:
+                event = json.loads(line)
+                if event.get("event") == "started":
+                    return str(event.get("held_out_digest", ""))
+    except (OSError, ValueError):
+        return ""
+    return ""
+
+
+def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
+    """The same events, each written to `events.jsonl`; after the last, the folder is put in its place.
+
+    A run that fails before its first checkpoint leaves nothing behind.
+    """
+    import yaml
+
+    from lorafit.events import record
+
+    folder = job.folder
+    run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
+    (folder.work / "run.yaml").write_text(run_file, encoding="utf-8")
+    finished = False
+    try:
+        with (folder.work / "events.jsonl").open("a", encoding="utf-8") as log:
+            for event in events:
+                log.write(json.dumps(record(event)) + "\n")
+                if isinstance(event, (Saved, TrainReport)):
+                    log.flush()
+                if isinstance(event, TrainReport):
+                    log.close()
+                    folder.finish()
+                    finished = True
+                yield event
+    finally:
+        if not finished:
+            folder.abandon()

@@ -1,0 +1,98 @@
+"""Quantities as text, and text as quantities: one rounding rule for everything that is printed.
+
+Three significant figures, a thin scale (`k`, `M`, `G`, `T`), decimal bytes (1 MB = 10^6 bytes).
+"""
+
+from __future__ import annotations
+
+import re
+
+from lorafit.errors import RequestError
+
+SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
+
+
+def figures(value: float, digits: int = 3) -> str:
+    """`12.3`, `4.57`, `850`: that many significant figures, never an exponent."""
+    if value == 0:
+        return "0"
+    size = abs(value)
+    whole = len(str(int(size))) if size >= 1 else 0
+    if whole == 0:
+        return f"{value:.{digits}g}" if size >= 1e-4 else f"{value:.1e}"
+    return f"{value:,.{max(0, digits - whole)}f}"
+
+
+def scaled(value: float) -> tuple[str, str]:
+    """The figures and the scale's letter: `("1.24", "M")`; the rounding may carry upwards."""
+    for number, (size, letter) in enumerate(SCALES):
+        if abs(value) >= size * 0.9995:
+            text = figures(value / size)
+            if text == "1,000" and number:
+                return "1.00", SCALES[number - 1][1]
+            return text, letter
+    return figures(value), ""
+
+
+def short(count: float) -> str:
+    """A count in short: `950`, `41.2k`, `2.50 M`, `70.6 B` (a thousand million is said B)."""
+    text, letter = scaled(count)
+    if letter == "k":
+        return f"{text}k"
+    return f"{text} {'B' if letter == 'G' else letter}" if letter else text
+
+
+def count(number: int) -> str:
+    """A whole number in full: `69,120`."""
+    return f"{number:,}"
+
+
+def bytes_text(number: float) -> str:
+    """A size: `15.0 MB`, `141 GB`, `512 B`."""
+    text, letter = scaled(number)
+    return f"{text} {letter}B"
+
+
+def seconds_text(seconds: float) -> str:
+    """A duration: `0.8 s`, `21 s`, `4 min 10 s`, `3 h 05 min`, `2 d 4 h`."""
+    if seconds < 9.95:
+        return f"{seconds:.1f} s"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    minutes = round(seconds / 60)
+    if minutes < 48 * 60:
+        return f"{minutes // 60} h {minutes % 60:02d} min"
+    hours = round(seconds / 3600)
+    return f"{hours // 24} d {hours % 24} h"
+
+
+def percent(part: float, whole: float) -> str:
+    """A share: `2.7 %`, `0.024 %`."""
+    return f"{figures(100 * part / whole, 2)} %" if whole else "0 %"
+
+
+def index_ranges(indices: tuple[int, ...]) -> str:
+    """Whole numbers in short: `(0, 1, 2, 5)` is `0–2, 5`."""
+    runs: list[list[int]] = []
+    for index in indices:
+        if runs and index == runs[-1][-1] + 1:
+            runs[-1].append(index)
+        else:
+            runs.append([index])
+    return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
+
+
+def parse_bytes(text: str) -> int:
+    """`24GB`, `500 MB`, `16GiB` as bytes.
+
+    Raises RequestError for what is no size.
+    """
+    sizes = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
+    sizes |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
+    if not found or float(found[1]) == 0:
+        raise RequestError(f"`{text}` is no size", "write it as `24GB` or `16GiB`")
+    return int(float(found[1]) * sizes[found[2] or ""])
