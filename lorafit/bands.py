@@ -73,14 +73,14 @@ class LayerChoice:
     def _check(self, term: str) -> None:
         if term in BANDS or term in self.bands:
             return
-        if found := re.fullmatch(r"(\d+)(?:-(\d*))?", term):
+        if found := re.fullmatch(r"([0-9]+)(?:-([0-9]*))?", term):
             first, last = found.groups()
             if last and int(last) < int(first):
                 raise RequestError(
                     f"layers `{term}` run backwards", f"write it as `{last}-{first}`"
                 )
             return
-        if re.fullmatch(r"(first|last):[1-9]\d*", term):
+        if re.fullmatch(r"(first|last):[1-9][0-9]*", term):
             return
         if not term:
             raise RequestError(f"an empty term in layers `{self.text}`", WAYS)

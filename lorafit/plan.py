@@ -440,5 +440,6 @@ def _beside(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> tuple[int
         if s.kind != "parameter" and (lora.bias == "all" or s.path in adapted)
     )
     if lora.bias == "all":
-        biases += sum(r.params for r in model_map.uncovered if r.reason == "bias")
+        # PEFT unfreezes every parameter with `bias` in its name, T5's relative positions too
+        biases += sum(r.params for r in model_map.uncovered if "bias" in r.path)
     return saved, biases

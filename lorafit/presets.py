@@ -103,7 +103,7 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or "it is no YAML"
-        raise RequestError(f"{what} `{path}`{where}: {why}") from None
+        raise RequestError(f"{what} `{path}{where}`: {why}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{what} `{path}` cannot be read: {error}") from None
     if data is None:

@@ -150,8 +150,10 @@ def _unknown_type(source: Source, kind: Any, known: list[str]) -> RequestError:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return text[0][:200] if text else type(error).__name__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if len(lines) > 1 and lines[0].endswith(":"):
+        return f"{lines[0]} {lines[1]}"[:240]
+    return lines[0][:240] if lines else type(error).__name__
 
 
 # -- which class ----------------------------------------------------------------------------
@@ -194,7 +196,6 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for table in (
         auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
         auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
-        auto.MODEL_MAPPING_NAMES,
     ):
         if kind in table:
             name = table[kind]

@@ -24,13 +24,11 @@ def figures(value: float, digits: int = 3) -> str:
 
 
 def scaled(value: float) -> tuple[str, str]:
-    """The figures and the scale's letter: `("1.24", "M")`; the rounding may carry upwards."""
-    for number, (size, letter) in enumerate(SCALES):
-        if abs(value) >= size * 0.9995:
-            text = figures(value / size)
-            if text == "1,000" and number:
-                return "1.00", SCALES[number - 1][1]
-            return text, letter
+    """The figures and the scale's letter: `("1.24", "M")`; rounded first, so 999,600 is 1.00 M."""
+    rounded = float(f"{value:.3g}")
+    for size, letter in SCALES:
+        if abs(rounded) >= size:
+            return figures(rounded / size), letter
     return figures(value), ""
 
 

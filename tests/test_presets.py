@@ -1,0 +1,131 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lorafit.errors import RequestError
+from lorafit.presets import load, names, parse
+from lorafit.roles import Role
+
+OURS = Path(__file__).parent.parent / "presets"
+
+
+def test_the_five_strategies():
+    assert names() == ("basic", "attention", "extended", "ffn", "all")
+    roles = {name: " ".join(load(name).roles) for name in names()}
+    assert roles == {
+        "basic": "q v", "attention": "q k v", "extended": "q k v o", "ffn": "gate up down",
+        "all": "q k v o gate up down",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("path", sorted(OURS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_every_preset_opens_with_its_command(path):
+    preset = load(path.stem)
+    assert path.read_text().startswith(f"# lorafit train MODEL --preset {path.stem}")
+    assert preset.description and preset.lora.dropout == 0 and preset.lora.bias == "none"
+    assert preset.lora.modules_to_save == () and preset.layers == "all"
+
+
+def write(folder: Path, **data) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(yaml.safe_dump(data))
+    return str(path)
+
+
+def test_a_preset_of_ones_own(tmp_path):
+    path = write(
+        tmp_path, description="ends", roles=["v", "q"], layers="ends", bands={"ends": "first:1,last:1", "core": [0.25, 0.75]},
+        lora={"r": 4, "alpha": 8, "use_rslora": True}, training={"epochs": 1, "learning_rate": 1e-4},
+    )  # fmt: skip
+    preset = load(path)
+    assert preset.name == "mine" and preset.roles == (Role.Q, Role.V) and preset.lora.r == 4
+    assert preset.choice().indices(12) == (0, 11) and preset.choice("core").indices(12) == tuple(range(3, 9))
+
+
+def test_literal_modules_and_layers(tmp_path):
+    preset = load(write(tmp_path, modules=["q_proj", "v_proj"], layers_to_transform=[0, 1, 2]))
+    assert preset.modules == ("q_proj", "v_proj") and preset.choice().indices(12) == (0, 1, 2)
+
+
+@pytest.mark.parametrize(
+    "data, word",
+    [
+        ({"roles": ["q"], "layer": "high"}, "did you mean `layers`"),
+        ({"roles": ["q", "gaet"]}, "did you mean `gate`"),
+        ({"roles": ["q"], "layers": "hihg"}, "is no choice of layers"),
+        ({"roles": ["q"], "lora": {"rank": 8}}, "unknown key `lora.rank`"),
+        ({"roles": ["q"], "lora": {"r": "8"}}, "a whole number above 0"),
+        ({"roles": ["q"], "lora": {"r": True}}, "a whole number above 0"),
+        ({"roles": ["q"], "lora": {"dropout": 1.0}}, "from 0 up to 1"),
+        ({"roles": ["q"], "training": {"epoch": 3}}, "did you mean `epochs`"),
+        ({"roles": ["q"], "training": {"learning_rate": -1}}, "training.learning_rate"),
+        ({"roles": ["q"], "training": {"output": "x"}}, "unknown key `training.output`"),
+        ({"roles": "q"}, "a list of roles"),
+        ({"roles": ["q"], "modules": ["q_proj"]}, "say the same thing twice"),
+        ({"layers": "high"}, "neither `roles` nor `modules`"),
+        ({"roles": ["q"], "bands": {"low": [0, 1]}}, "has a meaning already"),
+        ({"roles": ["q"], "bands": {"x": [0.9, 0.1]}}, "two fractions"),
+        ({"roles": ["q"], "layers_to_transform": [-1]}, "a list of layer numbers"),
+    ],
+)
+def test_what_is_wrong_is_named(data, word):
+    with pytest.raises(RequestError) as error:
+        parse(data, "mine")
+    assert word in f"{error.value.message} {error.value.hint}"
+
+
+def test_all_faults_at_once():
+    with pytest.raises(RequestError) as error:
+        parse({"roles": ["w"], "layer": 1, "lora": {"r": 0}}, "mine")
+    assert all(word in error.value.message for word in ("`w` is no role", "`layer`", "`lora.r`"))
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("", "is empty"), ("- q\n- v\n", "no mapping"), ("roles: [q\n", "mine.yaml:2`"),
+        ("a: &x [q]\nroles: *x\n", "aliases are not read"), ("roles: !!python/object:os.system [q]\n", "tag"),
+        ("roles: [q]\nroles: [v]\n", "stands there twice"), ("\x00", "mine.yaml"),
+    ],
+)  # fmt: skip
+def test_yaml_that_is_none_of_ours(tmp_path, text, word):
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    with pytest.raises(RequestError) as error:
+        load(str(path))
+    assert word in error.value.message
+
+
+def test_no_such_preset(tmp_path):
+    with pytest.raises(RequestError) as error:
+        load("fnn")
+    assert "`ffn`" in error.value.hint
+    for name in (str(tmp_path / "none.yaml"), "../basic", ""):
+        with pytest.raises(RequestError):
+            load(name)
+    (tmp_path / "latin.yaml").write_bytes(b"description: caf\xe9\n")
+    with pytest.raises(RequestError) as error:
+        load(str(tmp_path / "latin.yaml"))
+    assert "UTF-8" in error.value.message
+
+
+json_like = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=8,
+)
+keys = st.sampled_from(["roles", "layers", "lora", "training", "bands", "modules", "layers_to_transform", "description"])
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.dictionaries(keys, json_like, max_size=5))
+def test_anything_is_a_preset_or_an_error(data):
+    try:
+        preset = parse(data, "mine")
+    except RequestError as error:
+        assert error.message
+    else:
+        assert preset.roles or preset.modules

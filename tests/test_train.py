@@ -1,0 +1,206 @@
+import json
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, build_model, tokenizer
+from peft import PeftModel
+from safetensors.torch import load_file
+
+from lorafit import adapter, data, train
+from lorafit.checkpoint import RunFolder
+from lorafit.config import derive_from_model, derive_from_rows, settle
+from lorafit.errors import Interrupted, RequestError, RunError
+from lorafit.events import Evaluated, Saved, Stepped, TrainReport
+from lorafit.plan import resolve
+from lorafit.step import Forward
+from lorafit.survey import find, load_tokenizer, survey
+
+
+def job_for(model, output, stop=lambda: 0, **flags):
+    """A job as the command makes it."""
+    config, preset = settle({"model": str(model), **flags})
+    source = find(config.model)
+    found = survey(source)
+    config = derive_from_model(config, found)
+    exclude = ["feed-forward", "shared-experts"] if found.reinterpreted else []
+    plan = resolve(found, preset, config.layers, exclude=exclude)
+    found_tokenizer = load_tokenizer(source.place, source.name)
+    rows = data.load(config, found_tokenizer, found.task, found.vocab_size)
+    config = derive_from_rows(config, rows.mean_tokens)
+    folder = RunFolder(output)
+    folder.open(config.overwrite, config.resume)
+    return train.assemble(source, config, plan, rows, found_tokenizer, found.task, folder, stop)
+
+
+def events_of(job):
+    return list(train.recorded(job, train.run(job)))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_path, family):
+    """The loss falls, and what is saved gives the same logits through PEFT's own loader."""
+    output = tmp_path / "run"
+    job = job_for(tiny(family), output, data=(str(pairs),), preset="all", layers="last:2",
+                  max_steps=12, batch_size=8, learning_rate=2e-2, max_length=100)
+    report = events_of(job)[-1]
+    assert isinstance(report, TrainReport) and report.steps == 12
+    assert report.eval["after"].loss < report.eval["before"].loss - 0.1
+
+    batch = data.collate(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
+    forward = Forward.of(job.model, job.task)
+    job.model.eval()
+    with torch.no_grad():
+        wanted, _ = forward.logits(job.model, batch)
+        plain = PeftModel.from_pretrained(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
+        got, _ = forward.logits(plain.eval(), batch)
+        attached = adapter.attach(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
+        mine, _ = forward.logits(attached.eval(), batch)
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
+
+
+def losses(events):
+    return [e.loss for e in events if isinstance(e, (Stepped, Evaluated))]
+
+
+def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny, pairs, tmp_path):
+    flags = {"data": (str(pairs),), "epochs": 2, "batch_size": 8, "dropout": 0.1}
+    one, two = (events_of(job_for(tiny("llama"), tmp_path / n, **flags)) for n in ("a", "b"))
+    other = events_of(job_for(tiny("llama"), tmp_path / "c", seed=1, **flags))
+    assert losses(one) == losses(two) != losses(other)
+    assert load_file(tmp_path / "a" / adapter.WEIGHTS).keys() == load_file(tmp_path / "b" / adapter.WEIGHTS).keys()
+    assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
+    assert (tmp_path / "a" / adapter.CONFIG).read_bytes() == (tmp_path / "b" / adapter.CONFIG).read_bytes()
+
+
+def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
+    """Four micro-batches of two rows or one of eight: the loss counts tokens over the whole step."""
+    job = job_for(tiny("llama"), tmp_path / "a", data=(str(pairs),), batch_size=8)
+    rows = list(job.rows.train[:8])
+    forward = Forward.of(job.model, "causal")
+    supervised = sum(r.supervised for r in rows)
+    grads = []
+    for size in (8, 2):
+        job.model.zero_grad()
+        for at in range(0, 8, size):
+            (forward.loss_sum(job.model, data.collate(rows[at : at + size], 0, "causal")) / supervised).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in job.parameters.values()]))
+    torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stop_after", [3, 5, 8])
+def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
+    flags = {"data": (str(pairs),), "epochs": 2, "batch_size": 4, "dropout": 0.1, "eval_steps": 4}
+    straight = events_of(job_for(tiny("llama"), tmp_path / "a", **flags))
+
+    seen = []
+    job = job_for(tiny("llama"), tmp_path / "b", stop=lambda: 15 if len(seen) >= stop_after - 1 else 0, **flags)
+    with pytest.raises(Interrupted) as end:
+        for event in train.recorded(job, train.run(job)):
+            seen += [event] if isinstance(event, Stepped) else []
+    assert end.value.exit_code == 143 and "--resume" in end.value.hint
+    assert not (tmp_path / "b").exists() and job.folder.checkpoints
+    resumed = events_of(job_for(tiny("llama"), tmp_path / "b", resume=True, **flags))
+    assert losses(resumed)[-3:] == losses(straight)[-3:]
+    one, two = straight[-1], resumed[-1]
+    assert (one.tokens, one.steps, one.eval) == (two.tokens, two.steps, two.eval)
+    assert [(e.epoch, e.loss, e.tokens) for e in one.epochs] == [(e.epoch, e.loss, e.tokens) for e in two.epochs]
+    assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
+    assert not list((tmp_path / "b").glob("checkpoint-*"))
+
+
+def test_another_run_cannot_be_resumed(tiny, pairs, tmp_path):
+    flags = {"data": (str(pairs),), "epochs": 2, "batch_size": 4, "save_steps": 3, "max_steps": 8}
+    job = job_for(tiny("llama"), tmp_path / "b", stop=lambda: 2, **flags)
+    with pytest.raises(Interrupted):
+        events_of(job)
+    with pytest.raises(RequestError, match="learning_rate was"):
+        events_of(job_for(tiny("llama"), tmp_path / "b", resume=True, learning_rate=1e-5, **flags))
+    with pytest.raises(RequestError, match="an unfinished run lies"):
+        job_for(tiny("llama"), tmp_path / "b", **flags)
+
+
+def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path):
+    job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=3)
+    next(iter(job.parameters.values())).data.fill_(math.inf)
+    with pytest.raises(RunError, match="the loss is nan"):
+        events_of(job)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_old_run_stays_until_the_new_one_is_whole(tiny, pairs, tmp_path):
+    flags = {"data": (str(pairs),), "max_steps": 2}
+    events_of(job_for(tiny("llama"), tmp_path / "r", **flags))
+    old = (tmp_path / "r" / adapter.WEIGHTS).read_bytes()
+    with pytest.raises(RequestError, match="exists"):
+        job_for(tiny("llama"), tmp_path / "r", **flags)
+    job = job_for(tiny("llama"), tmp_path / "r", overwrite=True, seed=5, **flags)
+    for event in train.recorded(job, train.run(job)):
+        if isinstance(event, Stepped):
+            assert (tmp_path / "r" / adapter.WEIGHTS).read_bytes() == old
+    assert (tmp_path / "r" / adapter.WEIGHTS).read_bytes() != old
+    assert [p.name for p in tmp_path.iterdir()] == ["r"]
+
+
+def test_a_finished_run_says_what_it_did(tiny, pairs, tmp_path):
+    events = events_of(job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=2, batch_size=8, save_steps=4))
+    lines = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
+    assert len(lines) == len(events) and lines[0]["event"] == "started" and lines[-1]["event"] == "report"
+    assert any(isinstance(e, Saved) for e in events)
+    report = events[-1]
+    steps = [e for e in events if isinstance(e, Stepped)]
+    assert report.tokens == sum(e.tokens for e in steps) == sum(e.tokens for e in report.epochs)
+    assert report.seconds == pytest.approx(sum(e.seconds for e in steps))
+    assert len(report.epochs) == 2 and report.peak_memory_bytes > 10**8
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "opt", "mixtral"])
+def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_path, family):
+    """Recomputed activations: the same gradients, and no block under the lowest adapter runs backward."""
+    grads, ran = [], []
+    for on in (False, True):
+        job = job_for(tiny(family), tmp_path / str(on), data=(str(pairs),), preset="attention", layers="3",
+                      gradient_checkpointing=on, batch_size=4)
+        blocks = job.model.get_base_model().get_submodule(job.plan.slots[0].stack)
+        for block in blocks:
+            for module in block.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+        calls = []
+        for number, block in enumerate(blocks):
+            block.register_full_backward_hook(lambda m, i, o, n=number: calls.append(n))
+        job.model.train()
+        forward = Forward.of(job.model, "causal")
+        forward.loss_sum(job.model, data.collate(list(job.rows.train[:4]), 0, "causal")).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in job.parameters.values()]))
+        ran.append(set(calls))
+    assert torch.equal(*grads)
+    assert ran == [{3}, {3}]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
+def test_the_rate_warms_up_and_falls(scheduler):
+    config = replace(settle({})[0], learning_rate=1.0, scheduler=scheduler, warmup=0.1)
+    rates = [train.learning_rate(config, step, 100) for step in range(1, 101)]
+    assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0
+    assert all(a >= b > 0 for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert rates[-1] == (1.0 if scheduler == "constant" else pytest.approx(0, abs=0.02))
+    assert train.learning_rate(replace(config, warmup=20), 10, 100) == 0.5
+
+
+def test_devices_that_are_not_there():
+    for name in ("cuda:99", "gpu", "meta", "cuda" if not torch.cuda.is_available() else "cuda:77"):
+        with pytest.raises(RequestError):
+            train.pick_device(name)
+    assert train.pick_dtype("auto", torch.device("cpu")) is torch.float32
+
+
+def test_a_masked_model_needs_a_mask_token(pairs, tmp_path):
+    folder = tmp_path / "m"
+    build_model("bert").save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    with pytest.raises(RequestError, match="mask token"):
+        events_of(job_for(folder, tmp_path / "r", data=(str(pairs),), max_steps=1))
+    assert not (tmp_path / "r").exists() and not (tmp_path / "r.partial").exists()

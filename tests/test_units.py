@@ -1,0 +1,41 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from lorafit.errors import RequestError
+from lorafit.units import bytes_text, figures, index_ranges, parse_bytes, percent, seconds_text, short
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [(0, "0"), (950, "950"), (41_234, "41.2k"), (999_999, "1.00 M"), (2_525_184, "2.53 M"),
+     (70_553_706_496, "70.6 B"), (999.6, "1.00k")],
+)  # fmt: skip
+def test_short(value, text):
+    assert short(value) == text
+
+
+def test_sizes_and_times():
+    assert bytes_text(141e9) == "141 GB" and bytes_text(512) == "512 B" and bytes_text(15e6) == "15.0 MB"
+    assert [seconds_text(s) for s in (0.84, 21, 250, 11_100, 187_200)] == [
+        "0.8 s", "21 s", "4 min 10 s", "3 h 05 min", "2 d 4 h",
+    ]  # fmt: skip
+    assert seconds_text(59.7) == "1 min 00 s"
+    assert percent(27, 1000) == "2.7 %" and figures(0.0043, 2) == "0.0043"
+
+
+@given(st.lists(st.integers(0, 500), unique=True).map(sorted))
+def test_ranges_say_every_index(indices):
+    said = []
+    for part in index_ranges(tuple(indices)).split(", "):
+        if part:
+            first, _, last = part.partition("–")
+            said += range(int(first), int(last or first) + 1)
+    assert said == indices
+
+
+def test_sizes_are_read():
+    assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes("16 GiB") == 16 * 2**30 and parse_bytes("500m") == 5 * 10**8
+    for text in ("", "GB", "-1GB", "0", "24 apples"):
+        with pytest.raises(RequestError):
+            parse_bytes(text)
