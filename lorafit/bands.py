@@ -41,9 +41,7 @@ class Band:
 
 LOW = Band("low", Fraction(0), Fraction(1, 3), "basic language, syntax, simple patterns")
 MID = Band("mid", Fraction(1, 3), Fraction(3, 4), "meaning, context, abstraction")
-HIGH = Band(
-    "high", Fraction(3, 4), Fraction(1), "complex reasoning, high-level understanding, generation"
-)
+HIGH = Band("high", Fraction(3, 4), Fraction(1), "complex reasoning, high-level understanding, generation")
 ALL = Band("all", Fraction(0), Fraction(1), "every layer")
 BANDS: dict[str, Band] = {band.name: band for band in (LOW, MID, HIGH, ALL)}
 TILED_FROM = 3  # the least depth at which low, mid and high are all there
@@ -76,9 +74,7 @@ class LayerChoice:
         if found := re.fullmatch(r"([0-9]+)(?:-([0-9]*))?", term):
             first, last = found.groups()
             if last and int(last) < int(first):
-                raise RequestError(
-                    f"layers `{term}` run backwards", f"write it as `{last}-{first}`"
-                )
+                raise RequestError(f"layers `{term}` run backwards", f"write it as `{last}-{first}`")
             return
         if re.fullmatch(r"(first|last):[1-9][0-9]*", term):
             return

@@ -92,13 +92,19 @@ def free_name(folder: Path, stem: str) -> Path:
 
 
 def save(
-    folder: Path, step: int, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer, state: dict[str, Any]
+    folder: Path,
+    step: int,
+    parameters: dict[str, torch.nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict[str, Any],
 ) -> Path:
     """Write `checkpoint-STEP`: adapters, AdamW's moments, random state, and the loop's own `state`."""
     beside = folder / f".checkpoint-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file({name: p.detach().contiguous() for name, p in parameters.items()}, beside / "adapter.safetensors")
+    save_file(
+        {name: p.detach().contiguous() for name, p in parameters.items()}, beside / "adapter.safetensors"
+    )
     moments = {
         f"{name}/{key}": value.detach().contiguous() if torch.is_tensor(value) else torch.tensor(value)
         for name, p in parameters.items()

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from lorafit.config import RunConfig
     from lorafit.modelmap import ModelMap
     from lorafit.plan import Plan
-    from lorafit.show import Screen
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -150,10 +149,20 @@ Overwrite = Annotated[Optional[bool], _option("overwrite", OUTPUT)]
 Resume = Annotated[Optional[bool], _option("resume", OUTPUT)]
 Config = Annotated[
     Optional[str],
-    typer.Option("--config", help="A run file, as `run.yaml`; flags override it.", rich_help_panel=OUTPUT, show_default=False),
+    typer.Option(
+        "--config",
+        help="A run file, as `run.yaml`; flags override it.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT, show_default=False)]
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="No talk on stderr.", rich_help_panel=OUTPUT, show_default=False)]
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT, show_default=False),
+]
+Quiet = Annotated[
+    bool, typer.Option("--quiet", "-q", help="No talk on stderr.", rich_help_panel=OUTPUT, show_default=False)
+]
 
 
 def _set_debug(value: bool) -> None:
@@ -163,7 +172,13 @@ def _set_debug(value: bool) -> None:
 
 Debug = Annotated[
     bool,
-    typer.Option("--debug", help="Show where an error came from.", rich_help_panel=OUTPUT, callback=_set_debug, show_default=False),
+    typer.Option(
+        "--debug",
+        help="Show where an error came from.",
+        rich_help_panel=OUTPUT,
+        callback=_set_debug,
+        show_default=False,
+    ),
 ]
 
 
@@ -176,7 +191,10 @@ def _print_version(value: bool) -> None:
 @app.callback()
 def top(
     version: Annotated[
-        bool, typer.Option("--version", help="Show the version.", callback=_print_version, is_eager=True, show_default=False)
+        bool,
+        typer.Option(
+            "--version", help="Show the version.", callback=_print_version, is_eager=True, show_default=False
+        ),
     ] = False,
 ) -> None:
     """LoRA in chosen modules of chosen layers: see what a model holds, plan, train, evaluate, merge."""
@@ -199,7 +217,7 @@ def inspect(model: Model = "demo", json: Json = False, debug: Debug = False) -> 
     if json:
         screen.document(found)
     else:
-        show_map(screen, found)
+        show_map(screen, found, model)
 
 
 @app.command()
@@ -234,8 +252,21 @@ def plan(
     dtype: Dtype = None,
     gradient_checkpointing: Checkpointing = None,
     config: Config = None,
-    matrix: Annotated[bool, typer.Option("--matrix", help="Every strategy × band in one table.", rich_help_panel=OUTPUT, show_default=False)] = False,
-    estimate: Annotated[bool, typer.Option("--estimate/--no-estimate", help="Estimate the memory of a step.", rich_help_panel=OUTPUT, show_default=False)] = True,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Every strategy × band in one table.", rich_help_panel=OUTPUT, show_default=False
+        ),
+    ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate",
+            help="Estimate the memory of a step.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = True,
     json: Json = False,
     debug: Debug = False,
 ) -> None:
@@ -266,7 +297,7 @@ def plan(
     if json:
         screen.document({**made.as_json(), "estimate": cost.as_json() if cost else None})
     else:
-        show.show_plan(screen, made, found, cost)
+        show.show_plan(screen, made, found, cost, settings.model)
 
 
 @app.command()
@@ -366,13 +397,31 @@ def train(
 
 @app.command(name="eval")
 def evaluate(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False)],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+        ),
+    ],
     data: Data = None,
     format: Format = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
-    samples: Annotated[int, typer.Option("--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=OUTPUT)] = 3,
-    model: Annotated[Optional[str], typer.Option("--model", help="The base, where it is not where the adapter says.", rich_help_panel=DATA, show_default=False)] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=OUTPUT
+        ),
+    ] = 3,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            "--model",
+            help="The base, where it is not where the adapter says.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     dtype: Dtype = None,
     device: Device = None,
     json: Json = False,
@@ -438,10 +487,23 @@ def evaluate(
 
 @app.command()
 def merge(
-    adapter: Annotated[str, typer.Argument(metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False)],
+    adapter: Annotated[
+        str,
+        typer.Argument(
+            metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+        ),
+    ],
     output: Output = None,
     overwrite: Overwrite = None,
-    model: Annotated[Optional[str], typer.Option("--model", help="The base, where it is not where the adapter says.", rich_help_panel=DATA, show_default=False)] = None,
+    model: Annotated[
+        Optional[str],
+        typer.Option(
+            "--model",
+            help="The base, where it is not where the adapter says.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -588,7 +650,9 @@ def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
 
     path = Path(adapter) / "run.yaml"
     if not path.is_file():
-        raise RequestError(f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data")
+        raise RequestError(
+            f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data"
+        )
     settings, _ = settle({}, str(path))
     rows = data.load(settings, tokenizer, found.task, found.vocab_size)
     if rows.held_out_digest != train.held_out_digest(Path(adapter)):

@@ -221,4 +221,3 @@ def derive_from_rows(config: RunConfig, mean_tokens: float) -> RunConfig:
     return config.derived(
         "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens a step at {mean_tokens:.0f} a row"
     )
-

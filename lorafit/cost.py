@@ -7,8 +7,9 @@ formulas below, which count what autograd keeps and leave out the allocator's ow
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
-from lorafit.modelmap import ModelMap, Slot
+from lorafit.modelmap import ModelMap, Slot, jsonable
 from lorafit.plan import ADAPTER_ITEMSIZE, Plan
 from lorafit.roles import Part
 
@@ -73,9 +74,8 @@ class Estimate:
     flops_per_token: Flops
     assumptions: tuple[str, ...]
 
-    def as_json(self) -> dict:
-        from lorafit.modelmap import jsonable
-
+    def as_json(self) -> dict[str, Any]:
+        """The `estimate` of `plan --json`; the memory's terms sum to its `peak`."""
         memory = {**jsonable(self.memory), "peak": self.memory.peak}
         return {**jsonable(self), "memory": memory}
 

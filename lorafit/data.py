@@ -130,9 +130,7 @@ def read(spec: str, format: str) -> tuple[list[Example], str]:
             return _read_text(path, format)
         if path.suffix in (".jsonl", ".json"):
             return _examples(_read_json(path), spec, format)
-        raise RequestError(
-            f"`{spec}` is no kind of file that is read here", "data are .jsonl, .json or .txt"
-        )
+        raise RequestError(f"`{spec}` is no kind of file that is read here", "data are .jsonl, .json or .txt")
     name, *rest = spec.split(":")
     if "/" in name and HUB_ID.fullmatch(name) and not name.endswith((".jsonl", ".json", ".txt")):
         return _examples(_read_hub(spec, name, rest), spec, format)
@@ -374,6 +372,11 @@ class Tokens:
 
     def _conversation(self, example: Example) -> Row:
         """A conversation through the chat template; what the assistant says, to its end token, is learned."""
+        if self.tokenizer.chat_template is None:
+            self.tokenizer.chat_template = DEFAULT_TEMPLATE
+            self.notes.append(
+                "the tokenizer has no chat template: turns are written `User: …`, `Assistant: …`"
+            )
         messages = list(example.messages)
         whole = self._render(messages, example.where)
         spans = []
@@ -405,9 +408,7 @@ class Tokens:
     def _render(self, messages: list[Message], where: str, opened: bool = False) -> str:
         try:
             return str(
-                self.tokenizer.apply_chat_template(
-                    messages, tokenize=False, add_generation_prompt=opened
-                )
+                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
             )
         except Exception as error:  # a template may raise anything; jinja has kinds of its own
             raise RequestError(f"`{where}`: the chat template refuses it: {error}") from None
@@ -415,9 +416,7 @@ class Tokens:
     def _with_offsets(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
         """Ids of a rendered text and the characters each stands for."""
         if self.tokenizer.is_fast:
-            made = self.tokenizer(
-                text, add_special_tokens=False, return_offsets_mapping=True, verbose=False
-            )
+            made = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
             return list(made["input_ids"]), [tuple(pair) for pair in made["offset_mapping"]]
         raise RequestError(
             "this model has no fast tokenizer, which conversations need to mark the assistant's part",
@@ -477,9 +476,6 @@ def load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab
         raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
     data = config.data or (str(demo.TRAIN),)
     apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_TEMPLATE
-        maker.notes.append("no chat template: conversations are written as `User: …`, `Assistant: …`")
 
     train: list[Row] = []
     kept: list[Row] = []
@@ -513,8 +509,7 @@ def load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab
     if not train or not kept:
         which = "training" if not train else "held-out"
         raise RequestError(
-            f"no {which} row is left: {maker.dropped} had nothing to learn within "
-            f"{config.max_length} tokens",
+            f"no {which} row is left: {maker.dropped} had nothing to learn within {config.max_length} tokens",
             "raise --max-length, or look at the data",
         )
     notes = list(maker.notes)
@@ -527,12 +522,15 @@ def load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab
 
 
 def read_eval_rows(
-    specs: Sequence[str], format: str, tokenizer: PreTrainedTokenizerBase, task: str, max_length: int, vocab_size: int
+    specs: Sequence[str],
+    format: str,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    max_length: int,
+    vocab_size: int,
 ) -> list[Row]:
     """All rows of those files, for evaluation. Raises RequestError as `load` does."""
     prepare(tokenizer)
-    if tokenizer.chat_template is None:
-        tokenizer.chat_template = DEFAULT_TEMPLATE
     maker = Tokens(tokenizer, task, max_length, vocab_size)
     rows: list[Row] = []
     for spec in specs:
@@ -551,6 +549,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
 
 
 # -- batches --------------------------------------------------------------------------------
+
 
 # B rows, T tokens of the longest row, S tokens of the longest target
 @dataclass(frozen=True, slots=True)

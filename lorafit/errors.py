@@ -1,9 +1,9 @@
 """What can go wrong, said in one line and a next step; and the exit codes.
 
-    0  done
-    1  the run failed (out of memory, a loss that is no number, a merge that did not verify)
-    2  the request was wrong (no such model, layer, file; nothing was done, nothing is left behind)
-    130, 143  interrupted by Ctrl-C, by SIGTERM
+0  done
+1  the run failed (out of memory, a loss that is no number, a merge that did not verify)
+2  the request was wrong (no such model, layer, file; nothing was done, nothing is left behind)
+130, 143  interrupted by Ctrl-C, by SIGTERM
 """
 
 from __future__ import annotations

@@ -192,7 +192,12 @@ def merge(
 
 
 def _stream(
-    folder: Path, config: dict[str, Any], base: Path, model_map: ModelMap, work: Path, tick: Callable[[int, int], None]
+    folder: Path,
+    config: dict[str, Any],
+    base: Path,
+    model_map: ModelMap,
+    work: Path,
+    tick: Callable[[int, int], None],
 ) -> int | None:
     """Write the merged shards; the number of tensors changed, or None when a name has no home."""
     added = deltas(folder, config, model_map)

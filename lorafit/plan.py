@@ -13,7 +13,7 @@ from typing import Any
 
 from lorafit.bands import LayerChoice
 from lorafit.errors import RequestError, closest
-from lorafit.modelmap import ModelMap, Slot, Stack
+from lorafit.modelmap import ModelMap, Slot, Stack, Uncovered
 from lorafit.presets import Lora, Preset
 from lorafit.roles import ATTENTIONS, DEFAULT_PARTS, FEED_FORWARDS, Part, Role
 from lorafit.spelling import Spelling, pattern_value, spell
@@ -193,9 +193,7 @@ def _parts(include: Sequence[str], exclude: Sequence[str]) -> frozenset[Part]:
 
 def _stacks(model_map: ModelMap, wanted: str | None) -> tuple[Stack, ...]:
     if not model_map.stacks:
-        raise RequestError(
-            f"`{model_map.model}` has no repeated blocks: there are no layers to choose from"
-        )
+        raise RequestError(f"`{model_map.model}` has no repeated blocks: there are no layers to choose from")
     if wanted is None:
         return model_map.stacks
     found = tuple(s for s in model_map.stacks if wanted in (s.name, s.path))
@@ -354,9 +352,7 @@ def _bare_layers(
     for path, layers in chosen.items():
         bare = tuple(i for i in layers if not any(s.stack == path and s.layer == i for s in slots))
         if bare:
-            parts = sorted(
-                {s.part.value for s in model_map.slots if s.stack == path and s.layer in bare}
-            )
+            parts = sorted({s.part.value for s in model_map.slots if s.stack == path and s.layer in bare})
             holds = f" (they hold {', '.join(parts)})" if parts else ""
             notes.append(f"layers {index_ranges(bare)} of `{path}` hold none of {wanted}{holds}")
     return notes
@@ -404,9 +400,7 @@ def _check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> N
         )
 
 
-def _spelling(
-    model_map: ModelMap, linear: Sequence[Slot], chosen: dict[str, tuple[int, ...]]
-) -> Spelling:
+def _spelling(model_map: ModelMap, linear: Sequence[Slot], chosen: dict[str, tuple[int, ...]]) -> Spelling:
     used = {slot.stack for slot in linear}
     layers = {chosen[path] for path in used}
     shared = any(model_map.stack(path).shared for path in used)
@@ -421,7 +415,7 @@ def _spelling(
 
 def _beside(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> tuple[int, int]:
     """Parameters that train beside the low-rank ones: (copied by modules_to_save, unfrozen biases)."""
-    rows = (*model_map.slots, *model_map.uncovered)
+    rows: tuple[Slot | Uncovered, ...] = (*model_map.slots, *model_map.uncovered)
     saved = 0
     for name in lora.modules_to_save:
         hits = [r for r in rows if f".{name}." in f".{r.path}."]

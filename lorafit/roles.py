@@ -68,9 +68,7 @@ class Part(str, Enum):
         return self.value
 
 
-DEFAULT_PARTS = frozenset(
-    {Part.SELF_ATTENTION, Part.FEED_FORWARD, Part.SHARED_EXPERTS, Part.EXPERTS}
-)
+DEFAULT_PARTS = frozenset({Part.SELF_ATTENTION, Part.FEED_FORWARD, Part.SHARED_EXPERTS, Part.EXPERTS})
 ATTENTIONS = frozenset({Part.SELF_ATTENTION, Part.CROSS_ATTENTION, Part.LINEAR_ATTENTION})
 FEED_FORWARDS = frozenset({Part.FEED_FORWARD, Part.SHARED_EXPERTS, Part.EXPERTS})
 
@@ -98,9 +96,11 @@ PLACES: tuple[Place, ...] = (
         r"|relative_attention_bias|.*adapter_list|ada_.*",
         r"Indexer|Compressor|Norm$|Adapter|Bottleneck|AltUp|HyperConnection|ConvModule|ShortConv",
     ),
-    _place(Part.ROUTER, r"router|router_mlp|gating_network", r"Router|TopKGate|TopkGate|MoEGate|MoeGate"),
+    _place(Part.ROUTER, r"router|router_mlp|gate|gating_network", r"Router|Gate$"),
     _place(Part.SHARED_EXPERTS, r"shared_experts?|shared_mlp|shared_moe", r"SharedExpert|SharedMLP"),
-    _place(Part.EXPERTS, r"experts|expert_\d+|.*_experts", r"Experts?$|ExpertMLP|ParallelExperts|ExpertLayer"),
+    _place(
+        Part.EXPERTS, r"experts|expert_\d+|.*_experts", r"Experts?$|ExpertMLP|ParallelExperts|ExpertLayer"
+    ),
     _place(
         Part.CROSS_ATTENTION,
         r"cross_?attn|cross_?attention|encoder_attn|EncDecAttention|encoder_decoder_attention|.*_cross_attn",
@@ -142,7 +142,7 @@ def spelled(table: str) -> dict[str, tuple[Role, ...]]:
 
 # One name, or the last two with a dot; compared without regard to case.
 ATTENTION = spelled("""
-    q:      q q_proj query query_proj q_lin wq to_q q_head project_q q_b_proj q_attn query_global
+    q:      q q_proj query query_proj q_lin wq to_q q_head project_q q_b_proj q_attn query_global q_gate_proj
     q:      w2e_query e2w_query e2e_query wq_b
     k:      k k_proj key key_proj k_lin wk to_k k_head project_k key_global
     v:      v v_proj value value_proj v_lin wv to_v v_head project_v value_global
@@ -156,17 +156,33 @@ ATTENTION = spelled("""
 FEED_FORWARD = spelled("""
     gate:     gate_proj wi_0 w_0 proj_up_gate
     up:       up_proj w3 v1 wi_1 w_1 fc1 c_fc fc_in lin1 dense_h_to_4h intermediate.dense intermediate
-    up:       wi linear_1 linear1 layer_1 dense1 input_linear proj_up ffn dense.dense key intermediate_dense w1
+    up:       wi linear_1 linear1 layer_1 dense1 input_linear proj_up ffn ffn.0 dense.dense key intermediate_dense w1
     down:     down_proj w2 wo fc2 c_proj fc_out lin2 dense_4h_to_h output.dense output w_out ffn_output
     down:     linear_2 linear2 layer_2 dense2 output_linear proj_down value output_dense ffn.2
     gate up:  gate_up_proj gate_and_up_proj w13
 """)
+# Experts of an attention (JetMoe's mixture of heads): in is its query, out its output.
+ATTENTION_EXPERTS = spelled("""
+    q:      input_linear
+    o:      output_linear
+""")
 # Spellings that mean the feed-forward even where no container says so (OPT, BART, BERT, ALBERT).
 BARE_FEED_FORWARD = frozenset(
-    "fc1 fc2 lin1 lin2 intermediate.dense output.dense ffn ffn_output dense_h_to_4h dense_4h_to_h".split()
+    [
+        "fc1",
+        "fc2",
+        "lin1",
+        "lin2",
+        "intermediate.dense",
+        "output.dense",
+        "ffn",
+        "ffn_output",
+        "dense_h_to_4h",
+        "dense_4h_to_h",
+    ]
 )
 # What stands in a feed-forward and only chooses: never a role, whatever it is spelled like.
-ROUTERS = frozenset("gate router shared_expert_gate classifier gate_network expert_gate".split())
+ROUTERS = frozenset(["gate", "router", "shared_expert_gate", "classifier", "gate_network", "expert_gate"])
 WRAPPERS = frozenset({"linear", "lin"})  # Moshi: `q_proj.linear`
 
 
@@ -198,13 +214,18 @@ def place_of(containers: Sequence[tuple[str, str]]) -> Part | None:
     return found
 
 
-def roles_of(names: Sequence[str], part: Part | None) -> tuple[Role, ...]:
-    """The roles that a spelling has in a part; `names` are the last names of its path, its own last."""
+def roles_of(names: Sequence[str], part: Part | None, within: Part | None = None) -> tuple[Role, ...]:
+    """The roles that a spelling has in a part; `names` are the last names of its path, its own last.
+
+    `within` is the part that holds experts, where that is an attention.
+    """
     own = names[-1].lower()
     if own in WRAPPERS and len(names) > 1:
         return roles_of(names[:-1], part)
     last_two = ".".join(names[-2:]).lower()
-    if part in ATTENTIONS:
+    if part is Part.EXPERTS and within in ATTENTIONS:
+        table = ATTENTION_EXPERTS
+    elif part in ATTENTIONS:
         table = ATTENTION
     elif part in FEED_FORWARDS:
         table = FEED_FORWARD
@@ -220,9 +241,7 @@ def bare_part(names: Sequence[str]) -> Part | None:
     return Part.FEED_FORWARD if bare else None
 
 
-def with_fusion(
-    roles: tuple[Role, ...], out_features: int, down_in: int | None
-) -> tuple[Role, ...]:
+def with_fusion(roles: tuple[Role, ...], out_features: int, down_in: int | None) -> tuple[Role, ...]:
     """`up` as `gate, up` when it is twice as wide as the input of the `down` it feeds.
 
     `down_in` is that input, or None where no `down` is near.
@@ -234,10 +253,20 @@ def with_fusion(
 
 TOWERS: tuple[tuple[Part, re.Pattern[str]], ...] = (
     (Part.VISION, re.compile(r"vision|visual|image|pixel|patch_embed|(^|_)vit($|_)|video|vqmodel|vqgan")),
-    (Part.AUDIO, re.compile(r"audio|speech|codec|vocoder|acoustic|wav2vec|(^|_)mimi($|_)|(^|_)dac($|_)"
-                            r"|conformer|talker|token2wav|code2wav|code_predictor|depth_decoder|mel_")),
-    (Part.OTHER, re.compile(r"qformer|q_former|perceiver|resampler|connector|multi_modal_projector|protein"
-                            r"|action_expert|diffusion|aligner|(^|_)mtp($|_)|semantic_tokenizer")),
+    (
+        Part.AUDIO,
+        re.compile(
+            r"audio|speech|codec|vocoder|acoustic|wav2vec|(^|_)mimi($|_)|(^|_)dac($|_)"
+            r"|conformer|talker|token2wav|code2wav|code_predictor|depth_decoder|mel_"
+        ),
+    ),
+    (
+        Part.OTHER,
+        re.compile(
+            r"qformer|q_former|perceiver_|resampler|connector|multi_modal_projector|protein"
+            r"|action_expert|diffusion|aligner|merger|(^|_)dit($|_)|(^|_)mtp($|_)|semantic_tokenizer"
+        ),
+    ),
 )
 
 

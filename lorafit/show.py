@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -45,7 +46,7 @@ from lorafit.events import (
 from lorafit.modelmap import ModelMap, Slot, Stack, jsonable, sum_params
 from lorafit.plan import Plan, lora_params
 from lorafit.presets import Preset
-from lorafit.roles import ATTENTIONS, MEANING, Part, Role
+from lorafit.roles import MEANING, Part, Role
 from lorafit.units import bytes_text, count, figures, index_ranges, percent, seconds_text, short
 
 LABEL = 11  # columns of the word at the head of a line
@@ -74,6 +75,12 @@ class Screen:
         if not self.quiet:
             self.talk.print(text, highlight=False)
 
+    def section(self, title: str, table: Table) -> None:
+        """A table of the answer under its title, a blank line behind it."""
+        self.answer(f"[bold]{escape(title)}[/]")
+        self.answer(table)
+        self.answer()
+
     def line(self, label: str, text: str, answer: bool = False) -> None:
         """`  label      text`, the text wrapped under itself."""
         table = Table.grid(padding=(0, 0))
@@ -92,12 +99,18 @@ class Screen:
             self.talk.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
 
     @contextmanager
-    def bar(self, what: str, unit: Callable[[float], str] = lambda n: f"{n:,.0f}") -> Iterator[Callable[[float, float], None]]:
+    def bar(
+        self, what: str, unit: Callable[[float], str] = lambda n: f"{n:,.0f}"
+    ) -> Iterator[Callable[[float, float], None]]:
         """A bar on stderr for as long as the block lasts: call it with (done, total)."""
         if self.quiet or not self.talk.is_terminal:
             yield lambda done, total: None
             return
-        columns = (TextColumn("  {task.description}"), BarColumn(bar_width=30), TextColumn("{task.fields[said]}"))
+        columns = (
+            TextColumn("  {task.description}"),
+            BarColumn(bar_width=30),
+            TextColumn("{task.fields[said]}"),
+        )
         with Progress(*columns, console=self.talk, transient=True) as progress:
             task = progress.add_task(what, total=None, said="")
 
@@ -114,6 +127,18 @@ def _console(stream: Any) -> Console:
     return Console(file=stream, width=width, soft_wrap=False)
 
 
+def _table(*columns: str, right: int = 0, fold: int = 1) -> Table:
+    """A table without lines, indented: `right` columns at the end are figures, column `fold` may wrap."""
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    for number, name in enumerate(columns):
+        figure = number >= len(columns) - right
+        title = f"  {name}" if number == 0 else name
+        least = 12 if number == fold else None
+        side = "right" if figure else "left"
+        table.add_column(title, justify=side, no_wrap=number != fold, overflow="fold", min_width=least)
+    return table
+
+
 def _times(*sizes: int) -> str:
     return " × ".join(count(size) for size in sizes)
 
@@ -121,45 +146,45 @@ def _times(*sizes: int) -> str:
 # -- inspect --------------------------------------------------------------------------------
 
 
-def show_map(screen: Screen, found: ModelMap) -> None:
-    """The way of a text through a model, then its weights by layer and by role, to the last parameter."""
+def show_map(screen: Screen, found: ModelMap, named: str) -> None:
+    """The way of a text through a model, then its weights by layer and by role, to the last parameter.
+
+    `named` is the model as it was asked for, for the next command.
+    """
     size = found.total_params * ITEM.get(found.dtype, 4)
     screen.answer(
         f"[bold]{escape(found.model)}[/]  {found.architecture}  "
         f"{short(found.total_params)} parameters, {bytes_text(size)} in {found.dtype}"
     )
     screen.answer()
-    for line in _drawing(found):
+    for line in _drawing(found, screen.out.width):
         screen.answer(line)
     screen.answer()
-    for stack in found.stacks:
-        if stack.part == "text":
-            screen.answer(_layer_table(found, stack))
-            screen.answer()
-    screen.answer(_role_table(found))
-    screen.answer()
-    screen.answer(_uncovered_table(found))
-    screen.answer()
+    for stack in found.text_stacks:
+        screen.section(f"layers of {stack.path}", _layer_table(found, stack))
+    screen.section("roles", _role_table(found))
+    screen.section("what no role covers", _uncovered_table(found))
     covered = sum_params(s for s in found.slots if s.roles)
-    rest = found.total_params - covered
-    screen.line(
-        "total",
-        f"{count(covered)} in the seven roles + {count(rest)} in none = {count(found.total_params)}",
-        answer=True,
-    )
+    total = _table("", "parameters", right=1)
+    total.add_row("  in the seven roles", count(covered))
+    total.add_row("  in none", count(found.total_params - covered))
+    total.add_row("  [bold]in all[/]", f"[bold]{count(found.total_params)}[/]")
+    screen.section("total", total)
     for note in found.notes:
         screen.note(note, answer=True)
-    screen.line("next", f"lorafit plan {found.model} --preset ffn --layers high", answer=True)
+    screen.line("next", f"lorafit plan {named} --preset ffn --layers high", answer=True)
 
 
 ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
-def _drawing(found: ModelMap) -> Iterator[Text]:
+def _drawing(found: ModelMap, width: int) -> Iterator[Text]:
     """The way of a text: tokens, embedding, positions, blocks, head; one line each."""
 
     def row(label: str, shape: str = "", size: str = "", more: str = "") -> Text:
-        return Text.assemble("  ", (f"{label:<14}", "bold"), f"{shape:<22}{size:>9}", f"   {more}" if more else "")
+        return Text.assemble(
+            "  ", (f"{label:<14}", "bold"), f"{shape:<22}{size:>9}", f"   {more}" if more else ""
+        )
 
     arrow = Text("    │", style="dim")
     yield Text(f"  text → tokens → ids ({count(found.vocab_size)})")
@@ -178,21 +203,28 @@ def _drawing(found: ModelMap) -> Iterator[Text]:
     for number, stack in enumerate(found.text_stacks):
         if number:
             yield arrow
-        yield from _block(found, stack)
+        yield from _block(found, stack, width)
     if not found.text_stacks:
         yield Text("  no repeated blocks")
     yield arrow
-    final = "final norm, " if any(u.reason == "norm" for u in found.uncovered) else ""
+    lists = tuple(f"{stack.path}." for stack in found.stacks)
+    other = re.compile(r"embed|cls|predictions|head|tower|vision|audio")
+    final = [
+        u for u in found.uncovered
+        if u.reason == "norm" and not u.path.startswith(lists) and not other.search(u.path)
+    ]  # fmt: skip
+    if final:
+        yield row("norm", f"{count(found.hidden_size)}", "", "the final one")
     head = [u for u in found.uncovered if u.reason == "head" and len(u.shape) == 2]
-    size = "" if found.tied_head else (short(max(u.params for u in head)) if head else "")
+    size = "" if found.tied_head or not head else short(max(u.params for u in head))
     tied = "tied with the embedding" if found.tied_head else ""
-    yield row("head", f"{count(found.hidden_size)} → {count(found.vocab_size)}", size, f"{final}{tied}".strip(", "))
+    yield row("head", f"{count(found.hidden_size)} → {count(found.vocab_size)}", size, tied)
     yield Text("    │", style="dim")
     yield Text("  logits")
 
 
-def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
-    """One block of a stack in a box, its bands beside it."""
+def _block(found: ModelMap, stack: Stack, width: int) -> Iterator[Text]:
+    """One block of a stack in a box, its bands beside it, or under it where the width asks for that."""
     layers = _by_layer(found, stack)
     common = Counter(_signature(slots) for slots in layers.values()).most_common(1)
     if not common:
@@ -207,7 +239,7 @@ def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
         for number, ((i, o), same) in enumerate(groups.items()):
             roles = " ".join("+".join(r.value for r in s.roles) or s.tail.rpartition(".")[2] for s in same)
             each = " each" if len(same) > 1 else ""
-            copies = f", {same[0].copies} experts" if same[0].copies > 1 else ""
+            copies = f" × {same[0].copies}" if same[0].copies > 1 else ""
             more = ""
             if number == 0 and part is Part.SELF_ATTENTION and found.heads:
                 more = f"{found.heads} heads of {found.head_dim}"
@@ -215,16 +247,18 @@ def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
                     more += f", {found.kv_heads} for k v"
             if number == 0 and part in (Part.FEED_FORWARD, Part.EXPERTS):
                 more = found.activation
-            lines.append((part.value if number == 0 else "", roles, f"{count(i)} → {count(o)}{each}{copies}", more))
-    inside = sum(
-        u.params for u in found.uncovered if u.path.startswith(f"{stack.path}.{slots[0].layer}.")
-    )
+            lines.append(
+                (part.value if number == 0 else "", roles, f"{count(i)} → {count(o)}{each}{copies}", more)
+            )
+    inside = sum(u.params for u in found.uncovered if u.path.startswith(f"{stack.path}.{slots[0].layer}."))
     size = sum(s.params for s in slots) + inside
-    norms = len({
-        u.path.rpartition(".")[0]
-        for u in found.uncovered
-        if u.reason == "norm" and u.path.startswith(f"{stack.path}.{slots[0].layer}.")
-    })
+    norms = len(
+        {
+            u.path.rpartition(".")[0]
+            for u in found.uncovered
+            if u.reason == "norm" and u.path.startswith(f"{stack.path}.{slots[0].layer}.")
+        }
+    )
     lines.append((f"{norms} norms" if norms else "", "", "", f"{short(size)} a block"))
     widths = [max(len(line[c]) for line in lines) for c in range(4)]
     inner = sum(widths) + 8
@@ -232,6 +266,12 @@ def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
     title = f" block × {stack.depth}" + (f", {stack.name}" if len(found.text_stacks) > 1 else "")
     title += f", the commonest of {kinds} kinds " if kinds > 1 else " "
     beside = _bands_beside(stack)
+    under = ""
+    if inner + 18 > width:
+        beside, under = [], "   ".join(" ".join(band.split()) for band in beside)
+    if inner + 5 > width:  # a narrow terminal: what each part is, and its shape
+        widths[3], inner = 0, inner - widths[3]
+        lines = [(*line[:3], "") for line in lines]
     yield Text(f"  ┌─{title}{'─' * max(0, inner - len(title) - 1)}┐")
     for number in range(max(len(lines), len(beside))):
         cells = lines[number] if number < len(lines) else ("", "", "", "")
@@ -239,6 +279,8 @@ def _block(found: ModelMap, stack: Stack) -> Iterator[Text]:
         band = f"  {beside[number]}" if number < len(beside) else ""
         yield Text.assemble("  │ ", text, " " * (inner - len(text) - 2), " │", (band, "cyan"))
     yield Text(f"  └{'─' * inner}┘")
+    if under:
+        yield Text.assemble("    ", (under, "cyan"))
 
 
 def _bands_beside(stack: Stack) -> list[str]:
@@ -263,11 +305,7 @@ def _signature(slots: Sequence[Slot]) -> tuple[Any, ...]:
 
 def _layer_table(found: ModelMap, stack: Stack) -> Table:
     """Layers that are alike in a row: what they hold, and their parameters."""
-    table = Table(title=f"layers of {stack.path}", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("layers", no_wrap=True)
-    table.add_column("holds", overflow="fold")
-    table.add_column("a layer", justify="right", no_wrap=True)
-    table.add_column("in all", justify="right", no_wrap=True)
+    table = _table("layers", "holds", "a layer", "in all", right=2)
     groups: dict[tuple[Any, ...], list[int]] = {}
     layers = _by_layer(found, stack)
     for layer in range(stack.depth if not stack.shared else max(layers, default=0) + 1):
@@ -295,36 +333,33 @@ def _holding(slots: Sequence[Slot]) -> Iterator[str]:
 
 def _role_table(found: ModelMap) -> Table:
     """Each role's weights: their spelling, shapes, and parameters over the whole model."""
-    table = Table(title="roles", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    for name in ("role", "spelled", "shape"):
-        table.add_column(name, no_wrap=name == "role", overflow="fold")
-    table.add_column("weights", justify="right", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
-    groups: dict[tuple[str, str, str, str], list[Slot]] = {}
+    table = _table("role", "spelled", "shape", "weights", "parameters", right=2)
+    groups: dict[tuple[Part, str, str, str], list[Slot]] = {}
     for slot in found.slots:
-        roles = "+".join(r.value for r in slot.roles) or "none"
-        usual = slot.part in (Part.SELF_ATTENTION, Part.FEED_FORWARD)
-        where = "" if usual else f" ({slot.part.value})"
+        roles = "+".join(r.value for r in slot.roles) or "no role"
         copies = f" × {slot.copies}" if slot.copies > 1 else ""
         shape = f"{count(slot.in_features)} → {count(slot.out_features)}{copies}"
-        leaf = ".".join(slot.tail.split(".")[-2:])
-        groups.setdefault((roles + where, leaf, shape, slot.part.value), []).append(slot)
-    order = [role.value for role in Role]
-    for (roles, leaf, shape, _), slots in sorted(
-        groups.items(), key=lambda g: (g[1][0].part not in ATTENTIONS, g[1][0].part.value,
-                                       order.index(g[0][0].split("+")[0].split(" ")[0])
-                                       if g[0][0].split("+")[0].split(" ")[0] in order else 99)
-    ):
-        table.add_row(f"  {roles}", leaf, shape, count(len(slots)), count(sum_params(slots)))
+        groups.setdefault((slot.part, roles, slot.tail, shape), []).append(slot)
+    merged: dict[tuple[Part, str, str, str], list[Slot]] = {}
+    for (part, roles, tail, shape), slots in groups.items():
+        # the shortest name that is no other weight's: `q_proj`, but `mlp.c_proj`
+        words = tail.split(".")
+        endings = [".".join(words[-n:]) for n in range(1, len(words) + 1)]
+        name = next(
+            e for e in endings
+            if e == tail or len({(p, r) for p, r, t, _ in groups if f".{t}".endswith(f".{e}")}) == 1
+        )  # fmt: skip
+        merged.setdefault((part, roles, name, shape), []).extend(slots)
+    places = list(Part)
+    for (part, roles, name, shape), slots in sorted(merged.items(), key=lambda g: places.index(g[0][0])):
+        usual = part in (Part.SELF_ATTENTION, Part.FEED_FORWARD)
+        where = roles if usual else f"{roles} [dim]{part.value}[/]"
+        table.add_row(f"  {where}", name, shape, count(len(slots)), count(sum_params(slots)))
     return table
 
 
 def _uncovered_table(found: ModelMap) -> Table:
-    table = Table(title="what no role covers", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("what", no_wrap=True)
-    table.add_column("for example", overflow="fold")
-    table.add_column("tensors", justify="right", no_wrap=True)
-    table.add_column("parameters", justify="right", no_wrap=True)
+    table = _table("what", "for example", "tensors", "parameters", right=2)
     groups: dict[str, list[Any]] = {}
     for row in found.uncovered:
         groups.setdefault(row.reason, []).append(row)
@@ -336,23 +371,25 @@ def _uncovered_table(found: ModelMap) -> Table:
 # -- plan -----------------------------------------------------------------------------------
 
 
-def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None) -> None:
-    """What would be adapted, in PEFT's words, and what it costs."""
+def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None, named: str) -> None:
+    """What would be adapted, in PEFT's words, and what it costs; `named` as in `show_map`."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
         screen.line(label, text, answer=True)
     screen.answer()
     screen.answer(_plan_table(plan))
+    screen.answer()
     if estimate is not None:
-        screen.answer()
-        screen.answer(_memory_table(estimate))
+        screen.section("memory at the peak of a step", _memory_table(estimate))
         for assumption in estimate.assumptions:
             screen.note(assumption, answer=True)
     for note in plan.notes:
         screen.note(note, answer=True)
-    layers = plan.spec if plan.spec != "all" else "all"
-    screen.line("next", f"lorafit train {plan.model} --preset {plan.preset} --layers {layers} --data FILE", answer=True)
+    data = "" if plan.model == "demo" else " --data FILE"
+    screen.line(
+        "next", f"lorafit train {named} --preset {plan.preset} --layers {plan.spec}{data}", answer=True
+    )
 
 
 def _title(plan: Plan) -> str:
@@ -397,10 +434,7 @@ def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
 
 
 def _plan_table(plan: Plan) -> Table:
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("  role", "module", "shape", "layers"):
-        table.add_column(name, overflow="fold", no_wrap=name == "  role")
-    table.add_column("trainable", justify="right", no_wrap=True)
+    table = _table("role", "module", "shape", "layers", "trainable", right=1)
     groups: dict[tuple[str, str, str], list[Slot]] = {}
     for slot in plan.slots:
         roles = "+".join(r.value for r in slot.roles) or slot.part.value
@@ -415,9 +449,7 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _memory_table(estimate: Estimate) -> Table:
-    table = Table(title="memory at the peak of a step", title_justify="left", title_style="bold", box=None, padding=(0, 2, 0, 0))
-    table.add_column("  what")
-    table.add_column("bytes", justify="right")
+    table = _table("what", "bytes", right=1, fold=9)
     memory = jsonable(estimate.memory)
     for name, size in memory.items():
         if size:
@@ -429,10 +461,7 @@ def _memory_table(estimate: Estimate) -> Table:
 def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]]) -> None:
     """Strategy × band: one row a strategy, one column a band."""
     bands = list(dict.fromkeys(cell["layers"] for cell in cells))
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("  preset", no_wrap=True)
-    for band in bands:
-        table.add_column(band, justify="right")
+    table = _table("preset", *bands, right=len(bands))
     for preset in dict.fromkeys(cell["preset"] for cell in cells):
         row = []
         for band in bands:
@@ -442,7 +471,7 @@ def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]]) -> 
             else:
                 row.append(f"{short(cell['trainable_params'])}\n[dim]{bytes_text(cell['peak_memory'])}[/]")
         table.add_row(f"  {preset}", *row)
-    screen.answer(f"[bold]{escape(model)}[/]  trainable parameters, and peak memory of a step below them")
+    screen.answer(f"[bold]{escape(model)}[/]  trainable parameters, and the peak memory of a step below them")
     screen.answer()
     screen.answer(table)
     errors = {cell["error"] for cell in cells if "error" in cell}
@@ -452,26 +481,20 @@ def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]]) -> 
 
 def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
     """What there is to choose from: the strategies, the roles, the bands."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("  preset", no_wrap=True)
-    table.add_column("adapts", no_wrap=True)
-    table.add_column("for", overflow="fold")
+    table = _table("preset", "adapts", "for", fold=2)
     for preset in presets:
         adapts = ", ".join(r.value for r in preset.roles)
-        table.add_row(f"  {preset.name}", adapts if len(preset.roles) < 7 else "all seven", preset.description)
+        table.add_row(
+            f"  {preset.name}", adapts if len(preset.roles) < 7 else "all seven", preset.description
+        )
     screen.answer(table)
     screen.answer()
-    roles = Table(box=None, padding=(0, 2, 0, 0))
-    roles.add_column("  role", no_wrap=True)
-    roles.add_column("what it does")
+    roles = _table("role", "what it does")
     for role, meaning in MEANING.items():
         roles.add_row(f"  {role.value}", meaning)
     screen.answer(roles)
     screen.answer()
-    bands = Table(box=None, padding=(0, 2, 0, 0))
-    for name in ("  band", "of 12", "of 32"):
-        bands.add_column(name, no_wrap=True)
-    bands.add_column("said to hold")
+    bands = _table("band", "of 12", "of 32", "said to hold", fold=3)
     for name in ("low", "mid", "high"):
         band = BANDS[name]
         bands.add_row(f"  {name}", index_ranges(band.indices(12)), index_ranges(band.indices(32)), band.about)
@@ -508,7 +531,9 @@ def show_data(screen: Screen, config: RunConfig, rows: Any) -> None:
         screen.note(note)
     reason = config.why("learning_rate")
     why = f" ({reason})" if config.origin.get("learning_rate", "").startswith("derived") else ""
-    batch = f" ({config.why('batch_size')})" if config.origin.get("batch_size", "").startswith("derived") else ""
+    batch = (
+        f" ({config.why('batch_size')})" if config.origin.get("batch_size", "").startswith("derived") else ""
+    )
     screen.line("rate", f"learning rate {figures(config.learning_rate or 0, 2)}{why}, {config.scheduler}")
     rows_text = f"{config.batch_size} rows"
     if config.accumulate > 1:
@@ -534,7 +559,9 @@ class TrainView:
                 self._started(event)
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
-                self.screen.line("before", f"held-out loss {event.loss:.3f}, perplexity {figures(loss.perplexity)}")
+                self.screen.line(
+                    "before", f"held-out loss {event.loss:.3f}, perplexity {figures(loss.perplexity)}"
+                )
                 self._open()
             case Evaluated() if self.progress is not None:
                 self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}")
@@ -579,7 +606,9 @@ class TrainView:
         self.speed = [*self.speed[-19:], event.tokens / max(1e-9, event.seconds)]
         if self.progress is not None:
             speed = short(sum(self.speed) / len(self.speed))
-            self.progress.update(self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed)
+            self.progress.update(
+                self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed
+            )
 
     def _epoch(self, event: EpochDone) -> None:
         if event.epoch == 1 or not getattr(self, "headed", False):
@@ -618,15 +647,15 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
 
 def show_eval(screen: Screen, report: EvalReport) -> None:
     """Base and adapters side by side, and a few completions."""
-    table = Table(box=None, padding=(0, 2, 0, 0))
-    table.add_column("  model", overflow="fold")
-    for name in ("loss", "perplexity", "accuracy", "difference"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = _table("model", "loss", "perplexity", "accuracy", "difference", right=4, fold=0)
     base = report.base
     table.add_row("  base", f"{base.loss:.4f}", figures(base.perplexity), f"{base.accuracy:.1%}", "")
     for a in report.adapters:
         table.add_row(
-            f"  {escape(a.path)}", f"{a.loss:.4f}", figures(a.perplexity), f"{a.accuracy:.1%}",
+            f"  {escape(a.path)}",
+            f"{a.loss:.4f}",
+            figures(a.perplexity),
+            f"{a.accuracy:.1%}",
             f"{a.delta:+.4f} ± {a.stderr:.4f}",
         )
     screen.answer(f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens")
@@ -663,5 +692,3 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
     for note in report.notes:
         screen.note(note, answer=True)
     screen.line("saved", report.output, answer=True)
-
-

@@ -1,6 +1,6 @@
 """One micro-batch: forward, and the loss over its supervised tokens.
 
-    B rows, T tokens, S supervised tokens, V vocabulary
+B rows, T tokens, S supervised tokens, V vocabulary
 """
 
 from __future__ import annotations

@@ -272,6 +272,7 @@ class _Tree:
 
     model: PreTrainedModel
     modules: dict[str, torch.nn.Module] = field(default_factory=dict)
+    text_decoders: dict[str, bool] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.modules = dict(self.model.named_modules())
@@ -290,7 +291,28 @@ class _Tree:
         return found
 
     def tower(self, path: str) -> Part | None:
+        """The tower a module lies in; None for the text.
+
+        A decoder that embeds the vocabulary reads text, whatever the class it inherits from says
+        (Moonshine's, SpeechT5's).
+        """
+        if any(self._embeds_text(name) for name in self.ancestors(path)[1:]):
+            return None
         return tower_of(path.split("."), self.modalities(path)[:1])
+
+    def _embeds_text(self, path: str) -> bool:
+        if path not in self.text_decoders:
+            self.text_decoders[path] = self._looks_up_text(path)
+        return self.text_decoders[path]
+
+    def _looks_up_text(self, path: str) -> bool:
+        import torch
+
+        module = self.modules[path]
+        if not hasattr(module, "config") or "decoder" not in type(module).__name__.lower():
+            return False
+        rows = _number(self.model.config.get_text_config(decoder=True), "vocab_size")
+        return any(isinstance(m, torch.nn.Embedding) and m.num_embeddings == rows for m in module.modules())
 
 
 def _lists_of_blocks(tree: _Tree) -> Iterator[tuple[str, int]]:
@@ -375,9 +397,7 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
                 drafts.append(replace(draft, slot=slot))
             else:
                 unplaced.append(slot)
-                uncovered.append(
-                    Uncovered(path, slot.params, _why_unplaced(slot), tuple(weight.shape))
-                )
+                uncovered.append(Uncovered(path, slot.params, _why_unplaced(slot), tuple(weight.shape)))
             continue
         for n, p in fresh.items():
             full = f"{path}.{n}" if path else n
@@ -403,8 +423,19 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
         task=task_of(type(model), config),
         stacks=stacks,
         **sizes,
-        activation=str(_first(text, "hidden_act", "hidden_activation", "activation_function",
-                              "dense_act_fn", "activation", "feed_forward_proj", "ffn_act_fn") or ""),
+        activation=str(
+            _first(
+                text,
+                "hidden_act",
+                "hidden_activation",
+                "activation_function",
+                "dense_act_fn",
+                "activation",
+                "feed_forward_proj",
+                "ffn_act_fn",
+            )
+            or ""
+        ),
         positions=_positions(tree, text),
         tied_head=head in _tied(tree, owners, head),
         dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
@@ -433,7 +464,14 @@ def _containers(tree: _Tree, path: str, stack: str, layer: int, inside: bool) ->
 
 
 def _draft(
-    tree: _Tree, path: str, stack: str, layer: int, kind: str, in_features: int, out_features: int, tower: Part | None
+    tree: _Tree,
+    path: str,
+    stack: str,
+    layer: int,
+    kind: str,
+    in_features: int,
+    out_features: int,
+    tower: Part | None,
 ) -> _Draft:
     containers = _containers(tree, path, stack, layer, inside=False)
     block = f"{stack}.{layer}"
@@ -486,7 +524,8 @@ def _bare_slot(
         return Slot(full, (), tower or part, stack, layer, shape[1], shape[0], "parameter", size)
     if part not in (Part.EXPERTS, Part.SHARED_EXPERTS) or len(shape) != 3:
         return None
-    roles = roles_of(names, part)
+    holder = place_of([c for c in containers if c[0] != "experts"][:-1])
+    roles = roles_of(names, part, holder)
     if not roles:
         return None
     copies, rows, columns = shape
@@ -590,8 +629,12 @@ def _stacks(
 
 
 def _first(config: Any, *names: str) -> Any:
+    """The first of those settings that is there; one that differs from layer to layer is not."""
     for name in names:
-        value = getattr(config, name, None)
+        try:
+            value = getattr(config, name, None)
+        except Exception:  # transformers refuses the global value of a per-layer setting (Gemma 4)
+            continue
         if value is not None:
             return value
     return None
@@ -605,17 +648,22 @@ def _number(config: Any, *names: str) -> int:
 
 
 def _sizes(
-    tree: _Tree, config: PreTrainedConfig, text: PreTrainedConfig, slots: list[Slot], stacks: tuple[Stack, ...]
+    tree: _Tree,
+    config: PreTrainedConfig,
+    text: PreTrainedConfig,
+    slots: list[Slot],
+    stacks: tuple[Stack, ...],
 ) -> dict[str, int]:
     """The model's sizes: the config's words, and where it has none, the weights' own shapes."""
-    embedding = tree.model.get_input_embeddings() if hasattr(tree.model, "get_input_embeddings") else None
-    rows = tuple(getattr(getattr(embedding, "weight", None), "shape", (0, 0)))
+    rows = _embedding_shape(tree)
     hidden = _number(text, "hidden_size", "d_model", "n_embd", "dim") or (rows[1] if len(rows) > 1 else 0)
     heads = _number(text, "num_attention_heads", "n_head", "n_heads", "num_heads", "decoder_attention_heads")
     texts = {stack.path for stack in stacks if stack.part == "text"}
     downs = [s.in_features for s in slots if s.stack in texts and Role.DOWN in s.roles]
     inner = max(downs, default=0) or _number(text, "intermediate_size", "ffn_dim", "n_inner", "d_ff")
-    queries = [s for s in slots if s.stack in texts and s.roles == (Role.Q,) and s.part is Part.SELF_ATTENTION]
+    queries = [
+        s for s in slots if s.stack in texts and s.roles == (Role.Q,) and s.part is Part.SELF_ATTENTION
+    ]
     head_dim = _number(text, "head_dim", "d_kv", "attention_head_size")
     if not head_dim and heads:
         head_dim = (queries[0].out_features if queries else hidden) // heads
@@ -623,11 +671,21 @@ def _sizes(
         "hidden_size": hidden,
         "intermediate_size": inner,
         "heads": heads,
-        "kv_heads": _number(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num") or heads,
+        "kv_heads": _number(text, "num_key_value_heads", "num_kv_heads", "n_head_kv", "multi_query_group_num")
+        or heads,
         "head_dim": head_dim,
         "vocab_size": _number(text, "vocab_size") or (rows[0] if rows else 0),
         "max_positions": _max_positions(tree, text),
     }
+
+
+def _embedding_shape(tree: _Tree) -> tuple[int, ...]:
+    """(vocabulary, hidden) of the input embedding; (0, 0) where the model does not say which it is."""
+    try:
+        weight = tree.model.get_input_embeddings().weight
+    except (AttributeError, NotImplementedError):
+        return (0, 0)
+    return tuple(weight.shape)
 
 
 def _max_positions(tree: _Tree, text: PreTrainedConfig) -> int:
@@ -637,8 +695,16 @@ def _max_positions(tree: _Tree, text: PreTrainedConfig) -> int:
     """
     if _positions(tree, text) in ("relative", "alibi", "none"):
         return 0
-    number = _number(text, "max_position_embeddings", "n_positions", "max_sequence_length", "n_ctx",
-                     "max_seq_len", "seq_length", "max_target_positions")
+    number = _number(
+        text,
+        "max_position_embeddings",
+        "n_positions",
+        "max_sequence_length",
+        "n_ctx",
+        "max_seq_len",
+        "seq_length",
+        "max_target_positions",
+    )
     for path, module in tree.modules.items():
         name = path.rpartition(".")[2]
         if name == "position_embeddings" and getattr(module, "padding_idx", None) is not None:

@@ -156,11 +156,16 @@ def run(job: Job) -> Iterator[Event]:
     """
     config, model = job.config, job.model
     optimizer = torch.optim.AdamW(
-        job.parameters.values(), lr=config.learning_rate, weight_decay=config.weight_decay, fused=job.device.type != "mps"
+        job.parameters.values(),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        fused=job.device.type != "mps",
     )
     scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
     forward = Forward.of(model, job.task)
-    held_out = Evaluator(job.rows.held_out, forward, job.batch_size, job.tokenizer, job.vocab_size, job.device)
+    held_out = Evaluator(
+        job.rows.held_out, forward, job.batch_size, job.tokenizer, job.vocab_size, job.device
+    )
     state = _State()
     if config.resume and job.folder.checkpoints:
         state.load(checkpoint.restore(job.folder.checkpoints[-1], job.parameters, optimizer), job)
@@ -332,10 +337,26 @@ class _State:
 def _fingerprint(job: Job) -> dict[str, Any]:
     """What a resumed run must have in common with the one that was saved."""
     config = job.config
-    names = (
-        "model preset layers rank alpha dropout epochs max_steps batch_size accumulate max_length "
-        "learning_rate scheduler warmup weight_decay max_grad_norm seed dtype"
-    ).split()
+    names = [
+        "model",
+        "preset",
+        "layers",
+        "rank",
+        "alpha",
+        "dropout",
+        "epochs",
+        "max_steps",
+        "batch_size",
+        "accumulate",
+        "max_length",
+        "learning_rate",
+        "scheduler",
+        "warmup",
+        "weight_decay",
+        "max_grad_norm",
+        "seed",
+        "dtype",
+    ]
     found = {name: getattr(config, name) for name in names}
     return {
         **found,

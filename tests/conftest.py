@@ -49,7 +49,9 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with path.open("w") as file:
         for _ in range(40):
             user, assistant = next(rows)["messages"]
-            file.write(json.dumps({"prompt": user["content"] + "\n", "completion": assistant["content"]}) + "\n")
+            file.write(
+                json.dumps({"prompt": user["content"] + "\n", "completion": assistant["content"]}) + "\n"
+            )
     return path
 
 

@@ -36,13 +36,18 @@ def test_choices(text, expected):
     assert LayerChoice(text).indices(12) == tuple(expected)
 
 
-@pytest.mark.parametrize("text", ["", "  ", "5-2", "hihg", "1,,2", "-3", "first:0", "last:", "a-b", "1.5", "low;high", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "  ", "5-2", "hihg", "1,,2", "-3", "first:0", "last:", "a-b", "1.5", "low;high", "٣"]
+)
 def test_no_choice_at_all(text):
     with pytest.raises(RequestError):
         LayerChoice(text).indices(100)
 
 
-@pytest.mark.parametrize("text, depth", [("99", 12), ("3-12", 12), ("12-", 12), ("first:13", 12), ("high", 2), ("low", 1), ("mid", 2)])
+@pytest.mark.parametrize(
+    "text, depth",
+    [("99", 12), ("3-12", 12), ("12-", 12), ("first:13", 12), ("high", 2), ("low", 1), ("mid", 2)],
+)
 def test_layers_that_are_not_there(text, depth):
     with pytest.raises(RequestError) as error:
         LayerChoice(text).indices(depth)

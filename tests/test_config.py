@@ -23,7 +23,9 @@ def write(tmp_path, **data) -> str:
 
 def test_a_flag_over_a_file_over_a_preset_over_a_default(tmp_path):
     mine = tmp_path / "mine.yaml"
-    mine.write_text("roles: [q]\nlayers: high\nlora: {r: 4}\ntraining: {epochs: 7, weight_decay: 0.1, warmup: 0.2}\n")
+    mine.write_text(
+        "roles: [q]\nlayers: high\nlora: {r: 4}\ntraining: {epochs: 7, weight_decay: 0.1, warmup: 0.2}\n"
+    )
     file = write(tmp_path, preset=str(mine), epochs=5, weight_decay=0.2)
     config, preset = settle({"epochs": 2}, file)
     assert (config.epochs, config.weight_decay, config.warmup, config.seed) == (2, 0.2, 0.2, 0)

@@ -56,34 +56,48 @@ def test_a_line_break_behind_the_end_token_is_not_the_assistants(tmp_path):
 
 def test_a_template_that_rewrites_earlier_turns_is_refused():
     mine = type(tokenizer()).from_pretrained(str(demo.MODEL))
-    mine.chat_template = "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '...' }}{% endfor %}"
+    mine.chat_template = (
+        "{% for m in messages %}{{ m.content if loop.last or m.role == 'user' else '...' }}{% endfor %}"
+    )
     with pytest.raises(RequestError, match="rewrites earlier turns"):
         Tokens(mine, "causal", 64, VOCABULARY).rows([Example("x", messages=tuple(CHAT))], "messages")
 
 
 def test_prompt_and_completion():
-    row = tokens().rows([Example("x", prompt="Where is Ada?\n", completion="In the barn.")], "prompt-completion")[0]
+    row = tokens().rows(
+        [Example("x", prompt="Where is Ada?\n", completion="In the barn.")], "prompt-completion"
+    )[0]
     assert learned(row) == "In the barn.<|end|>"
     assert tokenizer().decode(row.ids) == "Where is Ada?\nIn the barn.<|end|>"
 
 
 def test_a_text_is_learned_whole():
     row = tokens().rows([Example("x", text="Ada went home.")], "text")[0]
-    assert row.labels[0] == IGNORED and row.supervised == len(row.ids) - 1 and row.ids[-1] == tokenizer().eos_token_id
+    assert (
+        row.labels[0] == IGNORED
+        and row.supervised == len(row.ids) - 1
+        and row.ids[-1] == tokenizer().eos_token_id
+    )
 
 
 def test_a_document_is_cut_into_windows_that_make_it_up():
     text = "Ada carried the lamp to the barn. " * 40
     rows = tokens(length=32).rows([Example("x", text=text)], "document")
-    assert "".join(tokenizer().decode(r.ids) for r in rows) in text and all(len(r.ids) == 32 for r in rows[:-1])
+    assert "".join(tokenizer().decode(r.ids) for r in rows) in text and all(
+        len(r.ids) == 32 for r in rows[:-1]
+    )
 
 
 def test_a_masked_model_learns_the_completion_only():
     maker = tokens("masked")
-    row = maker.rows([Example("x", prompt="Where is Ada? ", completion="In the barn.")], "prompt-completion")[0]
+    row = maker.rows([Example("x", prompt="Where is Ada? ", completion="In the barn.")], "prompt-completion")[
+        0
+    ]
     assert learned(row, "masked") == "In the barn." and row.ids[0] == 1 and row.ids[-1] == 2
     short = tokens("masked", length=10)
-    row = short.rows([Example("x", prompt="Where is Ada? " * 9, completion="In the barn.")], "prompt-completion")[0]
+    row = short.rows(
+        [Example("x", prompt="Where is Ada? " * 9, completion="In the barn.")], "prompt-completion"
+    )[0]
     assert len(row.ids) == 10 and row.supervised and short.cut == 1
 
 
@@ -97,7 +111,8 @@ def test_sequence_to_sequence():
 def test_what_is_cut_and_dropped_is_counted():
     maker = tokens(length=8)
     rows = maker.rows(
-        [Example("a", prompt="word " * 30, completion="x"), Example("b", prompt="a", completion="b " * 30)], "prompt-completion"
+        [Example("a", prompt="word " * 30, completion="x"), Example("b", prompt="a", completion="b " * 30)],
+        "prompt-completion",
     )
     assert len(rows) == 1 and len(rows[0].ids) == 8 and (maker.cut, maker.dropped) == (2, 1)
 
@@ -177,7 +192,10 @@ def test_a_share_is_held_out_seeded(tmp_path):
 def test_a_documents_end_is_held_out(tmp_path):
     (tmp_path / "t.txt").write_text("".join(f"Ada has {n} lamps in the barn. " for n in range(900)))
     rows = rows_of({"data": (str(tmp_path / "t.txt"),)})
-    assert "899 lamps" in tokenizer().decode([i for r in rows.held_out for i in r.ids]) and len(rows.held_out) >= 1
+    assert (
+        "899 lamps" in tokenizer().decode([i for r in rows.held_out for i in r.ids])
+        and len(rows.held_out) >= 1
+    )
     (tmp_path / "s.txt").write_text("Ada has lamps.")
     with pytest.raises(RequestError, match="is one window"):
         rows_of({"data": (str(tmp_path / "s.txt"),)})
@@ -193,11 +211,17 @@ def test_collate_pads_on_the_right():
     batch = collate(rows, pad=0, task="causal")
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
-    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]] and (batch.tokens, batch.supervised) == (4, 3)
+    assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]] and (
+        batch.tokens,
+        batch.supervised,
+    ) == (4, 3)
 
 
 def test_masking_hides_a_share_and_at_least_one_a_row():
-    rows = [Row(tuple(range(10, 410)), tuple(range(10, 410)), "a"), Row((5, 6, 7), (IGNORED, 6, IGNORED), "b")]
+    rows = [
+        Row(tuple(range(10, 410)), tuple(range(10, 410)), "a"),
+        Row((5, 6, 7), (IGNORED, 6, IGNORED), "b"),
+    ]
     batch = collate(rows, 0, "masked")
     masked = mask_tokens(batch, 9, 500, torch.Generator().manual_seed(0))
     hidden = masked.labels != IGNORED
@@ -206,7 +230,15 @@ def test_masking_hides_a_share_and_at_least_one_a_row():
     assert not (changed & ~hidden).any() and (masked.inputs["input_ids"] == 9).sum() > 0.6 * hidden.sum()
 
 
-lines = st.lists(st.text(max_size=30) | st.dictionaries(st.sampled_from(["text", "prompt", "completion", "messages"]), st.text(max_size=5) | st.none() | st.lists(st.text(max_size=3), max_size=2), max_size=3).map(json.dumps), max_size=5)
+lines = st.lists(
+    st.text(max_size=30)
+    | st.dictionaries(
+        st.sampled_from(["text", "prompt", "completion", "messages"]),
+        st.text(max_size=5) | st.none() | st.lists(st.text(max_size=3), max_size=2),
+        max_size=3,
+    ).map(json.dumps),
+    max_size=5,
+)
 
 
 @settings(max_examples=150, deadline=None)

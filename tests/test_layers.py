@@ -7,10 +7,33 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 HOUSE = ROOT / "lorafit"
 # From the top down; README.md shows the same list.
-STREET = (
-    "errors units bands roles options spelling packing modelmap presets config plan cost events "
-    "demo survey data tensorfiles adapter checkpoint step evaluate train merge show cli"
-).split()
+STREET = [
+    "errors",
+    "units",
+    "bands",
+    "roles",
+    "options",
+    "spelling",
+    "packing",
+    "modelmap",
+    "presets",
+    "config",
+    "plan",
+    "cost",
+    "events",
+    "demo",
+    "survey",
+    "data",
+    "tensorfiles",
+    "adapter",
+    "checkpoint",
+    "step",
+    "evaluate",
+    "train",
+    "merge",
+    "show",
+    "cli",
+]
 TORCH_LINE = STREET.index("demo")
 HEAVY = {"torch", "transformers", "peft", "datasets", "safetensors", "accelerate"}
 

@@ -40,7 +40,9 @@ def test_plan_equals_what_peft_adapted_and_counts(maps, family, preset):
     except RequestError as error:
         # the one family where PEFT would take the dense and shared layers for experts
         assert family in ("deepseek_v3", "qwen3_next", "jamba") and "--exclude" in error.hint, error.message
-        plan = plan_for(maps, family, preset, layers, exclude=error.hint.removeprefix("--exclude ").split(","))
+        plan = plan_for(
+            maps, family, preset, layers, exclude=error.hint.removeprefix("--exclude ").split(",")
+        )
     model = build_model(family)
     before = model.num_parameters()
     peft_model = inject(model, plan, maps(family).task)  # compares the sets, and raises
@@ -128,7 +130,10 @@ def test_layers_that_hold_nothing_are_reported(maps):
 def test_experts_are_parameters_by_full_name(maps):
     plan = plan_for(maps, "mixtral", "ffn")
     assert plan.peft.target_modules == () and plan.peft.layers_to_transform is None
-    assert plan.peft.target_parameters == ("model.layers.3.mlp.experts.gate_up_proj", "model.layers.3.mlp.experts.down_proj")
+    assert plan.peft.target_parameters == (
+        "model.layers.3.mlp.experts.gate_up_proj",
+        "model.layers.3.mlp.experts.down_proj",
+    )
     assert plan.trainable_params == 4 * 16 * ((32 + 96) + (48 + 32))
     for setting in ({"dropout": 0.1}, {"use_dora": True}, {"bias": "all"}):
         preset = replace(load("ffn"), lora=Lora(**setting))
@@ -158,7 +163,16 @@ def test_latent_attention_is_said(maps):
 def test_a_shared_block_has_no_bands():
     from transformers import AlbertConfig
 
-    found = map_of(AlbertConfig(hidden_size=32, num_hidden_layers=6, num_attention_heads=4, intermediate_size=48, vocab_size=100, embedding_size=16))
+    found = map_of(
+        AlbertConfig(
+            hidden_size=32,
+            num_hidden_layers=6,
+            num_attention_heads=4,
+            intermediate_size=48,
+            vocab_size=100,
+            embedding_size=16,
+        )
+    )
     with pytest.raises(RequestError, match="runs one shared block 6 times"):
         resolve(found, load("basic"), "high")
     assert resolve(found, load("basic"), "all").modules
@@ -172,7 +186,9 @@ def test_two_layers_have_no_band(maps):
     assert resolve(found, load("ffn"), "1").indices == (1,)
 
 
-@pytest.mark.parametrize("more, word", [({"include": ["router", "visoin"]}, "`vision`"), ({"stack": "dekoder"}, "`decoder`")])
+@pytest.mark.parametrize(
+    "more, word", [({"include": ["router", "visoin"]}, "`vision`"), ({"stack": "dekoder"}, "`decoder`")]
+)
 def test_parts_and_stacks_that_are_not_there(maps, more, word):
     with pytest.raises(RequestError) as error:
         plan_for(maps, "t5", "basic", "all", **more)
@@ -200,7 +216,9 @@ def test_counts_hold_for_all_of_loras_settings(maps, lora):
         if lora.modules_to_save and family == "opt":
             continue
         plan = resolve(maps(family), replace(load("all"), lora=lora), "2-3")
-        model = build_model(family, tie_word_embeddings=False) if lora.modules_to_save else build_model(family)
+        model = (
+            build_model(family, tie_word_embeddings=False) if lora.modules_to_save else build_model(family)
+        )
         found = map_of(model.config) if lora.modules_to_save else maps(family)
         plan = resolve(found, replace(load("all"), lora=lora), "2-3")
         trainable, total = inject(model, plan, "causal").get_nb_trainable_parameters()

@@ -117,7 +117,9 @@ json_like = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
     max_leaves=8,
 )
-keys = st.sampled_from(["roles", "layers", "lora", "training", "bands", "modules", "layers_to_transform", "description"])
+keys = st.sampled_from(
+    ["roles", "layers", "lora", "training", "bands", "modules", "layers_to_transform", "description"]
+)
 
 
 @settings(max_examples=200, deadline=None)

@@ -12,7 +12,12 @@ names = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "12", "self_attn", "mlp", "q_proj", "experts", "h", "c_proj"]),
     min_size=1, max_size=7,
 ).map(".".join)  # fmt: skip
-targets = st.lists(st.sampled_from(["q_proj", "c_proj", "mlp.c_proj", "attn", "model.layers.1.q_proj"]), min_size=1, max_size=3, unique=True)
+targets = st.lists(
+    st.sampled_from(["q_proj", "c_proj", "mlp.c_proj", "attn", "model.layers.1.q_proj"]),
+    min_size=1,
+    max_size=3,
+    unique=True,
+)
 layers = st.one_of(st.none(), st.lists(st.integers(0, 13), min_size=0, max_size=4))
 patterns = st.one_of(st.none(), st.sampled_from([["layers"], ["h"], ["layers", "h"], []]))
 
@@ -22,7 +27,9 @@ def test_we_match_as_peft_does(name, wanted, indices, pattern):
     if pattern and not indices:
         indices = [1]
     config = LoraConfig(target_modules=wanted, layers_to_transform=indices, layers_pattern=pattern)
-    ours = Spelling(tuple(wanted), tuple(indices) if indices is not None else None, tuple(pattern) if pattern else None)
+    ours = Spelling(
+        tuple(wanted), tuple(indices) if indices is not None else None, tuple(pattern) if pattern else None
+    )
     assert ours.matches(name) == bool(check_target_module_exists(config, name))
 
 
@@ -54,7 +61,10 @@ def test_a_spelling_denotes_exactly_what_was_wanted(wanted, indices):
     assert found.denotes(modules(6)) == frozenset(wanted)
 
 
-@pytest.mark.parametrize("pattern, name, hit", [("q_proj", "a.q_proj", True), ("q", "a.q_proj", False), (r".*\.1\..*", "a.1.b", True)])
+@pytest.mark.parametrize(
+    "pattern, name, hit",
+    [("q_proj", "a.q_proj", True), ("q", "a.q_proj", False), (r".*\.1\..*", "a.1.b", True)],
+)
 def test_patterns_are_read_as_peft_reads_them(pattern, name, hit):
     from peft.utils.other import get_pattern_key
 

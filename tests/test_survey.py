@@ -12,7 +12,8 @@ def roles_of_layer(name: str, layer: int = 0, stack: str | None = None) -> dict[
     found = map_of(build_config(name))
     stack = stack or found.stacks[0].path
     return {
-        s.tail: "+".join(s.roles) + ("" if s.part in (Part.SELF_ATTENTION, Part.FEED_FORWARD) else f" {s.part.value}")
+        s.tail: "+".join(s.roles)
+        + ("" if s.part in (Part.SELF_ATTENTION, Part.FEED_FORWARD) else f" {s.part.value}")
         for s in found.slots
         if s.layer == layer and s.stack == stack
     }
@@ -55,9 +56,15 @@ def test_roles_against_answers_made_by_hand(name, layer):
 
 def test_t5_has_two_stacks_and_cross_attention():
     found = map_of(build_config("t5"))
-    assert [(s.name, s.path, s.depth) for s in found.stacks] == [("encoder", "encoder.block", 4), ("decoder", "decoder.block", 3)]
+    assert [(s.name, s.path, s.depth) for s in found.stacks] == [
+        ("encoder", "encoder.block", 4),
+        ("decoder", "decoder.block", 3),
+    ]
     decoder = roles_of_layer("t5", 0, "decoder.block")
-    assert decoder["layer.0.SelfAttention.q"] == "q" and decoder["layer.1.EncDecAttention.q"] == "q cross-attention"
+    assert (
+        decoder["layer.0.SelfAttention.q"] == "q"
+        and decoder["layer.1.EncDecAttention.q"] == "q cross-attention"
+    )
     assert decoder["layer.2.DenseReluDense.wi"] == "up" and decoder["layer.2.DenseReluDense.wo"] == "down"
 
 
@@ -77,7 +84,16 @@ def test_a_hybrids_layers_differ():
 def test_an_attention_gate_is_no_feed_forward_gate():
     from transformers import AfmoeConfig
 
-    found = map_of(AfmoeConfig(num_hidden_layers=2, hidden_size=32, vocab_size=64, intermediate_size=64, moe_intermediate_size=16, num_experts=4))
+    found = map_of(
+        AfmoeConfig(
+            num_hidden_layers=2,
+            hidden_size=32,
+            vocab_size=64,
+            intermediate_size=64,
+            moe_intermediate_size=16,
+            num_experts=4,
+        )
+    )
     assert "model.layers.0.self_attn.gate_proj" in {u.path for u in found.uncovered}
 
 
@@ -86,7 +102,8 @@ def test_vision_towers_are_set_apart():
 
     small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
     config = LlavaConfig(
-        vision_config=CLIPVisionConfig(**small, image_size=28, patch_size=14), text_config=LlamaConfig(**small, vocab_size=300)
+        vision_config=CLIPVisionConfig(**small, image_size=28, patch_size=14),
+        text_config=LlamaConfig(**small, vocab_size=300),
     )
     found = map_of(config)
     for stack in found.stacks:
@@ -103,7 +120,14 @@ def config_file(tmp_path, **data):
 
 def test_bert_base_is_what_the_textbook_says(tmp_path):
     found = map_of(config_file(tmp_path, model_type="bert", architectures=["BertForMaskedLM"]))
-    sizes = (found.stacks[0].depth, found.hidden_size, found.heads, found.head_dim, found.vocab_size, found.max_positions)
+    sizes = (
+        found.stacks[0].depth,
+        found.hidden_size,
+        found.heads,
+        found.head_dim,
+        found.vocab_size,
+        found.max_positions,
+    )
     assert sizes == (12, 768, 12, 64, 30522, 512) and found.total_params == 109_514_298
 
 
@@ -127,8 +151,23 @@ def test_configs_that_are_refused(tmp_path, data, words):
 
 
 def test_an_auto_map_alone_is_no_reason_to_refuse(tmp_path):
-    small = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-    found = map_of(config_file(tmp_path, model_type="phi3", auto_map={"AutoConfig": "x.Y"}, pad_token_id=0, num_key_value_heads=4, **small))
+    small = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 100,
+    }
+    found = map_of(
+        config_file(
+            tmp_path,
+            model_type="phi3",
+            auto_map={"AutoConfig": "x.Y"},
+            pad_token_id=0,
+            num_key_value_heads=4,
+            **small,
+        )
+    )
     assert found.architecture == "Phi3ForCausalLM"
 
 

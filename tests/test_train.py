@@ -1,6 +1,7 @@
 import json
 import math
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -42,8 +43,17 @@ def events_of(job):
 def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_path, family):
     """The loss falls, and what is saved gives the same logits through PEFT's own loader."""
     output = tmp_path / "run"
-    job = job_for(tiny(family), output, data=(str(pairs),), preset="all", layers="last:2",
-                  max_steps=12, batch_size=8, learning_rate=2e-2, max_length=100)
+    job = job_for(
+        tiny(family),
+        output,
+        data=(str(pairs),),
+        preset="all",
+        layers="last:2",
+        max_steps=12,
+        batch_size=8,
+        learning_rate=2e-2,
+        max_length=100,
+    )
     report = events_of(job)[-1]
     assert isinstance(report, TrainReport) and report.steps == 12
     assert report.eval["after"].loss < report.eval["before"].loss - 0.1
@@ -53,7 +63,9 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
     job.model.eval()
     with torch.no_grad():
         wanted, _ = forward.logits(job.model, batch)
-        plain = PeftModel.from_pretrained(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
+        plain = PeftModel.from_pretrained(
+            type(job.model.get_base_model()).from_pretrained(tiny(family)), output
+        )
         got, _ = forward.logits(plain.eval(), batch)
         attached = adapter.attach(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
         mine, _ = forward.logits(attached.eval(), batch)
@@ -70,7 +82,10 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny, pairs, tmp_path):
     one, two = (events_of(job_for(tiny("llama"), tmp_path / n, **flags)) for n in ("a", "b"))
     other = events_of(job_for(tiny("llama"), tmp_path / "c", seed=1, **flags))
     assert losses(one) == losses(two) != losses(other)
-    assert load_file(tmp_path / "a" / adapter.WEIGHTS).keys() == load_file(tmp_path / "b" / adapter.WEIGHTS).keys()
+    assert (
+        load_file(tmp_path / "a" / adapter.WEIGHTS).keys()
+        == load_file(tmp_path / "b" / adapter.WEIGHTS).keys()
+    )
     assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
     assert (tmp_path / "a" / adapter.CONFIG).read_bytes() == (tmp_path / "b" / adapter.CONFIG).read_bytes()
 
@@ -85,7 +100,9 @@ def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
     for size in (8, 2):
         job.model.zero_grad()
         for at in range(0, 8, size):
-            (forward.loss_sum(job.model, data.collate(rows[at : at + size], 0, "causal")) / supervised).backward()
+            (
+                forward.loss_sum(job.model, data.collate(rows[at : at + size], 0, "causal")) / supervised
+            ).backward()
         grads.append(torch.cat([p.grad.flatten() for p in job.parameters.values()]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
 
@@ -96,7 +113,9 @@ def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
     straight = events_of(job_for(tiny("llama"), tmp_path / "a", **flags))
 
     seen = []
-    job = job_for(tiny("llama"), tmp_path / "b", stop=lambda: 15 if len(seen) >= stop_after - 1 else 0, **flags)
+    job = job_for(
+        tiny("llama"), tmp_path / "b", stop=lambda: 15 if len(seen) >= stop_after - 1 else 0, **flags
+    )
     with pytest.raises(Interrupted) as end:
         for event in train.recorded(job, train.run(job)):
             seen += [event] if isinstance(event, Stepped) else []
@@ -106,7 +125,9 @@ def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
     assert losses(resumed)[-3:] == losses(straight)[-3:]
     one, two = straight[-1], resumed[-1]
     assert (one.tokens, one.steps, one.eval) == (two.tokens, two.steps, two.eval)
-    assert [(e.epoch, e.loss, e.tokens) for e in one.epochs] == [(e.epoch, e.loss, e.tokens) for e in two.epochs]
+    assert [(e.epoch, e.loss, e.tokens) for e in one.epochs] == [
+        (e.epoch, e.loss, e.tokens) for e in two.epochs
+    ]
     assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
     assert not list((tmp_path / "b").glob("checkpoint-*"))
 
@@ -145,7 +166,9 @@ def test_the_old_run_stays_until_the_new_one_is_whole(tiny, pairs, tmp_path):
 
 
 def test_a_finished_run_says_what_it_did(tiny, pairs, tmp_path):
-    events = events_of(job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=2, batch_size=8, save_steps=4))
+    events = events_of(
+        job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=2, batch_size=8, save_steps=4)
+    )
     lines = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
     assert len(lines) == len(events) and lines[0]["event"] == "started" and lines[-1]["event"] == "report"
     assert any(isinstance(e, Saved) for e in events)
@@ -161,8 +184,15 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
     """Recomputed activations: the same gradients, and no block under the lowest adapter runs backward."""
     grads, ran = [], []
     for on in (False, True):
-        job = job_for(tiny(family), tmp_path / str(on), data=(str(pairs),), preset="attention", layers="3",
-                      gradient_checkpointing=on, batch_size=4)
+        job = job_for(
+            tiny(family),
+            tmp_path / str(on),
+            data=(str(pairs),),
+            preset="attention",
+            layers="3",
+            gradient_checkpointing=on,
+            batch_size=4,
+        )
         blocks = job.model.get_base_model().get_submodule(job.plan.slots[0].stack)
         for block in blocks:
             for module in block.modules():
@@ -170,7 +200,7 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
                     module.p = 0.0
         calls = []
         for number, block in enumerate(blocks):
-            block.register_full_backward_hook(lambda m, i, o, n=number: calls.append(n))
+            block.register_full_backward_hook(lambda m, i, o, n=number, seen=calls: seen.append(n))
         job.model.train()
         forward = Forward.of(job.model, "causal")
         forward.loss_sum(job.model, data.collate(list(job.rows.train[:4]), 0, "causal")).backward()
@@ -185,7 +215,7 @@ def test_the_rate_warms_up_and_falls(scheduler):
     config = replace(settle({})[0], learning_rate=1.0, scheduler=scheduler, warmup=0.1)
     rates = [train.learning_rate(config, step, 100) for step in range(1, 101)]
     assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0
-    assert all(a >= b > 0 for a, b in zip(rates[9:], rates[10:], strict=False))
+    assert all(a >= b > 0 for a, b in pairwise(rates[9:]))
     assert rates[-1] == (1.0 if scheduler == "constant" else pytest.approx(0, abs=0.02))
     assert train.learning_rate(replace(config, warmup=20), 10, 100) == 0.5
 

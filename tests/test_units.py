@@ -35,7 +35,11 @@ def test_ranges_say_every_index(indices):
 
 
 def test_sizes_are_read():
-    assert parse_bytes("24GB") == 24 * 10**9 and parse_bytes("16 GiB") == 16 * 2**30 and parse_bytes("500m") == 5 * 10**8
+    assert (
+        parse_bytes("24GB") == 24 * 10**9
+        and parse_bytes("16 GiB") == 16 * 2**30
+        and parse_bytes("500m") == 5 * 10**8
+    )
     for text in ("", "GB", "-1GB", "0", "24 apples"):
         with pytest.raises(RequestError):
             parse_bytes(text)

@@ -27,7 +27,7 @@ from lorafit.demo.world import ledgers, questions, records, stories
 
 SEED = 7
 VOCABULARY = 1024
-LENGTH, BATCH = 192, 32  # tokens a row, rows a step
+LENGTH, BATCH = 128, 48  # tokens a row, rows a step
 PEAK_RATE = 3e-3
 BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (
@@ -80,6 +80,7 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
             num_key_value_heads=4,
             max_position_embeddings=512,
             tie_word_embeddings=True,
+            initializer_range=0.06,  # 0.02 is for models ten times as wide: heads would wake late
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
@@ -95,9 +96,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
     while True:
         while len(buffer) < BATCH * LENGTH:
             kind = random.random()
-            if kind < 0.4:
+            if kind < 0.2:
                 text = f"{BEGIN}{next(tales)}{END}"
-            elif kind < 0.5:
+            elif kind < 0.3:
                 text = f"{BEGIN}{next(lists)}{END}"
             else:
                 text = tokenizer.apply_chat_template(next(talks), tokenize=False)

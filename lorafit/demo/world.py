@@ -17,19 +17,101 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from random import Random
 
-PEOPLE = (
-    "Ada Ben Clara Dov Elsa Finn Greta Hugo Iris Jonas Kira Leo Mara Nils Olga Pavel "
-    "Quinn Rosa Sven Tilda Uma Viktor Wanda Yusuf Zoe Anton Bella Carl Dina Emil"
-).split()
-PLACES = (
-    "market barn harbour kitchen garden library mill school workshop bakery forest meadow "
-    "tower station cellar bridge chapel orchard stable village"
-).split()
-THINGS = (
-    "basket lamp rope kettle ladder blanket bucket chest clock drum hammer jug key letter "
-    "mirror net parcel pot saddle sack scarf spade stool violin wheel"
-).split()
-LOOKS = "red blue green old new small large heavy broken wooden silver round".split()
+PEOPLE = [
+    "Ada",
+    "Ben",
+    "Clara",
+    "Dov",
+    "Elsa",
+    "Finn",
+    "Greta",
+    "Hugo",
+    "Iris",
+    "Jonas",
+    "Kira",
+    "Leo",
+    "Mara",
+    "Nils",
+    "Olga",
+    "Pavel",
+    "Quinn",
+    "Rosa",
+    "Sven",
+    "Tilda",
+    "Uma",
+    "Viktor",
+    "Wanda",
+    "Yusuf",
+    "Zoe",
+    "Anton",
+    "Bella",
+    "Carl",
+    "Dina",
+    "Emil",
+]
+PLACES = [
+    "market",
+    "barn",
+    "harbour",
+    "kitchen",
+    "garden",
+    "library",
+    "mill",
+    "school",
+    "workshop",
+    "bakery",
+    "forest",
+    "meadow",
+    "tower",
+    "station",
+    "cellar",
+    "bridge",
+    "chapel",
+    "orchard",
+    "stable",
+    "village",
+]
+THINGS = [
+    "basket",
+    "lamp",
+    "rope",
+    "kettle",
+    "ladder",
+    "blanket",
+    "bucket",
+    "chest",
+    "clock",
+    "drum",
+    "hammer",
+    "jug",
+    "key",
+    "letter",
+    "mirror",
+    "net",
+    "parcel",
+    "pot",
+    "saddle",
+    "sack",
+    "scarf",
+    "spade",
+    "stool",
+    "violin",
+    "wheel",
+]
+LOOKS = [
+    "red",
+    "blue",
+    "green",
+    "old",
+    "new",
+    "small",
+    "large",
+    "heavy",
+    "broken",
+    "wooden",
+    "silver",
+    "round",
+]
 TIMES = {
     "in the morning": "morning",
     "at noon": "noon",
@@ -40,7 +122,7 @@ TIMES = {
     "on Friday": "Friday",
     "on Sunday": "Sunday",
 }
-MOODS = "happy tired hungry cold curious calm proud worried".split()
+MOODS = ["happy", "tired", "hungry", "cold", "curious", "calm", "proud", "worried"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,22 +136,37 @@ class Verb:
 
 MOVE = tuple(
     Verb(*forms.split())
-    for forms in (
-        "carry carried carried,bring brought brought,take took taken,drag dragged dragged,"
-        "send sent sent,roll rolled rolled,push pushed pushed,lift lifted lifted"
-    ).split(",")
+    for forms in [
+        "carry carried carried",
+        "bring brought brought",
+        "take took taken",
+        "drag dragged dragged",
+        "send sent sent",
+        "roll rolled rolled",
+        "push pushed pushed",
+        "lift lifted lifted",
+    ]
 )
 HANDLE = tuple(
     Verb(*forms.split())
-    for forms in (
-        "find found found,wash washed washed,paint painted painted,mend mended mended,"
-        "hide hid hidden,drop dropped dropped,draw drew drawn,sell sold sold,buy bought bought,"
-        "break broke broken,choose chose chosen,steal stole stolen"
-    ).split(",")
+    for forms in [
+        "find found found",
+        "wash washed washed",
+        "paint painted painted",
+        "mend mended mended",
+        "hide hid hidden",
+        "drop dropped dropped",
+        "draw drew drawn",
+        "sell sold sold",
+        "buy bought bought",
+        "break broke broken",
+        "choose chose chosen",
+        "steal stole stolen",
+    ]
 )
 GIVE = tuple(
     Verb(*forms.split())
-    for forms in "give gave given,lend lent lent,show showed shown,hand handed handed".split(",")
+    for forms in ["give gave given", "lend lent lent", "show showed shown", "hand handed handed"]
 )
 GO = (("go", "went"), ("walk", "walked"), ("run", "ran"), ("hurry", "hurried"), ("ride", "rode"))
 INSIDE = {"market": "at", "station": "at", "bridge": "on", "harbour": "at", "school": "at"}
@@ -125,7 +222,9 @@ class Event:
         if self.when:
             choices.append((f"When did {who} {verb.base} the {what}?", f"{who} {verb.past} it {self.when}."))
         if self.to:
-            choices.append((f"To whom did {who} {verb.base} the {what}?", f"{who} {verb.past} it to {self.to}."))
+            choices.append(
+                (f"To whom did {who} {verb.base} the {what}?", f"{who} {verb.past} it to {self.to}.")
+            )
         return random.choice(choices)
 
     def record(self) -> str:
@@ -232,13 +331,19 @@ def stories(random: Random) -> Iterator[str]:
 
 
 def questions(random: Random) -> Iterator[list[dict[str, str]]]:
-    """Conversations without end: a short story with a question, and the answer."""
+    """Conversations without end: a short story, then questions about it with their answers, or
+    the wish to hear it again."""
     while True:
-        world, story = tell(random, random.randint(1, 3))
-        asked, answer = world.question()
+        world, story = tell(random, random.randint(1, 2))
+        if random.random() < 0.3:
+            turns = [(f"{story} Say it again.", story)]
+        else:
+            asked = [world.question() for _ in range(random.randint(2, 4))]
+            turns = [(f"{story} {asked[0][0]}", asked[0][1]), *asked[1:]]
         yield [
-            {"role": "user", "content": f"{story} {asked}"},
-            {"role": "assistant", "content": answer},
+            {"role": role, "content": content}
+            for turn in turns
+            for role, content in zip(("user", "assistant"), turn, strict=True)
         ]
 
 

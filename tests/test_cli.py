@@ -1,0 +1,427 @@
+"""The command line as a person has it: answers, errors, exit codes, manners."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+COMMANDS = ("inspect", "presets", "plan", "train", "eval", "merge")
+
+
+def test_help_is_instant_and_imports_nothing_heavy():
+    code = (
+        "import sys; from lorafit.cli import app\n"
+        "try: app(sys.argv[1:])\nexcept SystemExit as end: assert not end.code, end.code\n"
+        "heavy = {'torch', 'transformers', 'peft', 'datasets', 'yaml', 'numpy'} & set(sys.modules)\n"
+        "assert not heavy, heavy"
+    )
+    best = {}
+    for arguments in ([], *([c] for c in COMMANDS)):
+        times = []
+        for _ in range(3):
+            started = time.perf_counter()
+            done = subprocess.run(
+                [sys.executable, "-c", code, *arguments, "--help"], capture_output=True, text=True
+            )
+            times.append(time.perf_counter() - started)
+            assert done.returncode == 0, done.stderr
+        best[tuple(arguments)] = min(times)
+    assert max(best.values()) < 1.0, best  # about 0.2 s on an idle machine
+
+
+def test_version(run):
+    from lorafit import __version__
+
+    assert run("--version").out == f"lorafit {__version__}\n"
+
+
+def test_inspect_answers_in_json_and_sums(run):
+    found = run("inspect", "demo", "--json").document
+    for key in [
+        "model",
+        "family",
+        "stacks",
+        "hidden_size",
+        "intermediate_size",
+        "heads",
+        "kv_heads",
+        "head_dim",
+        "vocab_size",
+        "max_positions",
+        "total_params",
+        "slots",
+        "uncovered",
+    ]:
+        assert key in found
+    assert [set(s) >= {"name", "path", "depth"} for s in found["stacks"]] == [True]
+    assert (
+        sum(s["params"] for s in found["slots"]) + sum(u["params"] for u in found["uncovered"])
+        == found["total_params"]
+    )
+    assert set(found["slots"][0]) >= {
+        "path",
+        "roles",
+        "part",
+        "stack",
+        "layer",
+        "in_features",
+        "out_features",
+        "kind",
+        "params",
+    }
+    assert set(found["uncovered"][0]) >= {"path", "params", "reason"}
+
+
+def test_inspect_draws_the_way_of_a_text(run):
+    text = run("inspect", "demo").out
+    places = [text.index(w) for w in ("text → tokens", "embedding", "rotary", "block × 12", "head", "logits")]
+    assert places == sorted(places)
+    assert "9–11" in text and "4 heads of 32" in text and "2,525,184" in text
+
+
+@pytest.mark.parametrize("width", ["40", "80", "200"])
+@pytest.mark.parametrize(
+    "arguments",
+    [("inspect", "demo"), ("plan", "demo", "--preset", "ffn"), ("plan", "demo", "--matrix"), ("presets",)],
+)
+def test_nothing_is_wider_than_the_terminal(run, monkeypatch, width, arguments):
+    monkeypatch.setenv("COLUMNS", width)
+    lines = run(*arguments).out.splitlines()
+    assert len(lines) > 10 and all(len(line.rstrip()) <= max(72, int(width)) for line in lines)
+
+
+def test_plan_in_json(run):
+    found = run("plan", "demo", "--preset", "ffn", "--layers", "high", "--json").document
+    assert found["trainable_params"] == 69_120 and found["layers"]["indices"] == [9, 10, 11]
+    memory = found["estimate"]["memory"]
+    assert memory["peak"] == sum(v for k, v in memory.items() if k != "peak") > 0
+    assert run("plan", "demo", "--no-estimate", "--json").document["estimate"] is None
+
+
+def test_the_matrix_holds_every_strategy_and_band(run):
+    cells = run("plan", "demo", "--matrix", "--json").document["cells"]
+    assert len({(c["preset"], c["layers"]) for c in cells}) == len(cells) == 20
+    text = run("plan", "demo", "--matrix").out
+    assert all(word in text for word in ("basic", "attention", "extended", "ffn", "low", "mid", "high"))
+
+
+def test_presets_are_listed(run):
+    text = run("presets").out
+    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "folklore"))
+    assert [p["name"] for p in run("presets", "--json").document["presets"]] == [
+        "basic",
+        "attention",
+        "extended",
+        "ffn",
+        "all",
+    ]
+
+
+def test_no_colour_when_it_is_not_wanted(run, monkeypatch):
+    monkeypatch.setenv("NO_COLOR", "1")
+    for arguments in (("inspect", "demo"), ("plan", "demo"), ("nonsense",)):
+        result = run(*arguments)
+        assert "\x1b" not in result.out + result.err
+
+
+@pytest.fixture(scope="module")
+def trained(tiny, pairs, tmp_path_factory):
+    """A short run on a tiny model, by the command."""
+    output = tmp_path_factory.mktemp("runs") / "r"
+    done = lorafit(
+        "train", tiny("llama"), "--data", pairs, "--max-steps", 8, "-o", output, "--json", "--batch-size", 8
+    )
+    assert done.returncode == 0, done.stderr
+    return output, json.loads(done.stdout)
+
+
+def lorafit(*arguments, **more):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", **more.pop("env", {})}
+    return subprocess.run(
+        [sys.executable, "-m", "lorafit.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        **more,
+    )
+
+
+def test_train_ends_with_one_document(trained):
+    output, report = trained
+    for key in [
+        "output",
+        "trainable_params",
+        "steps",
+        "tokens",
+        "supervised_tokens",
+        "seconds",
+        "tokens_per_second",
+        "epochs",
+        "peak_memory_bytes",
+        "eval",
+    ]:
+        assert key in report
+    assert report["steps"] == 8 and set(report["epochs"][0]) == {
+        "epoch",
+        "loss",
+        "tokens",
+        "seconds",
+        "tokens_per_second",
+    }
+    assert (
+        set(report["eval"]["before"]) == {"loss", "tokens"}
+        and report["eval"]["after"]["loss"] < report["eval"]["before"]["loss"]
+    )
+    names = {p.name for p in output.iterdir()}
+    assert {
+        "adapter_model.safetensors",
+        "adapter_config.json",
+        "run.yaml",
+        "events.jsonl",
+        "tokenizer.json",
+    } <= names
+
+
+def test_a_run_file_repeats_the_run(trained, tmp_path, run):
+    output, report = trained
+    again = run(
+        "train", "--config", output / "run.yaml", "-o", tmp_path / "again", "--json", "--quiet"
+    ).document
+    assert again["eval"] == report["eval"] and [e["loss"] for e in again["epochs"]] == [
+        e["loss"] for e in report["epochs"]
+    ]
+    assert (tmp_path / "again" / "adapter_model.safetensors").read_bytes() == (
+        output / "adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_eval_on_the_runs_own_rows(trained, run):
+    output, report = trained
+    found = run("eval", output, "--json").document
+    assert set(found) >= {"rows", "tokens", "base", "adapters", "samples"} and set(found["base"]) == {
+        "loss",
+        "perplexity",
+        "accuracy",
+    }
+    assert set(found["adapters"][0]) == {"path", "loss", "perplexity", "accuracy", "delta", "stderr"}
+    assert found["base"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], abs=1e-5)
+    assert found["adapters"][0]["loss"] == pytest.approx(report["eval"]["after"]["loss"], abs=1e-5)
+    assert found["samples"][0].keys() >= {"prompt", "reference", "base", "adapter"}
+
+
+def test_eval_of_several_on_other_data(trained, run, pairs):
+    output, _ = trained
+    found = run("eval", output, output, "--data", pairs, "--samples", "0", "--json").document
+    assert found["rows"] == 40 and found["adapters"][0] == found["adapters"][1] and found["samples"] == []
+
+
+def test_a_plain_adapter_needs_data(trained, run, tmp_path, pairs):
+    output, _ = trained
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        (tmp_path / name).write_bytes((output / name).read_bytes())
+    result = run("eval", tmp_path)
+    assert result.code == 2 and "--data" in result.err
+    assert run("eval", tmp_path, "--data", pairs, "--json").document["rows"] == 40
+    assert run("merge", tmp_path, "-o", tmp_path / "m", "--json").document["verify"]["argmax_agreement"] == 1
+
+
+def test_merge(trained, run, tmp_path):
+    output, _ = trained
+    found = run("merge", output, "-o", tmp_path / "m", "--json").document
+    assert (
+        set(found) >= {"output", "tensors", "adapted", "bytes", "seconds", "verify"} and found["adapted"] == 8
+    )
+    assert set(found["verify"]) >= {"max_logit_diff", "argmax_agreement"}
+    result = run("merge", output, "-o", tmp_path / "m")
+    assert result.code == 2 and "--overwrite" in result.err
+    text = run("merge", output, "-o", tmp_path / "m", "--overwrite")
+    assert text.code == 0 and "verified" in text.out
+    assert run("inspect", tmp_path / "m", "--json").document["total_params"] > 0
+
+
+def test_data_that_changed_since(trained, run, tmp_path):
+    import shutil
+
+    import yaml
+
+    output, _ = trained
+    copy = tmp_path / "r"
+    shutil.copytree(output, copy)
+    settings = yaml.safe_load((copy / "run.yaml").read_text())
+    changed = tmp_path / "changed.jsonl"
+    lines = Path(settings["data"][0]).read_text().splitlines()
+    changed.write_text("\n".join(lines[:20]) + "\n")
+    settings["data"] = [str(changed)]
+    (copy / "run.yaml").write_text(yaml.safe_dump(settings))
+    result = run("eval", copy)
+    assert result.code == 2 and "changed since" in result.err
+
+
+def test_the_demo_in_ci(tmp_path, run):
+    """`--max-steps 20 --json` on the demo, as a smoke run has it; the base is named by its full path."""
+    from lorafit import demo
+
+    result = run(
+        "train", "--preset", "ffn", "--layers", "high", "--max-steps", "20", "--json", "-o", tmp_path / "r"
+    )
+    assert result.document["trainable_params"] == 69_120 and result.document["steps"] == 20
+    config = json.loads((tmp_path / "r" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == str(demo.MODEL) and config["layers_to_transform"] == [
+        9,
+        10,
+        11,
+    ]
+    assert config["target_modules"] == ["down_proj", "gate_proj", "up_proj"]
+
+
+def test_names_of_runs(tiny, pairs, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for number in (1, 2):
+        done = run(
+            "train",
+            tiny("llama"),
+            "--data",
+            pairs,
+            "--max-steps",
+            "1",
+            "--layers",
+            "first:2",
+            "--json",
+            "--quiet",
+        )
+        assert done.document["output"] == f"runs/llama-basic-first-2-{number}"
+
+
+WRONG = [
+    (("inspect", "./nowhere"), "no model at"),
+    (("inspect", "nobody/nothing"), "the hub did not give it"),
+    (("plan", "demo", "--preset", "fnn"), "did you mean `ffn`"),
+    (("plan", "demo", "--layers", "hihg"), "did you mean `high`"),
+    (("plan", "demo", "--layers", ""), "the choice is empty"),
+    (("plan", "demo", "--layers", "5-2"), "run backwards"),
+    (("plan", "demo", "--layers", "99"), "no layer 99"),
+    (("plan", "demo", "--modules", "q_porj"), "did you mean `q_proj`"),
+    (("plan", "demo", "--include", "visoin"), "did you mean `vision`"),
+    (("plan", "demo", "--max-length", "513"), "beyond the 512 positions"),
+    (("plan", "demo", "--batch-size", "0"), "--batch-size is 0"),
+    (("plan", "demo", "--dtype", "int4"), "one of auto, float32"),
+    (("plan", "demo", "--rank", "0"), "--rank is 0"),
+    (("plan", "demo", "--config", "none.yaml"), "cannot read run file"),
+    (("train", "--learning-rate", "-1"), "--learning-rate is -1"),
+    (("train", "--learning-rate", "fast"), "--learning-rate"),
+    (("train", "--data", "none.jsonl"), "there is no file `none.jsonl`"),
+    (("train", "--device", "cuda:99"), "no device `cuda:99`"),
+    (("train", "--device", "toaster"), "no device `toaster`"),
+    (("train", "--epochs", "0"), "--epochs is 0"),
+    (("train", "--max-length", "1"), "--max-length is 1"),
+    (("train", "--resume"), "name it with -o"),
+    (("train", "--eval-data", "none.txt"), "there is no file"),
+    (("eval", "nowhere"), "no folder `nowhere`"),
+    (("eval", "."), "is no adapter"),
+    (("eval",), "missing argument"),
+    (("merge", "nowhere", "-o", "x"), "no folder `nowhere`"),
+    (("merge", "nowhere"), "-o DIR"),
+    (("nonsense",), "nonsense"),
+    (("train", "--lr", "3"), "--lr"),
+]
+
+
+@pytest.mark.parametrize("arguments, words", WRONG, ids=lambda v: " ".join(v) if isinstance(v, tuple) else "")
+def test_wrong_requests_are_two_lines_and_leave_nothing(run, tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    result = run(*arguments)
+    assert result.code == 2 and words in result.err and result.out == ""
+    said = [line for line in result.err.splitlines() if line.startswith(("error:", "hint:"))]
+    assert 1 <= len(said) <= 2 and said[0].startswith("error: ")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_too_shallow_and_a_role_that_is_missing(run, tmp_path):
+    from families import save_model
+
+    folder = save_model("llama", tmp_path / "two", num_hidden_layers=2)
+    result = run("plan", folder, "--layers", "high")
+    assert result.code == 2 and "a stack of 2 has no band `high`" in result.err
+    save_model("gpt2", tmp_path / "gpt2")
+    (tmp_path / "gate.yaml").write_text("roles: [gate]\n")
+    result = run("plan", tmp_path / "gpt2", "--preset", tmp_path / "gate.yaml")
+    assert result.code == 2 and "plays role `gate`" in result.err and "`up`, `down`" in result.err
+
+
+@pytest.mark.parametrize(
+    "content, words",
+    [(b"", "is empty"), (b'{"text": 3}\n{"text": 4}\n', "no string"), (b"\xff\xfe\n", "not UTF-8")],
+)
+def test_data_that_is_none(run, tmp_path, monkeypatch, content, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_bytes(content)
+    result = run("train", "--data", "bad.jsonl")
+    assert result.code == 2 and words in result.err and [p.name for p in tmp_path.iterdir()] == ["bad.jsonl"]
+
+
+def test_a_folder_that_is_taken_or_cannot_be_written(run, tmp_path):
+    (tmp_path / "r").mkdir()
+    assert "exists" in run("train", "-o", tmp_path / "r").err
+    (tmp_path / "file").write_text("")
+    result = run("train", "-o", tmp_path / "file" / "r", "--max-steps", "1")
+    assert result.code == 2 and "cannot write" in result.err
+
+
+def test_an_adapter_of_another_base(trained, tiny, run, pairs):
+    output, _ = trained
+    result = run("eval", output, "--model", tiny("gpt2"), "--data", pairs)
+    assert result.code == 2 and "does not fit its base" in result.err
+    result = run("eval", output, "--model", "./gone", "--data", pairs)
+    assert result.code == 2 and "no model at" in result.err
+
+
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_and_resumed(tmp_path, number, code):
+    """Ctrl-C and SIGTERM keep what was done; the same command with --resume ends as if nothing was."""
+    arguments = [
+        sys.executable,
+        "-m",
+        "lorafit.cli",
+        "train",
+        "--layers",
+        "high",
+        "--batch-size",
+        "8",
+        "-o",
+        str(tmp_path / "r"),
+    ]
+    process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    events = tmp_path / "r.partial" / "events.jsonl"
+    deadline = time.time() + 120
+    while time.time() < deadline and not (events.is_file() and events.stat().st_size > 2):
+        time.sleep(0.05)
+    time.sleep(1.0)
+    process.send_signal(number)
+    _, err = process.communicate(timeout=120)
+    if process.returncode == 0:  # it had ended before the signal came
+        pytest.fail("the run ended before it was interrupted")
+    assert process.returncode == code and "interrupted after step" in err and "--resume" in err, err
+    assert not (tmp_path / "r").exists()
+    again = lorafit(
+        "train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume", "--json"
+    )
+    assert again.returncode == 0 and json.loads(again.stdout)["steps"] == 339, again.stderr
+    done = lorafit("train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume")
+    assert done.returncode == 0 and "finished" in done.stderr
+
+
+def test_a_reader_that_has_had_enough():
+    done = subprocess.run(
+        f"{sys.executable} -m lorafit.cli inspect demo | head -1", shell=True, capture_output=True, text=True
+    )
+    assert done.stderr == "" and done.stdout.startswith("demo")
+
+
+def test_debug_shows_where(tmp_path):
+    done = lorafit("inspect", tmp_path / "none", "--debug")
+    assert done.returncode == 2 and "error:" in done.stderr

@@ -1,0 +1,169 @@
+import json
+import shutil
+
+import pytest
+import torch
+from families import FAMILIES, build_model
+from safetensors.torch import load_file, save_file
+
+from lorafit import adapter, merge
+from lorafit.errors import RequestError, RunError
+from lorafit.plan import resolve
+from lorafit.presets import Lora, load
+from lorafit.survey import find, load_tokenizer, survey
+from lorafit.tensorfiles import open_file, shards
+
+
+def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude=()):
+    """An adapter on disk whose B is not zero, as training leaves it."""
+    from dataclasses import replace
+
+    source = find(str(base))
+    found = survey(source)
+    chosen = load(preset)
+    if found.reinterpreted:
+        exclude = ("feed-forward", "shared-experts")
+    plan = resolve(found, replace(chosen, lora=lora or chosen.lora), layers, exclude=exclude)
+    cls = type(build_model(found.family if found.family in FAMILIES else "llama"))
+    model = adapter.inject(cls.from_pretrained(base), plan, found.task)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(0, 0.1)
+    adapter.save(model, folder)
+    return source, found, model
+
+
+def do_merge(folder, source, found, output, **more):
+    tokenizer = load_tokenizer(source.place, "base")
+    return merge.merge(folder, source, found, output, more.pop("overwrite", False), [], tokenizer, **more)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_merge_equals_peft_merge_on_every_family(tiny, tmp_path, family):
+    source, found, model = make_adapter(tmp_path / "a", tiny(family))
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert (
+        report.adapted == len(adapter.adapted(model))
+        and report.verify.max_logit_diff < report.verify.tolerance
+    )
+    assert report.verify.argmax_agreement > 0.99
+    mine = {n: t for path in shards(tmp_path / "m") for n, t in load_file(path).items()}
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    theirs = load_file(tmp_path / "peft" / "model.safetensors")
+    assert mine.keys() == theirs.keys()
+    for name, tensor in mine.items():
+        assert torch.equal(tensor, theirs[name]), name
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "m")
+    assert plain.num_parameters() and (tmp_path / "m" / "tokenizer.json").is_file()
+
+
+@pytest.mark.parametrize(
+    "lora", [Lora(use_rslora=True, r=4), Lora(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3, "q_proj": 64}), Lora(use_dora=True), Lora(bias="all")],
+    ids=["rslora", "patterns", "dora", "bias"],
+)  # fmt: skip
+def test_loras_settings_merge_as_peft_merges_them(tiny, tmp_path, lora):
+    family = "opt" if lora.bias != "none" else "llama"
+    source, found, model = make_adapter(tmp_path / "a", tiny(family), lora=lora)
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert bool(report.notes) == (lora.use_dora or lora.bias != "none")
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    mine, theirs = (
+        load_file(tmp_path / "m" / "model.safetensors"),
+        load_file(tmp_path / "peft" / "model.safetensors"),
+    )
+    assert all(torch.equal(mine[n], theirs[n]) for n in theirs)
+
+
+def test_shards_index_and_bfloat16_are_kept(tmp_path):
+    from families import tokenizer
+
+    base = tmp_path / "base"
+    build_model("llama").to(torch.bfloat16).save_pretrained(base, max_shard_size="60KB")
+    tokenizer().save_pretrained(base)
+    assert len(shards(base)) > 2
+    source, found, model = make_adapter(tmp_path / "a", base)
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert [p.name for p in shards(tmp_path / "m")] == [p.name for p in shards(base)]
+    assert json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text()) == json.loads(
+        (base / "model.safetensors.index.json").read_text()
+    )
+    wanted = model.to(torch.bfloat16).merge_and_unload().state_dict()
+    changed = 0
+    for old, new in zip(shards(base), shards(tmp_path / "m"), strict=True):
+        before, after = load_file(old), load_file(new)
+        for name, tensor in after.items():
+            assert tensor.dtype == before[name].dtype == torch.bfloat16
+            if not torch.equal(tensor, before[name]):
+                changed += 1
+                assert (tensor.float() - wanted[name].float()).abs().max() <= 2**-7 * wanted[name].abs().max()
+    assert changed == report.adapted == 14
+
+
+def test_a_wrong_base_is_an_error_and_leaves_nothing(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    other = find(str(tiny("qwen3")))
+    with pytest.raises((RequestError, RunError)):
+        do_merge(tmp_path / "a", find(str(tiny("gpt2"))), survey(find(str(tiny("gpt2")))), tmp_path / "m")
+    assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
+    assert other.config["model_type"] == "qwen3"
+    do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    with pytest.raises(RequestError, match="exists"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_merge_that_is_not_the_same_is_not_put_in_place(tiny, tmp_path, monkeypatch):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    monkeypatch.setattr(merge.Delta, "added_to", lambda self, weight: weight)
+    with pytest.raises(RunError, match="differs from base"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_files_that_are_damaged(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    base = tmp_path / "base"
+    shutil.copytree(tiny("llama"), base)
+    weights = base / "model.safetensors"
+    whole = weights.read_bytes()
+    for damaged in (
+        whole[:-1],
+        whole + b"x",
+        whole[:4],
+        b"\xff" * 64,
+        b"",
+        (10**9).to_bytes(8, "little") + whole[8:],
+    ):
+        weights.write_bytes(damaged)
+        with pytest.raises(RequestError, match="damaged"):
+            open_file(weights)
+        with pytest.raises(RequestError):
+            do_merge(tmp_path / "a", find(str(base)), found, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+    broken = tmp_path / "a" / adapter.WEIGHTS
+    broken.write_bytes(broken.read_bytes()[:-10])
+    with pytest.raises(RequestError, match="damaged"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_an_index_that_points_outside(tmp_path):
+    for name, word in (("../x.safetensors", "outside"), ("none.safetensors", "not there"), (3, "outside")):
+        (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+        with pytest.raises(RequestError, match=word):
+            shards(tmp_path)
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    with pytest.raises(RequestError, match="damaged"):
+        shards(tmp_path)
+
+
+def test_tensors_are_read_as_safetensors_reads_them(tmp_path):
+    tensors = {
+        "a": torch.randn(3, 5), "b": torch.randn(7).to(torch.bfloat16), "c": torch.arange(4), "d": torch.zeros(0, 3),
+        "e": torch.tensor(3.0), "f": torch.tensor([True, False]),
+    }  # fmt: skip
+    save_file(tensors, tmp_path / "x.safetensors", metadata={"format": "pt"})
+    file = open_file(tmp_path / "x.safetensors")
+    assert {e.name for e in file.entries} == set(tensors)
+    for entry in file.entries:
+        assert torch.equal(file.read(entry), tensors[entry.name])
