@@ -7,18 +7,20 @@ not there too); the comparison after every injection and every load is what lora
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError, safe_open
 
 from lorafit.errors import RequestError, RunError
 from lorafit.plan import Plan
+from lorafit.spelling import pattern_value
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -43,11 +45,21 @@ def lora_config(plan: Plan, task: str) -> LoraConfig:
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
         init_lora_weights=lora.init_lora_weights,
-        rank_pattern=dict(lora.rank_pattern),
-        alpha_pattern=dict(lora.alpha_pattern),
+        # by full name: PEFT takes the first pattern that matches, and saves them in another order
+        rank_pattern=_by_name(plan, lora.rank_pattern),
+        alpha_pattern=_by_name(plan, lora.alpha_pattern),
         fan_in_fan_out=bool(plan.slots) and all(s.kind == "conv1d" for s in plan.slots),
         task_type=TASKS.get(task),
     )
+
+
+def _by_name(plan: Plan, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for slot in plan.slots:
+        value = pattern_value(patterns, slot.path, 0)
+        if value:
+            found[re.escape(slot.path)] = type(next(iter(patterns.values())))(value)
+    return found
 
 
 def inject(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
@@ -116,6 +128,14 @@ def save(model: PeftModel, folder: Path) -> None:
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card: a form with nothing filled in
 
 
+def changes_its_base(config: Mapping[str, Any]) -> bool:
+    """Whether an adapter leaves its base another than it found it: PiSSA's and OLoRA's start take a
+    part out of the weights, and trained biases stay when the adapter is off."""
+    return config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal") or (
+        config.get("bias", "none") != "none"
+    )
+
+
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter folder.
 
@@ -156,7 +176,7 @@ def tensor_names(folder: str | Path) -> list[str]:
         raise RequestError(f"`{path}` is damaged: {error}") from None
 
 
-def attach(model: PreTrainedModel, folder: str | Path, trainable: bool = False) -> PeftModel:
+def attach(model: PreTrainedModel, folder: str | Path) -> PeftModel:
     """The model with a saved adapter on it, checked: what was injected holds every tensor of the file.
 
     Raises RequestError when the adapter belongs to another model.
@@ -166,9 +186,7 @@ def attach(model: PreTrainedModel, folder: str | Path, trainable: bool = False) 
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_model = PeftModel.from_pretrained(
-                model, str(folder), is_trainable=trainable, low_cpu_mem_usage=False
-            )
+            peft_model = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=False)
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
@@ -176,8 +194,6 @@ def attach(model: PreTrainedModel, folder: str | Path, trainable: bool = False) 
             f"the adapter `{folder}` does not fit its base: {detail[:220]}",
             "it was trained on another model, or the base has changed",
         ) from None
-    from peft import get_peft_model_state_dict
-
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         there = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))

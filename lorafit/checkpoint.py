@@ -8,7 +8,10 @@ beside its name and renamed. No pickle: tensors are safetensors, the rest is JSO
 from __future__ import annotations
 
 import json
+import re
 import shutil
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,7 @@ from safetensors.torch import load_file, save_file
 
 from lorafit.errors import RequestError
 
-PARTIAL = ".partial"
+PARTIAL, RUNS = ".partial", "runs"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +37,11 @@ class RunFolder:
     @property
     def checkpoints(self) -> list[Path]:
         """The whole checkpoints of an unfinished run, the oldest first."""
-        found = [p for p in self.work.glob("checkpoint-*") if (p / "state.json").is_file()]
+        found = [
+            p
+            for p in self.work.glob("checkpoint-*")
+            if re.fullmatch(r"checkpoint-[0-9]+", p.name) and (p / "state.json").is_file()
+        ]
         return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
     def open(self, overwrite: bool, resume: bool) -> None:
@@ -43,32 +50,59 @@ class RunFolder:
         Raises RequestError when the target is there and may not be replaced, or when an
         unfinished run lies there and is neither resumed nor replaced.
         """
-        if self.target.exists() and not overwrite:
-            raise RequestError(f"`{self.target}` exists", "another -o, or --overwrite to replace it")
-        if resume:
-            self.work.mkdir(parents=True, exist_ok=True)
-            return
-        if self.checkpoints and not overwrite:
-            raise RequestError(
-                f"an unfinished run lies in `{self.work}`", "--resume to go on, --overwrite to start anew"
-            )
+        check_target(self.target, overwrite)
         try:
-            if self.work.exists():
+            if overwrite and not resume and self.work.exists():
                 shutil.rmtree(self.work)
-            self.work.mkdir(parents=True)
+            self.work.mkdir(parents=True, exist_ok=resume)
+        except FileExistsError:
+            if not self.work.is_dir():
+                raise RequestError(f"`{self.work}` is a file", "another -o") from None
+            raise RequestError(
+                f"an unfinished run lies in `{self.work}`, or one is being written",
+                "--resume to go on with it, --overwrite to start anew",
+            ) from None
         except OSError as error:
             raise RequestError(f"cannot write `{self.work}`: {error.strerror}") from None
 
     def finish(self) -> None:
         """Put the finished run in its place; what stood there goes only then."""
-        for checkpoint in self.work.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
         put_in_place(self.work, self.target)
+        for checkpoint in self.target.glob("checkpoint-*"):
+            shutil.rmtree(checkpoint)
 
     def abandon(self) -> None:
         """Leave nothing behind of a run that kept nothing worth going on from."""
-        if not self.checkpoints:
-            shutil.rmtree(self.work, ignore_errors=True)
+        if self.checkpoints or (self.work / "adapter_model.safetensors").is_file():
+            return
+        shutil.rmtree(self.work, ignore_errors=True)
+        if self.work.parent.name == RUNS:
+            with suppress(OSError):  # it holds other runs
+                self.work.parent.rmdir()
+
+
+def check_target(target: Path, overwrite: bool, kept: Sequence[Path] = ()) -> None:
+    """Whether a folder may be made at `target`.
+
+    Raises RequestError when something is there that may not be replaced: without `overwrite`
+    anything, with it all but an empty folder, a run or a model; and ever what holds `kept`.
+    """
+    if target.name in ("", ".."):
+        raise RequestError(f"`{target}` is no name for a new folder", "-o DIR names one")
+    if target.is_symlink() and not target.exists():
+        raise RequestError(f"`{target}` is a link to nothing", "another -o")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RequestError(f"`{target}` is a file", "another -o")
+    if not overwrite:
+        raise RequestError(f"`{target}` exists", "another -o, or --overwrite to replace it")
+    held = [path for path in kept if path.resolve().is_relative_to(target.resolve())]
+    if held:
+        raise RequestError(f"`{target}` holds `{held[0]}`, which is needed", "another -o")
+    ours = any((target / name).is_file() for name in ("adapter_config.json", "config.json"))
+    if not ours and any(target.iterdir()):
+        raise RequestError(f"`{target}` is neither a run nor a model: it is not replaced", "another -o")
 
 
 def put_in_place(work: Path, target: Path) -> None:
@@ -83,12 +117,18 @@ def put_in_place(work: Path, target: Path) -> None:
         shutil.rmtree(old)
 
 
-def free_name(folder: Path, stem: str) -> Path:
-    """`folder/stem-1`, or the first number that neither a run nor an unfinished one has."""
+def claim(stem: str) -> RunFolder:
+    """`runs/STEM-1` opened, or the first number that neither a run nor an unfinished one has."""
     number = 1
-    while (folder / f"{stem}-{number}").exists() or (folder / f"{stem}-{number}{PARTIAL}").exists():
+    while True:
+        folder = RunFolder(Path(RUNS) / f"{stem}-{number}")
+        if not folder.target.exists() and not folder.work.exists():
+            with suppress(RequestError):
+                folder.open(overwrite=False, resume=False)
+                return folder
+            if not folder.work.exists():  # not taken by another run: it cannot be written
+                folder.open(overwrite=False, resume=False)
         number += 1
-    return folder / f"{stem}-{number}"
 
 
 def save(
@@ -146,8 +186,7 @@ def restore(
         for key, value in moments.items():
             owner, _, kind = key.rpartition("/")
             if owner == name:
-                place = parameter.device if kind != "step" else value.device
-                optimizer.state[parameter][kind] = value.to(place)
+                optimizer.state[parameter][kind] = value.to(parameter.device)
     random = load_file(folder / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available():

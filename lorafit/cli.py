@@ -70,7 +70,7 @@ def _on_term(number: int, frame: Any) -> None:
 
 
 def _report(error: LorafitError, code: int | None = None) -> int:
-    if _debug and error.__cause__ is not None:
+    if _debug:
         import traceback
 
         traceback.print_exception(error)
@@ -236,7 +236,7 @@ def presets(json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def plan(
-    model: Model = "demo",
+    model: Annotated[Optional[str], typer.Argument(help=OPTIONS["model"].help, show_default=False)] = None,
     preset: PresetOption = None,
     layers: Layers = None,
     modules: Modules = None,
@@ -346,10 +346,11 @@ def train(
     Without a model and data: the embedded demo.
     """
     from lorafit import show
-    from lorafit.checkpoint import RunFolder
+    from lorafit.checkpoint import RunFolder, check_target, claim
     from lorafit.config import derive_from_model, derive_from_rows, settle
     from lorafit.events import TrainReport
     from lorafit.survey import find, load_tokenizer, survey
+    from lorafit.train import report_of
 
     flags = _given(locals())
     settings, chosen = settle(flags, config)
@@ -360,10 +361,15 @@ def train(
     found = survey(source)
     settings = derive_from_model(settings, found)
     made = _resolve(found, chosen, settings)
-    folder = RunFolder(_output(settings, found, made))
-    if settings.resume and folder.target.exists() and not settings.overwrite:
-        screen.line("done", f"{folder.target} is a finished run: nothing to resume")
-        return
+    folder = None
+    if settings.output is not None:
+        folder = RunFolder(Path(settings.output).expanduser())
+        if settings.resume and folder.target.exists() and not settings.overwrite:
+            screen.line("done", f"{folder.target} is a finished run: nothing to resume")
+            if json:
+                screen.document(report_of(folder.target))
+            return
+        check_target(folder.target, settings.overwrite)
     show.show_header(screen, made, found, settings)
 
     from lorafit import data as rows_of
@@ -372,14 +378,17 @@ def train(
     trainer.pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
     rows = rows_of.load(settings, tokenizer, found.task, found.vocab_size)
-    settings = derive_from_rows(settings, rows.mean_tokens)
+    settings = derive_from_rows(settings, rows.mean_tokens, len(rows.train))
     show.show_data(screen, settings, rows)
-    folder.open(settings.overwrite, settings.resume)
+    if folder is None:
+        folder = claim(_stem(found, made))
+    else:
+        folder.open(settings.overwrite, settings.resume)
     view = show.TrainView(screen)
     report = None
     try:
         with _stopping() as stop:
-            job = trainer.assemble(source, settings, made, rows, tokenizer, found.task, folder, stop)
+            job = trainer.assemble(source, found, settings, made, rows, tokenizer, folder, stop)
             for event in trainer.recorded(job, trainer.run(job)):
                 view.on(event)
                 report = event if isinstance(event, TrainReport) else report
@@ -436,7 +445,7 @@ def evaluate(
     from lorafit import data as rows_of
     from lorafit import evaluate as scoring
     from lorafit import train as trainer
-    from lorafit.events import EvalReport
+    from lorafit.events import EvalReport, Sample
     from lorafit.step import Forward
     from lorafit.survey import load_model, load_tokenizer
 
@@ -448,36 +457,38 @@ def evaluate(
             raise RequestError(f"`{other}` has another base than `{adapters[0]}`", "evaluate them one by one")
     where = trainer.pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
+    if not data and (format or max_length):
+        raise RequestError(
+            "--format and --max-length are about --data, and none is named", "name a file with --data"
+        )
     if data:
         length = max_length or _stored_length(adapters[0], found)
         rows = rows_of.read_eval_rows(data, format or "auto", tokenizer, found.task, length, found.vocab_size)
     else:
         rows = _held_out(adapters[0], tokenizer, found)
-    base = load_model(source, trainer.pick_dtype(dtype or "auto", where), where)
-    size = batch_size or 8
-    results, base_scores, shown = [], None, ()
-    for path in adapters:
-        peft_model = adapter.attach(base, path)
-        evaluator = scoring.Evaluator(
-            tuple(rows), Forward.of(peft_model, found.task), size, tokenizer, found.vocab_size, where
-        )
-        with screen.bar("evaluating") as tick:
-            count = _counter(tick, len(rows) * (2 if base_scores is None else 1))
-            if base_scores is None:
-                with scoring.adapter_off(peft_model):
-                    base_scores = evaluator.scores(peft_model, count)
-            scores = evaluator.scores(peft_model, count)
-        results.append(scoring.paired(path, base_scores, scores))
-        if not shown and samples:
-            shown = scoring.samples(peft_model, evaluator, samples)
-        base = peft_model.unload()
-    assert base_scores is not None
+    kind = trainer.pick_dtype(dtype or "auto", where)
+    base = load_model(source, kind, where)
+    forward = Forward.of(base, found.task)
+    evaluator = scoring.Evaluator(tuple(rows), forward, batch_size or 8, tokenizer, found.vocab_size, where)
+    results, said = [], []
+    with screen.bar("evaluating") as tick:
+        count = _counter(tick, len(rows) * (1 + len(adapters)))
+        base_scores = evaluator.scores(base, count)
+        asked = scoring.prompts(evaluator, samples)
+        base_said = scoring.completions(base, evaluator, samples)
+        for number, path in enumerate(adapters):
+            peft_model = adapter.attach(base, path)
+            results.append(scoring.paired(path, base_scores, evaluator.scores(peft_model, count)))
+            said = said or scoring.completions(peft_model, evaluator, samples)
+            base = peft_model.unload()
+            if adapter.changes_its_base(adapter.read_config(path)) and number + 1 < len(adapters):
+                base = load_model(source, kind, where)
     report = EvalReport(
         rows=len(rows),
         tokens=sum(s.tokens for s in base_scores),
         base=scoring.summed(base_scores),
         adapters=tuple(results),
-        samples=tuple(shown),
+        samples=tuple(Sample(*text, *pair) for text, *pair in zip(asked, base_said, said, strict=True)),
     )
     if json:
         screen.document(report)
@@ -519,7 +530,10 @@ def merge(
     screen = show.Screen(json, quiet)
     source, found = _base(adapter, model)
     tokenizer = load_tokenizer(_tokenizer_of(adapter, source.place), adapter)
-    rows = _held_out(adapter, tokenizer, found) if (Path(adapter) / "run.yaml").is_file() else []
+    try:
+        rows = _held_out(adapter, tokenizer, found)
+    except RequestError:  # its data are not at hand: the proof reads texts of lorafit's own
+        rows = []
     with screen.bar("merging", bytes_text) as tick:
         report = merging.merge(
             Path(adapter), source, found, Path(output), bool(overwrite), rows, tokenizer, tick
@@ -601,15 +615,10 @@ def _matrix(found: ModelMap, settings: RunConfig) -> list[dict[str, Any]]:
     return cells
 
 
-def _output(settings: RunConfig, found: ModelMap, made: Plan) -> Path:
-    """Where the run goes: as asked, or the first free `runs/MODEL-PRESET-LAYERS-N`."""
-    from lorafit.checkpoint import free_name
-
-    if settings.output is not None:
-        return Path(settings.output).expanduser()
+def _stem(found: ModelMap, made: Plan) -> str:
+    """`MODEL-PRESET-LAYERS`, in characters that a file name may have."""
     words = (found.model.rpartition("/")[2], made.preset, made.spec)
-    stem = "-".join(re.sub(r"[^\w.]+", "-", word).strip("-") for word in words)
-    return free_name(Path("runs"), stem)
+    return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:60] for word in words)
 
 
 def _base(adapter: str, model: str | None) -> tuple[Any, ModelMap]:
@@ -636,25 +645,24 @@ def _tokenizer_of(adapter: str, base: str) -> str:
 
 
 def _stored_length(adapter: str, found: ModelMap) -> int:
-    from lorafit.config import derive_from_model, settle
+    from lorafit.config import as_recorded, derive_from_model, settle
 
     path = Path(adapter) / "run.yaml"
-    settings, _ = settle({}, str(path) if path.is_file() else None)
+    settings = as_recorded(str(path)) if path.is_file() else settle({})[0]
     return derive_from_model(settings, found).max_length or 1
 
 
 def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
     """The rows that a run held out, made again from its data and checked to be the same."""
     from lorafit import data, train
-    from lorafit.config import settle
+    from lorafit.config import as_recorded
 
     path = Path(adapter) / "run.yaml"
     if not path.is_file():
         raise RequestError(
             f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data"
         )
-    settings, _ = settle({}, str(path))
-    rows = data.load(settings, tokenizer, found.task, found.vocab_size)
+    rows = data.load(as_recorded(str(path)), tokenizer, found.task, found.vocab_size)
     if rows.held_out_digest != train.held_out_digest(Path(adapter)):
         raise RequestError(
             f"the data of `{adapter}` changed since it was trained: its held-out rows are other ones",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,13 @@ from lorafit.units import figures
 
 # What each derived value was derived from: a flag that sets one of these derives it anew.
 SOURCES: dict[str, tuple[str, ...]] = {
-    "learning_rate": ("model", "rank"),
+    "learning_rate": ("model",),
     "max_length": ("model", "data", "format"),
-    "batch_size": ("model", "data", "format", "max_length", "device", "gradient_checkpointing"),
-    "layers": ("preset", "modules"),
+    "batch_size": ("model", "data", "eval_data", "holdout", "format", "max_length", "accumulate"),
+    "epochs": ("model", "data", "format", "max_length", "batch_size", "accumulate", "max_steps"),
 }
 TOKENS_PER_STEP = 2048
+ENOUGH_STEPS, MOST_EPOCHS = 250, 3
 LONGEST_ROW = 1024
 
 
@@ -52,7 +54,7 @@ class RunConfig:
     eval_data: tuple[str, ...]
     holdout: float
     format: str
-    epochs: int
+    epochs: int | None
     max_steps: int | None
     save_steps: int | None
     eval_steps: int | None
@@ -80,15 +82,27 @@ class RunConfig:
         return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
 
     def why(self, name: str) -> str:
-        """The reason in words: `from hidden size 128`; empty for what was set."""
-        return self.origin.get(name, "").removeprefix("derived: ")
+        """The reason of a derived value in words: `from hidden size 128`; empty for what was set."""
+        came = self.origin.get(name, "")
+        return came.removeprefix("derived: ") if came.startswith("derived") else ""
 
     def as_file(self) -> dict[str, Any]:
-        """What `run.yaml` holds: the values that may be read back, then their origins."""
+        """What `run.yaml` holds: the values that may be read back, then their origins.
+
+        Files and folders stand there by their full path, to be found from anywhere.
+        """
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
+        values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
+        for name in ("data", "eval_data"):
+            values[name] = [_lasting(spec) for spec in values[name]]
         plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
         return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
+
+
+def _lasting(name: str) -> str:
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
@@ -129,6 +143,12 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     kept = _still_holds(stored, stored_origin, given)
 
     preset = load(given.get("preset") or kept.get("preset") or OPTIONS["preset"].default)
+    if "preset" in given:  # what was derived gives way to what the new preset says
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if name not in preset.training or not stored_origin.get(name, "").startswith("derived")
+        }
     # a preset of one's own is kept by its full path, so that the run file finds it again
     if preset.path:
         given = {**given, "preset": preset.path} if "preset" in given else given
@@ -166,6 +186,16 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     return config, replace(preset, lora=lora)
 
 
+def as_recorded(file: str) -> RunConfig:
+    """The settings in a run file and nothing else: its preset is not looked up.
+
+    For what a finished run did with its data. Raises RequestError as `read_run_file` does.
+    """
+    stored, origin = read_run_file(file)
+    values = {name: stored.get(name, option.default) for name, option in OPTIONS.items()}
+    return RunConfig(**values, origin=origin)
+
+
 def _still_holds(
     stored: Mapping[str, Any], origin: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
@@ -173,6 +203,8 @@ def _still_holds(
     kept = {}
     for name, value in stored.items():
         came = origin.get(name, "file")
+        if name == "modules" and "preset" in given:
+            continue
         if came.startswith("preset ") and ("preset" in given or "modules" in given):
             continue
         if came.startswith("derived") and any(s in given for s in SOURCES.get(name, ())):
@@ -198,7 +230,7 @@ def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
     reason = f"from hidden size {hidden}" if hidden else "the model names no hidden size"
     config = config.derived("learning_rate", float(figures(rate, 2)), reason)
     room = model.max_positions
-    if room and config.max_length and config.max_length > room and model.positions != "relative":
+    if room and config.max_length and config.max_length > room:
         raise RequestError(
             f"--max-length {config.max_length} is beyond the {room} positions of `{model.model}`",
             f"the longest row it takes is --max-length {room}",
@@ -208,16 +240,25 @@ def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
     return config.derived("max_length", LONGEST_ROW, "the longest row unless asked otherwise")
 
 
-def derive_from_rows(config: RunConfig, mean_tokens: float) -> RunConfig:
-    """With the batch that makes an optimizer step about 2,048 tokens: 1 to 32 rows, a power of two.
+def derive_from_rows(config: RunConfig, mean_tokens: float, rows: int = 0) -> RunConfig:
+    """With what follows from the rows: the batch, and from how many there are, the epochs.
 
-    LoRA loses to full fine-tuning at large batches ("LoRA Without Regret", sec. on batch size),
-    and a small data set needs steps more than it needs large ones.
+    The batch makes an optimizer step about 2,048 tokens: 1 to 32 rows, a power of two. LoRA loses
+    to full fine-tuning at large batches ("LoRA Without Regret", sec. on batch size), and a
+    small data set needs steps more than it needs large ones. The epochs are as many as make about
+    250 steps, at most 3; as many as `max_steps` needs where that is set.
     """
-    rows = max(1.0, TOKENS_PER_STEP / max(1.0, mean_tokens) / config.accumulate)
+    wanted = max(1.0, TOKENS_PER_STEP / max(1.0, mean_tokens) / config.accumulate)
     size = 1
-    while size * 2 <= min(32, rows * 1.42):  # 1.42: to the nearest power of two
+    while size * 2 <= min(32, wanted * 1.42):  # 1.42: to the nearest power of two
         size *= 2
-    return config.derived(
+    config = config.derived(
         "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens a step at {mean_tokens:.0f} a row"
     )
+    if not rows or not config.batch_size:
+        return config
+    steps = ceil(ceil(rows / config.batch_size) / config.accumulate)
+    if config.max_steps:
+        return config.derived("epochs", ceil(config.max_steps / steps), "as many as --max-steps needs")
+    epochs = min(MOST_EPOCHS, ceil(ENOUGH_STEPS / steps))
+    return config.derived("epochs", epochs, f"{steps:,} steps each")

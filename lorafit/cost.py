@@ -112,14 +112,16 @@ def widest(model_map: ModelMap) -> int:
 def _blocks_kept(plan: Plan, model_map: ModelMap) -> list[tuple[str, int]]:
     """The blocks whose activations backward needs: those at and above the cut of each stack.
 
-    Where a lower stack feeds an adapted one (an encoder its decoder) it is below the cut.
+    Towers that are adapted are left out: text alone is trained on.
     """
-    return [
-        (stack.path, layer)
-        for stack in model_map.stacks
-        if stack.path in plan.cut
-        for layer in range(plan.cut[stack.path], stack.depth)
-    ]
+    kept = []
+    reached = False  # an adapted encoder's gradient comes through all of the decoder
+    for stack in model_map.text_stacks:
+        cut = plan.cut.get(stack.path, stack.depth)
+        start = 0 if reached and model_map.task == "seq2seq" else cut
+        kept += [(stack.path, layer) for layer in range(start, stack.depth)]
+        reached = reached or stack.path in plan.cut
+    return kept
 
 
 def activation_bytes(plan: Plan, model_map: ModelMap, shape: Shape) -> int:

@@ -37,9 +37,9 @@ IGNORED = -100  # the label of a token that is read, not learned
 # For a tokenizer that has no template of its own; saved with the adapter, so that it is used again.
 DEFAULT_TEMPLATE = (
     "{{ bos_token or '' }}{% for message in messages %}"
-    "{{ message['role'].capitalize() + ': ' + message['content'] }}"
+    "{{ message['role'].capitalize() + ':\\n' + message['content'] }}"
     "{{ (eos_token or '') if message['role'] == 'assistant' else '' }}{{ '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'Assistant: ' }}{% endif %}"
+    "{% if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"
 )
 Message = dict[str, Any]
 
@@ -50,6 +50,7 @@ class Example:
 
     where: str
     messages: tuple[Message, ...] = ()
+    asked: int = 0  # messages at the head that belong to the prompt: none of them is learned
     prompt: str = ""
     completion: str = ""
     text: str = ""
@@ -107,11 +108,19 @@ class Rows:
 
     @property
     def held_out_digest(self) -> str:
-        """A digest of the held-out tokens and labels: the same rows have the same one."""
-        digest = hashlib.sha256()
-        for row in self.held_out:
-            digest.update(repr((row.ids, row.labels)).encode())
-        return digest.hexdigest()[:32]
+        return digest(self.held_out)
+
+    @property
+    def train_digest(self) -> str:
+        return digest(self.train)
+
+
+def digest(rows: Iterable[Row]) -> str:
+    """A digest of tokens and labels: the same rows in the same order have the same one."""
+    found = hashlib.sha256()
+    for row in rows:
+        found.update(repr((row.ids, row.labels)).encode())
+    return found.hexdigest()[:32]
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -159,7 +168,7 @@ def _read_text(path: Path, format: str) -> tuple[list[Example], str]:
     if format == "lines":
         lines = [
             Example(f"{path}:{number}", text=line)
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
         return lines, "lines"
@@ -180,7 +189,7 @@ def _read_json(path: Path) -> Iterator[tuple[str, Any]]:
         for number, row in enumerate(data, 1):
             yield f"{path}[{number}]", row
         return
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text.split("\n"), 1):  # U+2028 is no line's end in JSON
         if not line.strip():
             continue
         try:
@@ -255,7 +264,8 @@ def _example(row: Message, where: str, format: str) -> Example:
     if format == "prompt-completion":
         if isinstance(row.get("prompt"), list):
             turns = _messages(row["prompt"], "prompt", where, ends=False)
-            return Example(where, messages=turns + _messages(row.get("completion"), "completion", where))
+            answer = _messages(row.get("completion"), "completion", where)
+            return Example(where, messages=turns + answer, asked=len(turns))
         completion = _string(row, "completion", where)
         if not completion:
             raise RequestError(f"`{where}`: `completion` is empty: there is nothing to learn")
@@ -363,7 +373,8 @@ class Tokens:
             *before, last = example.messages
             if last["role"] != "assistant":
                 raise RequestError(f"`{example.where}`: the last message is not the assistant's")
-            source, target = "\n".join(turn["content"] for turn in before), last["content"]
+            source = "\n".join(turn.get("content") or "" for turn in before)
+            target = last.get("content") or ""
         else:
             source, target = example.prompt, example.completion
         ids = self.tokenizer(source, verbose=False)["input_ids"]
@@ -375,13 +386,13 @@ class Tokens:
         if self.tokenizer.chat_template is None:
             self.tokenizer.chat_template = DEFAULT_TEMPLATE
             self.notes.append(
-                "the tokenizer has no chat template: turns are written `User: …`, `Assistant: …`"
+                "the tokenizer has no chat template: turns are written `User:` and `Assistant:` on lines of their own"
             )
         messages = list(example.messages)
         whole = self._render(messages, example.where)
         spans = []
         for number, turn in enumerate(messages):
-            if turn["role"] != "assistant":
+            if turn["role"] != "assistant" or number < example.asked:
                 continue
             before = self._render(messages[:number], example.where, opened=True)
             after = self._render(messages[: number + 1], example.where)
@@ -396,7 +407,7 @@ class Tokens:
         labels = [IGNORED] * len(ids)
         ends = set(self.tokenizer.all_special_ids)
         for start, stop in spans:
-            inside = [i for i, (a, b) in enumerate(offsets) if a >= start and b <= stop and b > a]
+            inside = [i for i, (a, b) in enumerate(offsets) if b > start and a < stop and b > a]
             # a template may put a line break behind the end token: that is not the assistant's
             closing = [i for i in inside if ids[i] in ends]
             last = closing[-1] if closing else (inside[-1] if inside else -1)
@@ -430,6 +441,10 @@ class Tokens:
         if self.task == "masked":
             frame = len(self.tokenizer("", verbose=False)["input_ids"])
             room = self.max_length - frame
+            if room < 1:
+                raise RequestError(
+                    f"--max-length {self.max_length} leaves no room beside {frame} special tokens"
+                )
             ids = self._encode(example.text)
             pieces = [ids[at : at + room] for at in range(0, len(ids), room)]
             begin_end = self.tokenizer("", verbose=False)["input_ids"]
@@ -517,7 +532,7 @@ def load(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab
         notes.append(f"{maker.cut:,} rows cut to {config.max_length} tokens")
     if maker.dropped:
         notes.append(f"{maker.dropped:,} rows dropped: nothing to learn within {config.max_length} tokens")
-    name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data"
+    name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data, at most 200"
     return Rows(tuple(train), tuple(kept), tuple(notes), tuple(sources), name)
 
 

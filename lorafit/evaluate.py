@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
@@ -12,9 +11,10 @@ import torch
 import torch.nn.functional as F
 
 from lorafit.data import IGNORED, Batch, Row, collate, mask_tokens, plain
-from lorafit.events import AdapterScore, Loss, Sample, Score
+from lorafit.errors import RequestError
+from lorafit.events import AdapterScore, Loss, Score
 from lorafit.packing import in_order
-from lorafit.step import Forward
+from lorafit.step import Forward, base_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,14 +44,19 @@ class Evaluator:
 
     def batches(self) -> Iterator[tuple[list[int], Batch]]:
         """(row numbers, batch) in one fixed order, on the device."""
-        generator = torch.Generator().manual_seed(MASK_SEED)
         lengths = [len(row.ids) for row in self.rows]
         for numbers in in_order(lengths, self.batch_size):
-            rows = [self.rows[n] for n in numbers]
+            rows = [self._masked(n) if self.forward.task == "masked" else self.rows[n] for n in numbers]
             batch = collate(rows, self.tokenizer.pad_token_id or 0, self.forward.task)
-            if self.forward.task == "masked":
-                batch = mask_tokens(batch, mask_id(self.tokenizer), self.vocab_size, generator)
             yield numbers, batch.to(self.device)
+
+    def _masked(self, number: int) -> Row:
+        """A row with its masks, which depend on nothing but its number."""
+        generator = torch.Generator().manual_seed(MASK_SEED + number)
+        alone = collate([self.rows[number]], self.tokenizer.pad_token_id or 0, "masked")
+        alone = mask_tokens(alone, mask_id(self.tokenizer), self.vocab_size, generator)
+        ids, labels = alone.inputs["input_ids"][0].tolist(), alone.labels[0].tolist()
+        return replace(self.rows[number], ids=tuple(ids), labels=tuple(labels))
 
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, tick: Callable[[int], None] = lambda n: None) -> list[RowScore]:
@@ -81,14 +86,13 @@ class Evaluator:
 
 def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
     """The mask token's id. Raises RequestError when the tokenizer has none."""
-    from lorafit.errors import RequestError
-
     if tokenizer.mask_token_id is None:
         raise RequestError("a masked model needs a mask token, and this tokenizer has none")
     return int(tokenizer.mask_token_id)
 
 
 def summed(scores: Sequence[RowScore]) -> Score:
+    """The rows together: loss and perplexity per supervised token, accuracy."""
     tokens = sum(s.tokens for s in scores)
     loss = Loss(sum(s.loss_sum for s in scores) / tokens, tokens)
     return Score(loss.loss, loss.perplexity, sum(s.correct for s in scores) / tokens)
@@ -111,35 +115,31 @@ def paired(path: str, base: Sequence[RowScore], adapter: Sequence[RowScore]) -> 
     return AdapterScore(path, score.loss, score.perplexity, score.accuracy, delta, stderr)
 
 
-@contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """The base model, for as long as the block lasts."""
-    with model.disable_adapter():
-        yield
-
-
-def samples(model: Any, evaluator: Evaluator, count: int) -> tuple[Sample, ...]:
-    """Completions of the first rows, by base and adapter, greedy: what a person reads first."""
-    model.eval()
-    chosen = evaluator.rows[:count]
-    if evaluator.forward.task == "masked":
-        return _filled(model, evaluator, chosen)
+def prompts(evaluator: Evaluator, count: int) -> list[tuple[str, str]]:
+    """(prompt, reference) of the first rows as text: what a person reads first."""
+    read = evaluator.tokenizer.decode
     found = []
-    for row in chosen:
+    for number, row in enumerate(evaluator.rows[:count]):
+        if evaluator.forward.task == "masked":
+            row = evaluator._masked(number)
+            wanted = [plain(read([label])) for label in row.labels if label != IGNORED]
+            found.append((read(list(row.ids)), " · ".join(wanted)))
+        else:
+            prompt, reference = _split(row, evaluator)
+            found.append((read(prompt, skip_special_tokens=True), read(reference, skip_special_tokens=True)))
+    return found
+
+
+def completions(model: Any, evaluator: Evaluator, count: int) -> list[str]:
+    """What a model says to the first rows, greedily; a masked model fills its masks."""
+    model.eval()
+    if evaluator.forward.task == "masked":
+        return _filled(model, evaluator, count)
+    found = []
+    for row in evaluator.rows[:count]:
         prompt, reference = _split(row, evaluator)
-        with adapter_off(model):
-            base = _complete(model, evaluator, prompt, len(reference))
-        adapted = _complete(model, evaluator, prompt, len(reference))
-        read = evaluator.tokenizer.decode
-        found.append(
-            Sample(
-                read(prompt, skip_special_tokens=True),
-                read(reference, skip_special_tokens=True),
-                base,
-                adapted,
-            )
-        )
-    return tuple(found)
+        found.append(_complete(model, evaluator, prompt, len(reference)))
+    return found
 
 
 def _split(row: Row, evaluator: Evaluator) -> tuple[list[int], list[int]]:
@@ -161,9 +161,10 @@ def _complete(model: Any, evaluator: Evaluator, prompt: list[int], length: int) 
     from transformers import GenerationConfig
 
     tokenizer = evaluator.tokenizer
-    base = model.get_base_model()
-    ends = {tokenizer.eos_token_id, getattr(base.generation_config, "eos_token_id", None)}
-    known = sorted(e for e in ends if isinstance(e, int))
+    base = base_of(model)
+    stated = getattr(base.generation_config, "eos_token_id", None)  # one, several, or none
+    ends = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+    known = sorted({end for end in ends if isinstance(end, int)})
     start = getattr(base.generation_config, "decoder_start_token_id", None)
     settings = GenerationConfig(
         max_new_tokens=min(256, length + 24),
@@ -180,23 +181,12 @@ def _complete(model: Any, evaluator: Evaluator, prompt: list[int], length: int) 
 
 
 @torch.no_grad()
-def _filled(model: Any, evaluator: Evaluator, rows: Sequence[Row]) -> tuple[Sample, ...]:
-    """A masked model's samples: the text with its masks, and what each model puts in them."""
+def _filled(model: Any, evaluator: Evaluator, count: int) -> list[str]:
+    """What a masked model puts in the masks of the first rows."""
     found = []
-    tokenizer = evaluator.tokenizer
-    for row in rows:
-        # over this row alone, so that the same masks are hidden however many rows there are
-        only = replace(evaluator, rows=(row,))
-        _, batch = next(iter(only.batches()))
-        guesses = []
-        for off in (True, False):
-            if off:
-                with adapter_off(model):
-                    logits_SV, labels_S = evaluator.forward.logits(model, batch)
-            else:
-                logits_SV, labels_S = evaluator.forward.logits(model, batch)
-            guesses.append(" · ".join(plain(tokenizer.decode([t])) for t in logits_SV.argmax(-1).tolist()))
-        wanted = " · ".join(plain(tokenizer.decode([t])) for t in labels_S.tolist())
-        text = tokenizer.decode(batch.inputs["input_ids"][0].tolist())
-        found.append(Sample(text, wanted, guesses[0], guesses[1]))
-    return tuple(found)
+    for number in range(min(count, len(evaluator.rows))):
+        batch = collate([evaluator._masked(number)], evaluator.tokenizer.pad_token_id or 0, "masked")
+        logits_SV, _ = evaluator.forward.logits(model, batch.to(evaluator.device))
+        words = [plain(evaluator.tokenizer.decode([t])) for t in logits_SV.argmax(-1).tolist()]
+        found.append(" · ".join(words))
+    return found

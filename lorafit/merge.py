@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from lorafit import adapter
-from lorafit.checkpoint import PARTIAL, put_in_place
+from lorafit.checkpoint import check_target, put_in_place
 from lorafit.data import Row, collate, prepare
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
@@ -27,7 +27,7 @@ from lorafit.modelmap import ModelMap
 from lorafit.spelling import pattern_value
 from lorafit.step import Forward
 from lorafit.survey import Source, load_model
-from lorafit.tensorfiles import TensorFile, open_file, rewrite, shards
+from lorafit.tensorfiles import INDEX, TensorFile, open_file, rewrite, shards
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
@@ -39,7 +39,8 @@ TEXTS = (
 # as a share of the largest logit: half the spacing of the dtype, times what the depth adds up.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
-NOT_CARRIED = ("adapter_config.json", "model.safetensors.index.json", "events.jsonl", "README.md")
+NOT_CARRIED = ("adapter_config.json", INDEX, "README.md")
+MERGING = ".merging"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,8 @@ def why_not_streamed(config: dict[str, Any], names: Sequence[str], base: Path) -
         return "it is a DoRA adapter"
     if config.get("bias", "none") != "none" or config.get("modules_to_save"):
         return "it trained more than low-rank weights"
+    if adapter.changes_its_base(config):
+        return "its start took a part out of the base's weights"
     if any(not n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names):
         return "it holds tensors beside low-rank weights"
     if not shards(base):
@@ -92,6 +95,8 @@ def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap) -> dict[st
         partner = by_name.get(name.replace(".lora_A.", ".lora_B."))
         if partner is None:
             raise RequestError(f"the adapter has no B for `{module}`", "the file is not whole")
+        if len(entry.shape) != 2:  # a convolution's: merged through the model
+            return {}
         down, up = file.read(entry).float(), file.read(partner).float()
         rank = down.shape[0]
         alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
@@ -145,14 +150,13 @@ def merge(
     when the merged model differs from base + adapter by more than rounding: then nothing is
     put in place.
     """
-    if output.exists() and not overwrite:
-        raise RequestError(f"`{output}` exists", "another -o, or --overwrite to replace it")
+    check_target(output, overwrite, kept=(folder, *([Path(source.place)] if source.local else [])))
     started = time.perf_counter()
     config = adapter.read_config(folder)
     names = adapter.tensor_names(folder)
     base = base_folder(source)
     notes = []
-    work = output.with_name(output.name + PARTIAL)
+    work = output.with_name(output.name + MERGING)
     shutil.rmtree(work, ignore_errors=True)
     try:
         work.mkdir(parents=True)
@@ -170,7 +174,7 @@ def merge(
         _carry(base, folder, work)
         files = [open_file(path) for path in shards(work)]
         verified = verify(folder, source, model_map, work, rows, tokenizer)
-        if verified.max_logit_diff > verified.tolerance:
+        if not verified.max_logit_diff <= verified.tolerance:  # so that what is no number fails too
             raise RunError(
                 f"the merged model differs from base + adapter: logits by {verified.max_logit_diff:.3g}, "
                 f"where {verified.tolerance:.3g} is rounding",
@@ -201,6 +205,8 @@ def _stream(
 ) -> int | None:
     """Write the merged shards; the number of tensors changed, or None when a name has no home."""
     added = deltas(folder, config, model_map)
+    if not added:
+        return None
     files = [open_file(path) for path in shards(base)]
     prefix = model_map.stacks[0].path.split(".")[0] if model_map.stacks else ""
     homes = _homes(list(added), files, prefix)
@@ -217,7 +223,7 @@ def _stream(
 
     for file in files:
         rewrite(file, work / file.path.name, changes, count)
-    index = base / "model.safetensors.index.json"
+    index = base / INDEX
     if index.is_file():
         shutil.copyfile(index, work / index.name)
     return len(changes)
@@ -275,7 +281,8 @@ def verify(
     worst, agreed, places, scale = 0.0, 0, 0, 1.0
     for batch, logits_SV in zip(batches, wanted, strict=True):
         got_SV = forward.logits(whole, batch)[0].float()
-        worst = max(worst, float((got_SV - logits_SV).abs().max()))
+        apart = float((got_SV - logits_SV).abs().max())
+        worst = apart if not apart <= worst else worst
         scale = max(scale, float(logits_SV.abs().max()))
         agreed += int((got_SV.argmax(-1) == logits_SV.argmax(-1)).sum())
         places += len(got_SV)

@@ -13,6 +13,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields
 from enum import Enum
 from importlib.metadata import PackageNotFoundError, version
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -118,7 +119,7 @@ class ModelMap:
 
 
 def jsonable(value: Any) -> Any:
-    """Dataclasses, enums, tuples and paths as what JSON knows; `modules` of a map included."""
+    """Dataclasses, enums, tuples and paths as what JSON knows; a figure that is no number is null."""
     if hasattr(value, "__dataclass_fields__"):
         return {f.name: jsonable(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Enum):
@@ -131,6 +132,8 @@ def jsonable(value: Any) -> Any:
         return sorted(jsonable(item) for item in value)
     if isinstance(value, Path):
         return str(value)
+    if isinstance(value, float) and not isfinite(value):
+        return None
     return value
 
 
@@ -182,8 +185,9 @@ class MapCache:
 
     @staticmethod
     def key(config: dict[str, Any]) -> str:
-        """A digest of the config, of this program, and of transformers."""
-        versions = (FORMAT, __version__, installed("transformers"), _source_digest())
+        """A digest of the config, of this program, of transformers and PEFT."""
+        packages = installed("transformers"), installed("peft")
+        versions = (FORMAT, __version__, *packages, _source_digest())
         text = json.dumps([versions, config], sort_keys=True, default=str)
         return hashlib.sha256(text.encode()).hexdigest()[:32]
 
@@ -207,12 +211,13 @@ class MapCache:
 
 
 def _source_digest() -> str:
-    """A digest of the two files that decide what a map says, so that a change makes old maps stale."""
+    """A digest of the files that decide what a map says, so that a change makes old maps stale."""
     here = Path(__file__).parent
     return hashlib.sha256(
-        b"".join((here / name).read_bytes() for name in ("roles.py", "survey.py"))
+        b"".join((here / name).read_bytes() for name in ("roles.py", "survey.py", "modelmap.py"))
     ).hexdigest()[:16]
 
 
 def sum_params(rows: Iterable[Slot | Uncovered]) -> int:
+    """The parameters of those rows together."""
     return sum(row.params for row in rows)

@@ -54,10 +54,13 @@ def _is(kind: type | tuple[type, ...]) -> Check:
 
 
 def whole(least: int) -> Check:
+    """Whole numbers from `least` on."""
     return lambda v: isinstance(v, int) and not isinstance(v, bool) and least <= v < 2**31
 
 
 def number(least: float, most: float = 1e12, *, above: bool = False) -> Check:
+    """Finite numbers between the two, without the lower one where it says `above`."""
+
     def holds(v: Any) -> bool:
         if not isinstance(v, (int, float)) or isinstance(v, bool) or not math.isfinite(v):
             return False
@@ -67,10 +70,12 @@ def number(least: float, most: float = 1e12, *, above: bool = False) -> Check:
 
 
 def one_of(*words: str) -> Check:
+    """Just these words."""
     return lambda v: v in words
 
 
 def filled(v: Any) -> bool:
+    """A text with something in it."""
     return isinstance(v, str) and bool(v.strip())
 
 
@@ -153,7 +158,7 @@ _TABLE: tuple[Option, ...] = (
         "What the data look like; `auto` looks.",
         "auto",
     ),
-    Option("epochs", whole(1), "a whole number from 1 on", "Passes over the data.", 3, training=True),
+    Option("epochs", whole(1), "a whole number from 1 on", "Passes over the data.", training=True),
     Option(
         "max_steps",
         whole(1),

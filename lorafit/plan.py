@@ -144,6 +144,11 @@ def resolve(
             f"{where} of `{model_map.model}` hold no weight for {wanted}",
             f"layers that do: {index_ranges(tuple(there))}",
         )
+    for name in preset.modules:
+        if not any(s.path == name or s.path.endswith(f".{name}") for s in slots):
+            raise RequestError(
+                f"module `{name}` lies in none of the chosen layers", "choose its layers too, or leave it out"
+            )
     if preset.roles:
         notes += _missing_roles(model_map, preset.roles, candidates, slots)
         notes += _fused(preset.roles, slots, strict)
@@ -418,13 +423,19 @@ def _beside(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> tuple[int
     rows: tuple[Slot | Uncovered, ...] = (*model_map.slots, *model_map.uncovered)
     saved = 0
     for name in lora.modules_to_save:
-        hits = [r for r in rows if f".{name}." in f".{r.path}."]
-        if not hits:
+        copied = [m for m in model_map.modules if m.endswith(name)]  # PEFT's own rule
+        held = [r for r in rows if any(f"{r.path}.".startswith(f"{m}.") for m in copied)]
+        see = f"see `lorafit inspect {model_map.model}`"
+        if not held:
+            tied = " of its own: it is tied to another" if copied else ""
+            raise RequestError(f"`{model_map.model}` has no module `{name}`{tied} (modules_to_save)", see)
+        both = [s for s in slots if any(f"{s.path}.".startswith(f"{m}.") for m in copied)]
+        if both:
             raise RequestError(
-                f"`{model_map.model}` has no module `{name}` (modules_to_save)",
-                f"see `lorafit inspect {model_map.model}`",
+                f"modules_to_save `{name}` holds `{both[0].path}`, which the plan adapts",
+                "choose one of both",
             )
-        saved += sum(r.params for r in hits)
+        saved += sum(r.params for r in held)
     if lora.bias == "none":
         return saved, 0
     adapted = {s.path for s in slots}

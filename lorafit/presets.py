@@ -6,6 +6,7 @@ and training defaults. Ours lie in `presets/`; anyone's is a path.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -77,6 +78,8 @@ class _Loader(yaml.SafeLoader):
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         seen: set[str] = set()
         for key, _ in node.value:
+            if not isinstance(key.value, str):
+                raise yaml.constructor.ConstructorError(None, None, "a key is no name", key.start_mark)
             if key.value in seen:
                 raise yaml.constructor.ConstructorError(
                     None, None, f"key `{key.value}` stands there twice", key.start_mark
@@ -170,8 +173,19 @@ def _flag(value: Any) -> bool:
     return isinstance(value, bool)
 
 
-def _pattern(value: Any) -> bool:
-    return isinstance(value, dict) and all(isinstance(k, str) and _number(v) for k, v in value.items())
+def _pattern(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    def check(value: Any) -> bool:
+        return isinstance(value, dict) and all(_regex(k) and holds(v) for k, v in value.items())
+
+    return check
+
+
+def _regex(value: Any) -> bool:
+    try:
+        re.compile(value)
+    except (re.error, TypeError):
+        return False
+    return isinstance(value, str)
 
 
 def _share(value: Any) -> bool:
@@ -209,8 +223,8 @@ LORA: Schema = {
         "true, false, gaussian, pissa, olora or orthogonal",
     ),
     "bias": (lambda v: v in ("none", "all", "lora_only"), "none, all or lora_only"),
-    "rank_pattern": (_pattern, "a mapping of patterns to ranks"),
-    "alpha_pattern": (_pattern, "a mapping of patterns to alphas"),
+    "rank_pattern": (_pattern(_whole), "a mapping of patterns to ranks"),
+    "alpha_pattern": (_pattern(_number), "a mapping of patterns to alphas"),
     "modules_to_save": (_words, "a list of module names"),
 }
 
@@ -219,7 +233,9 @@ def check(data: Mapping[str, Any], schema: Schema, where: str) -> list[str]:
     """One line for each key that is unknown or of the wrong type."""
     faults = []
     for key, value in data.items():
-        if key not in schema:
+        if not isinstance(key, str):
+            faults.append(f"`{where}{key}` is no name")
+        elif key not in schema:
             faults.append(f"unknown key `{where}{key}`: {closest(key, schema)}")
         elif not schema[key][0](value):
             faults.append(f"`{where}{key}` is {value!r}: it takes {schema[key][1]}")

@@ -29,7 +29,7 @@ from rich.text import Text
 from lorafit import __version__
 from lorafit.bands import BANDS, TILED_FROM
 from lorafit.config import RunConfig
-from lorafit.cost import Estimate
+from lorafit.cost import ITEMSIZE, Estimate
 from lorafit.errors import LorafitError
 from lorafit.events import (
     EpochDone,
@@ -151,7 +151,7 @@ def show_map(screen: Screen, found: ModelMap, named: str) -> None:
 
     `named` is the model as it was asked for, for the next command.
     """
-    size = found.total_params * ITEM.get(found.dtype, 4)
+    size = found.total_params * ITEMSIZE.get(found.dtype, 4)
     screen.answer(
         f"[bold]{escape(found.model)}[/]  {found.architecture}  "
         f"{short(found.total_params)} parameters, {bytes_text(size)} in {found.dtype}"
@@ -173,9 +173,6 @@ def show_map(screen: Screen, found: ModelMap, named: str) -> None:
     for note in found.notes:
         screen.note(note, answer=True)
     screen.line("next", f"lorafit plan {named} --preset ffn --layers high", answer=True)
-
-
-ITEM = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 def _drawing(found: ModelMap, width: int) -> Iterator[Text]:
@@ -578,7 +575,7 @@ class TrainView:
 
     def _started(self, event: Started) -> None:
         self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
-        plan = f"{event.epochs} epochs, {count(event.steps)} steps"
+        plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
         if event.resumed_at:
             plan += f", going on from step {count(event.resumed_at)}"
         self.screen.line("plan", plan)
@@ -674,6 +671,7 @@ def _clip(text: str, most: int = 400) -> str:
 
 
 def show_merge(screen: Screen, report: MergeReport) -> None:
+    """What was merged, and the proof."""
     screen.line(
         "merged",
         f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "

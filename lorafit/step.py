@@ -23,8 +23,8 @@ class Forward:
 
     @classmethod
     def of(cls, model: torch.nn.Module, task: str) -> Forward:
-        base = model.get_base_model() if hasattr(model, "get_base_model") else model
-        return cls(task, frozenset(inspect.signature(base.forward).parameters))
+        """How that model is called, with an adapter on it or without."""
+        return cls(task, frozenset(inspect.signature(base_of(model).forward).parameters))
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
         """(logits_SV, labels_S) of the supervised tokens, in the model's dtype.
@@ -51,9 +51,14 @@ class Forward:
         return F.cross_entropy(logits_SV.float(), labels_S, reduction="sum")
 
 
+def base_of(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def shifted_right(model: torch.nn.Module, labels_BS: torch.Tensor) -> torch.Tensor:
     """The decoder's input (B, S): its start token, then the labels less the last; padding for IGNORED."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     config = base.config.get_text_config(decoder=True)
     start = next(
         (
@@ -78,7 +83,7 @@ def checkpoint_activations(model: torch.nn.Module) -> None:
     transformers makes the embeddings' output require a gradient for its reentrant kind of
     checkpointing, which drags backward through every frozen layer; the other kind needs none.
     """
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = base_of(model)
     base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     if hasattr(base, "disable_input_require_grads"):
         try:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import yaml
 
 from lorafit import adapter, checkpoint
 from lorafit.checkpoint import RunFolder
@@ -20,7 +21,8 @@ from lorafit.config import RunConfig
 from lorafit.data import Batch, Rows, collate, mask_tokens
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.evaluate import Evaluator, mask_id
-from lorafit.events import EpochDone, Evaluated, Event, Loss, Saved, Started, Stepped, TrainReport
+from lorafit.events import EpochDone, Evaluated, Event, Loss, Saved, Started, Stepped, TrainReport, record
+from lorafit.modelmap import ModelMap, jsonable
 from lorafit.packing import batches
 from lorafit.plan import Plan
 from lorafit.step import Forward, checkpoint_activations
@@ -55,6 +57,10 @@ class Job:
         return self.config.batch_size or 1
 
     @property
+    def epochs(self) -> int:
+        return self.config.epochs or 1
+
+    @property
     def steps_per_epoch(self) -> int:
         made = math.ceil(len(self.rows.train) / self.batch_size)
         return math.ceil(made / self.config.accumulate)
@@ -62,7 +68,7 @@ class Job:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return min(self.steps_per_epoch * self.config.epochs, self.config.max_steps or sys.maxsize)
+        return min(self.steps_per_epoch * self.epochs, self.config.max_steps or sys.maxsize)
 
     def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
         """The optimizer steps of one epoch, each as its micro-batches."""
@@ -106,11 +112,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 def assemble(
     source: Source,
+    found: ModelMap,
     config: RunConfig,
     plan: Plan,
     rows: Rows,
     tokenizer: PreTrainedTokenizerBase,
-    task: str,
     folder: RunFolder,
     stop: Callable[[], int] = lambda: 0,
 ) -> Job:
@@ -118,11 +124,10 @@ def assemble(
     device = pick_device(config.device)
     torch.manual_seed(config.seed)
     model = load_model(source, pick_dtype(config.dtype, device), device)
-    peft_model = adapter.inject(model, plan, task)
+    peft_model = adapter.inject(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model)
-    size = model.get_input_embeddings().weight.shape[0]
-    return Job(peft_model, task, config, plan, rows, tokenizer, size, device, folder, stop)
+    return Job(peft_model, found.task, config, plan, rows, tokenizer, found.vocab_size, device, folder, stop)
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
@@ -169,10 +174,11 @@ def run(job: Job) -> Iterator[Event]:
     state = _State()
     if config.resume and job.folder.checkpoints:
         state.load(checkpoint.restore(job.folder.checkpoints[-1], job.parameters, optimizer), job)
+        scaler.load_state_dict(state.scaler)
 
     yield Started(
         steps=job.steps,
-        epochs=config.epochs,
+        epochs=job.epochs,
         rows=len(job.rows.train),
         held_out_rows=len(job.rows.held_out),
         held_out_digest=job.rows.held_out_digest,
@@ -181,14 +187,15 @@ def run(job: Job) -> Iterator[Event]:
         resumed_at=state.step,
     )
     if state.before is None:
-        state.before = held_out.loss(model)
+        state.before = _held_out_loss(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
     model.train()
-    after: Loss | None = None
     while state.step < job.steps:
         epoch = state.step // job.steps_per_epoch + 1
         done = state.step % job.steps_per_epoch
+        if done == 0 and state.epoch_supervised:  # resumed just where an epoch ends
+            yield state.close_epoch(epoch - 1)
         for number, group in enumerate(job.micro_batches(epoch)):
             if number < done:  # done before the run was resumed
                 continue
@@ -208,11 +215,12 @@ def run(job: Job) -> Iterator[Event]:
             state.add(stepped)
             yield stepped
             if config.eval_steps and state.step % config.eval_steps == 0 and state.step < job.steps:
-                found = held_out.loss(model)
+                found = _held_out_loss(job, held_out)
                 yield Evaluated(state.step, found.loss, found.tokens)
             asked_to_stop = job.stop()
             due = config.save_steps and state.step % config.save_steps == 0
             if (due or asked_to_stop) and state.step < job.steps:
+                state.scaler = scaler.state_dict()
                 path = checkpoint.save(
                     job.folder.work, state.step, job.parameters, optimizer, state.as_json(job)
                 )
@@ -227,9 +235,33 @@ def run(job: Job) -> Iterator[Event]:
                 break
         yield state.close_epoch(epoch)
 
-    after = held_out.loss(model)
+    adapter.save(model, job.folder.work)  # before anything else can fail
+    job.tokenizer.save_pretrained(job.folder.work)
+    after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
-    yield _finish(job, state, after)
+    yield _report(job, state, after)
+
+
+def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
+    """The held-out loss. Raises RunError when it is no number, or memory runs out."""
+    try:
+        found = held_out.loss(job.model)
+    except torch.OutOfMemoryError:
+        raise _out_of_memory(job) from None
+    if not math.isfinite(found.loss):
+        raise RunError(
+            f"the held-out loss is {found.loss} in {job.config.dtype}",
+            "--dtype float32, or a lower --learning-rate",
+        )
+    return found
+
+
+def _out_of_memory(job: Job) -> RunError:
+    smaller = f"--batch-size {max(1, job.batch_size // 2)} --accumulate {job.config.accumulate * 2}"
+    return RunError(
+        f"{job.device} ran out of memory at micro-batches of {job.batch_size} rows",
+        f"{smaller}, or --gradient-checkpointing",
+    )
 
 
 def _optimizer_step(
@@ -257,14 +289,12 @@ def _optimizer_step(
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(job.parameters.values(), job.config.max_grad_norm)
     except torch.OutOfMemoryError:
+        raise _out_of_memory(job) from None
+    # under float16 a step whose gradients overflow is skipped by the scaler; elsewhere it is the end
+    if not math.isfinite(total) or not (scaler.is_enabled() or norm.isfinite()):
+        what = f"loss is {total}" if not math.isfinite(total) else f"gradient's norm is {float(norm)}"
         raise RunError(
-            f"{job.device} ran out of memory at micro-batches of {job.batch_size} rows",
-            f"--batch-size {max(1, job.batch_size // 2)} --accumulate {job.config.accumulate * 2}, "
-            "or --gradient-checkpointing",
-        ) from None
-    if not math.isfinite(total):
-        raise RunError(
-            f"the loss is {total} at learning rate {rate:.2g}",
+            f"the {what} at learning rate {rate:.2g}",
             f"a lower --learning-rate, as {rate / 4:.1g}; or --dtype float32",
         )
     scaler.step(optimizer)
@@ -287,6 +317,7 @@ class _State:
     epoch_supervised: int = 0
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
+    scaler: dict[str, Any] = field(default_factory=dict)
 
     def add(self, done: Stepped) -> None:
         self.step = done.step
@@ -312,8 +343,6 @@ class _State:
         return done
 
     def as_json(self, job: Job) -> dict[str, Any]:
-        from lorafit.modelmap import jsonable
-
         own = {name: jsonable(getattr(self, name)) for name in self.__slots__}
         return {**own, "run": _fingerprint(job)}
 
@@ -361,18 +390,15 @@ def _fingerprint(job: Job) -> dict[str, Any]:
     return {
         **found,
         "modules": len(job.plan.modules),
-        "rows": len(job.rows.train),
-        "tokens": job.rows.tokens,
-        "held_out_digest": job.rows.held_out_digest,
+        "lora": jsonable(job.plan.lora),
+        "training rows": job.rows.train_digest,
+        "held-out rows": job.rows.held_out_digest,
     }
 
 
-def _finish(job: Job, state: _State, after: Loss) -> TrainReport:
-    """Write adapter and tokenizer, put the folder in its place, and report."""
-    adapter.save(job.model, job.folder.work)
-    planned, saved = set(job.plan.modules), set(adapter.adapted(job.model))
-    adapter.compare(planned, saved)
-    job.tokenizer.save_pretrained(job.folder.work)
+def _report(job: Job, state: _State, after: Loss) -> TrainReport:
+    """What the run did. Raises RunError when what is adapted is no longer what was planned."""
+    adapter.compare(job.plan.modules, adapter.adapted(job.model))
     assert state.before is not None
     return TrainReport(
         output=str(job.folder.target),
@@ -390,15 +416,25 @@ def _finish(job: Job, state: _State, after: Loss) -> TrainReport:
 
 def held_out_digest(folder: Path) -> str:
     """The digest of the held-out rows that a finished run states in its events; empty when it has none."""
+    return str(_event_of(folder, "started").get("held_out_digest", ""))
+
+
+def report_of(folder: Path) -> dict[str, Any]:
+    """The report that a finished run ended with; empty when it has none."""
+    found = _event_of(folder, "report")
+    return {name: value for name, value in found.items() if name != "event"}
+
+
+def _event_of(folder: Path, kind: str) -> dict[str, Any]:
     try:
         with (folder / "events.jsonl").open(encoding="utf-8") as file:
             for line in file:
                 event = json.loads(line)
-                if event.get("event") == "started":
-                    return str(event.get("held_out_digest", ""))
-    except (OSError, ValueError):
-        return ""
-    return ""
+                if event.get("event") == kind:
+                    return dict(event)
+    except (OSError, ValueError, AttributeError):
+        return {}
+    return {}
 
 
 def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
@@ -406,17 +442,14 @@ def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
 
     A run that fails before its first checkpoint leaves nothing behind.
     """
-    import yaml
-
-    from lorafit.events import record
-
     folder = job.folder
-    run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
-    (folder.work / "run.yaml").write_text(run_file, encoding="utf-8")
     finished = False
     try:
         with (folder.work / "events.jsonl").open("a", encoding="utf-8") as log:
             for event in events:
+                if isinstance(event, Started):  # by then a resumed run is known to be the same
+                    run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
+                    (folder.work / "run.yaml").write_text(run_file, encoding="utf-8")
                 log.write(json.dumps(record(event)) + "\n")
                 if isinstance(event, (Saved, TrainReport)):
                     log.flush()

@@ -1,21 +1,19 @@
-"""Quantities as text, and text as quantities: one rounding rule for everything that is printed.
+"""Quantities as text: one rounding rule for everything that is printed.
 
 Three significant figures, a thin scale (`k`, `M`, `G`, `T`), decimal bytes (1 MB = 10^6 bytes).
 """
 
 from __future__ import annotations
 
-import re
-
-from lorafit.errors import RequestError
+from math import isfinite
 
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def figures(value: float, digits: int = 3) -> str:
     """`12.3`, `4.57`, `850`: that many significant figures, never an exponent."""
-    if value == 0:
-        return "0"
+    if value == 0 or not isfinite(value):
+        return f"{value:.0f}"
     size = abs(value)
     whole = len(str(int(size))) if size >= 1 else 0
     if whole == 0:
@@ -81,16 +79,3 @@ def index_ranges(indices: tuple[int, ...]) -> str:
         else:
             runs.append([index])
     return ", ".join(str(r[0]) if len(r) == 1 else f"{r[0]}–{r[-1]}" for r in runs)
-
-
-def parse_bytes(text: str) -> int:
-    """`24GB`, `500 MB`, `16GiB` as bytes.
-
-    Raises RequestError for what is no size.
-    """
-    sizes = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "t": 10**12}
-    sizes |= {"ki": 2**10, "mi": 2**20, "gi": 2**30, "ti": 2**40}
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]i?)?b?\s*", text.lower())
-    if not found or float(found[1]) == 0:
-        raise RequestError(f"`{text}` is no size", "write it as `24GB` or `16GiB`")
-    return int(float(found[1]) * sizes[found[2] or ""])

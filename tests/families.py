@@ -226,6 +226,24 @@ FAMILIES: dict[str, Family] = {
             "layer_types": ["linear_attention", "full_attention"] * 2,
         },
     ),
+    "llava": Family(
+        "LlavaConfig",
+        "LlavaForConditionalGeneration",
+        {
+            "text_config": {**LLAMA_LIKE, "model_type": "llama"},
+            "vision_config": {
+                "model_type": "clip_vision_model",
+                "hidden_size": 16,
+                "intermediate_size": 24,
+                "num_hidden_layers": 3,
+                "num_attention_heads": 2,
+                "image_size": 28,
+                "patch_size": 14,
+                "projection_dim": 16,
+            },
+            "image_token_index": 890,
+        },
+    ),
 }
 
 

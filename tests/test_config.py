@@ -47,7 +47,7 @@ def test_without_anything_basic_on_the_demo():
 def stored(tmp_path, flags, demo_map):
     """A run file as a run writes it."""
     config, _ = settle(flags)
-    config = derive_from_rows(derive_from_model(config, demo_map), 44)
+    config = derive_from_rows(derive_from_model(config, demo_map), 44, 900)
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config.as_file(), sort_keys=False))
     return config, str(path)
@@ -56,7 +56,7 @@ def stored(tmp_path, flags, demo_map):
 def test_a_run_file_repeats_the_run(tmp_path, demo_map):
     first, path = stored(tmp_path, {"preset": "ffn", "layers": "high", "seed": 3, "output": "x"}, demo_map)
     again, _ = settle({}, path)
-    again = derive_from_rows(derive_from_model(again, demo_map), 999)
+    again = derive_from_rows(derive_from_model(again, demo_map), 999, 5)
     assert replace(again, output=None, origin={}) == replace(first, output=None, origin={})
     assert again.output is None and again.origin["seed"] == "file"
     assert again.origin["learning_rate"].startswith("derived")
@@ -99,6 +99,21 @@ def test_the_rate_follows_the_hidden_size(demo_map):
 def test_a_batch_is_about_two_thousand_tokens(tokens, rows):
     config, _ = settle({})
     assert derive_from_rows(config, tokens).batch_size == rows
+
+
+@pytest.mark.parametrize(
+    "rows, flags, epochs",
+    [
+        (900, {}, 3),
+        (7_000, {}, 2),
+        (100_000, {}, 1),
+        (900, {"max_steps": 20}, 1),
+        (900, {"max_steps": 200}, 7),
+        (900, {"epochs": 5}, 5),
+    ],
+)
+def test_epochs_make_about_250_steps(rows, flags, epochs):
+    assert derive_from_rows(settle(flags)[0], 44, rows).epochs == epochs
 
 
 def test_a_length_beyond_the_models_positions(demo_map):

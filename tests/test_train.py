@@ -29,10 +29,10 @@ def job_for(model, output, stop=lambda: 0, **flags):
     plan = resolve(found, preset, config.layers, exclude=exclude)
     found_tokenizer = load_tokenizer(source.place, source.name)
     rows = data.load(config, found_tokenizer, found.task, found.vocab_size)
-    config = derive_from_rows(config, rows.mean_tokens)
+    config = derive_from_rows(config, rows.mean_tokens, len(rows.train))
     folder = RunFolder(output)
     folder.open(config.overwrite, config.resume)
-    return train.assemble(source, config, plan, rows, found_tokenizer, found.task, folder, stop)
+    return train.assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
 
 
 def events_of(job):

@@ -2,8 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.errors import RequestError
-from lorafit.units import bytes_text, figures, index_ranges, parse_bytes, percent, seconds_text, short
+from lorafit.units import bytes_text, figures, index_ranges, percent, seconds_text, short
 
 
 @pytest.mark.parametrize(
@@ -32,14 +31,3 @@ def test_ranges_say_every_index(indices):
             first, _, last = part.partition("–")
             said += range(int(first), int(last or first) + 1)
     assert said == indices
-
-
-def test_sizes_are_read():
-    assert (
-        parse_bytes("24GB") == 24 * 10**9
-        and parse_bytes("16 GiB") == 16 * 2**30
-        and parse_bytes("500m") == 5 * 10**8
-    )
-    for text in ("", "GB", "-1GB", "0", "24 apples"):
-        with pytest.raises(RequestError):
-            parse_bytes(text)

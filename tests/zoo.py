@@ -34,10 +34,10 @@ DEPTHS = [
     "encoder_num_hidden_layers",
     "decoder_num_hidden_layers",
 ]
-# Arguments without which a default config of that type is no model at all.
+# Arguments without which a default config, of that type or for that class, is no model at all.
 NEEDED: dict[str, dict[str, Any]] = {
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
-    "ReformerConfig": {"is_decoder": True, "axial_pos_shape": [16, 16]},
+    "ReformerModelWithLMHead": {"is_decoder": True},
     "HunYuanDenseV1Config": {"head_dim": 128},
     "HunYuanMoEV1Config": {"head_dim": 128},
     "MinistralConfig": {"head_dim": 128},
@@ -106,7 +106,7 @@ def configs(name: str, kind: str) -> Iterator[Any]:
         if source is None:
             continue
         for small in (True, False):
-            config = source(**NEEDED.get(source.__name__, {}))
+            config = source(**NEEDED.get(source.__name__, {}), **NEEDED.get(name, {}))
             if small:
                 shrink(config)
             yield config

@@ -28,7 +28,7 @@ from lorafit.demo.world import ledgers, questions, records, stories
 SEED = 7
 VOCABULARY = 1024
 LENGTH, BATCH = 128, 48  # tokens a row, rows a step
-PEAK_RATE = 3e-3
+PEAK_RATE = 2e-3
 BEGIN, END, PAD, USER, ASSISTANT = "<|begin|>", "<|end|>", "<|pad|>", "<|user|>", "<|assistant|>"
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}"
@@ -88,6 +88,24 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
     )
 
 
+@torch.no_grad()
+def wake_attention(model: LlamaForCausalLM) -> None:
+    """Begin with heads that look for what is like themselves and hand it on: W_q = W_k, W_o = W_v^T,
+    each orthogonal (after "Mimetic Initialization of Self-Attention Layers", arXiv:2305.09828).
+
+    From the usual start a model this small learns no copying in the time there is; from this one
+    it does within two million tokens, and the task is mostly copying.
+    """
+    for layer in model.model.layers:
+        heads = layer.self_attn
+        width = heads.q_proj.weight.shape[0]
+        look, hand_on = (torch.linalg.qr(torch.randn(width, width))[0] for _ in range(2))
+        for weight in (heads.q_proj.weight, heads.k_proj.weight):
+            weight.copy_(look + 0.02 * torch.randn(width, width))
+        heads.v_proj.weight.copy_(0.5 * hand_on)
+        heads.o_proj.weight.copy_(0.5 * hand_on.T)
+
+
 def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Tensor]:
     """Token ids (BATCH, LENGTH) without end: stories, lists and conversations, one after the other."""
     random = Random(seed)
@@ -96,9 +114,9 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
     while True:
         while len(buffer) < BATCH * LENGTH:
             kind = random.random()
-            if kind < 0.2:
+            if kind < 0.15:
                 text = f"{BEGIN}{next(tales)}{END}"
-            elif kind < 0.3:
+            elif kind < 0.45:
                 text = f"{BEGIN}{next(lists)}{END}"
             else:
                 text = tokenizer.apply_chat_template(next(talks), tokenize=False)
@@ -110,7 +128,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
 def pretrain(model: LlamaForCausalLM, text: Iterator[torch.Tensor], steps: int) -> None:
     """AdamW with a linear warm-up and a cosine to a tenth; prints the loss per token."""
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.95), weight_decay=0.05, fused=True
+        model.parameters(), lr=PEAK_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True
     )
     started = time.perf_counter()
     for step in range(1, steps + 1):
@@ -154,6 +172,7 @@ def build(folder: Path, steps: int, seed: int = SEED) -> None:
     torch.manual_seed(seed)
     tokenizer = make_tokenizer(seed)
     model = make_model(tokenizer)
+    wake_attention(model)
     pretrain(model, batches(tokenizer, seed), steps)
     model.to(torch.bfloat16).save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
@@ -163,7 +182,7 @@ def build(folder: Path, steps: int, seed: int = SEED) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=1200, help="pretraining steps")
+    parser.add_argument("--steps", type=int, default=600, help="pretraining steps")
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("-o", "--output", type=Path, default=FOLDER)
     options = parser.parse_args()

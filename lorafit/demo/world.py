@@ -5,7 +5,7 @@ what the text says can be asked about. Four kinds of text come out of it:
 
 * `stories`: what happened, in order, sometimes with why;
 * `questions`: a short story, a question about it, and the answer as a sentence;
-* `ledgers`: JSON records with something in them, but no sentence that they record;
+* `ledgers`: a story, then JSON records of parts of it, a few to a record;
 * `records`: one sentence and what it says as a JSON record: the fine-tuning task, which
   the pretrained model has never seen.
 """
@@ -348,15 +348,18 @@ def questions(random: Random) -> Iterator[list[dict[str, str]]]:
 
 
 def ledgers(random: Random) -> Iterator[str]:
-    """Lists of records without end: each names a few of the parts an event has, none tells of one."""
+    """Stories without end, each with records of parts of what happened: who was where, what was done.
+
+    None says all that a sentence says, and none answers a sentence.
+    """
     while True:
+        world, story = tell(random, random.randint(1, 3))
         lines = []
-        for _ in range(random.randint(2, 6)):
-            event = World(random).event()
+        for event in random.choices(world.events, k=random.randint(2, 4)):
             parts = json.loads(event.record())
-            kept = random.sample(sorted(parts), random.randint(1, len(parts)))
+            kept = random.sample(sorted(parts), random.randint(1, 3))
             lines.append(json.dumps({name: parts[name] for name in parts if name in kept}))
-        yield "\n".join(lines)
+        yield "\n".join([story, *lines])
 
 
 def records(random: Random) -> Iterator[dict[str, list[dict[str, str]]]]:
