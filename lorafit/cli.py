@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -297,7 +298,7 @@ def plan(
     if json:
         screen.document({**made.as_json(), "estimate": cost.as_json() if cost else None})
     else:
-        show.show_plan(screen, made, found, cost, settings.model)
+        show.show_plan(screen, made, found, cost, _train_command(flags, settings, config))
 
 
 @app.command()
@@ -613,6 +614,26 @@ def _matrix(found: ModelMap, settings: RunConfig) -> list[dict[str, Any]]:
                 }
             )
     return cells
+
+
+def _train_command(flags: dict[str, Any], settings: RunConfig, file: str | None) -> str:
+    """The command that does what was planned."""
+    words = ["lorafit", "train"]
+    if file is not None:
+        words += ["--config", file]
+    if "model" in flags and settings.model != "demo":
+        words.append(settings.model)
+    for name, value in flags.items():
+        if name == "model":
+            continue
+        if isinstance(value, bool):
+            words.append(OPTIONS[name].flag if value else OPTIONS[name].flag.replace("--", "--no-", 1))
+        else:
+            for item in value if isinstance(value, tuple) else (value,):
+                words += [OPTIONS[name].flag, str(item)]
+    if settings.model != "demo" and not settings.data:
+        words += ["--data", "FILE"]
+    return shlex.join(words)
 
 
 def _stem(found: ModelMap, made: Plan) -> str:

@@ -368,8 +368,8 @@ def _uncovered_table(found: ModelMap) -> Table:
 # -- plan -----------------------------------------------------------------------------------
 
 
-def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None, named: str) -> None:
-    """What would be adapted, in PEFT's words, and what it costs; `named` as in `show_map`."""
+def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None, command: str) -> None:
+    """What would be adapted, in PEFT's words, and what it costs; `command` is the one that does it."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
@@ -383,10 +383,7 @@ def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | 
             screen.note(assumption, answer=True)
     for note in plan.notes:
         screen.note(note, answer=True)
-    data = "" if plan.model == "demo" else " --data FILE"
-    screen.line(
-        "next", f"lorafit train {named} --preset {plan.preset} --layers {plan.spec}{data}", answer=True
-    )
+    screen.line("next", command, answer=True)
 
 
 def _title(plan: Plan) -> str:

@@ -85,3 +85,12 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> C
         return Result(code, out, err)
 
     return call
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The architectures that the zoo's sweep could not build, each with its reason."""
+    unbuilt = getattr(sys.modules.get("test_zoo"), "UNBUILT", [])
+    if unbuilt:
+        terminalreporter.section(f"{len(unbuilt)} classes that transformers cannot build from their defaults")
+        for line in unbuilt:
+            terminalreporter.write_line(line)

@@ -103,6 +103,12 @@ def test_plan_in_json(run):
     assert run("plan", "demo", "--no-estimate", "--json").document["estimate"] is None
 
 
+def test_plan_plans_what_the_run_file_says(trained, run):
+    output, report = trained
+    found = run("plan", "--config", output / "run.yaml", "--json").document
+    assert found["model"] == "llama" and found["trainable_params"] == report["trainable_params"]
+
+
 def test_the_matrix_holds_every_strategy_and_band(run):
     cells = run("plan", "demo", "--matrix", "--json").document["cells"]
     assert len({(c["preset"], c["layers"]) for c in cells}) == len(cells) == 20
@@ -244,6 +250,22 @@ def test_merge(trained, run, tmp_path):
     assert run("inspect", tmp_path / "m", "--json").document["total_params"] > 0
 
 
+def test_a_run_whose_data_are_gone_still_merges(trained, run, tmp_path):
+    import shutil
+
+    import yaml
+
+    output, _ = trained
+    copy = tmp_path / "r"
+    shutil.copytree(output, copy)
+    settings = yaml.safe_load((copy / "run.yaml").read_text())
+    (copy / "run.yaml").write_text(
+        yaml.safe_dump({**settings, "data": ["gone.jsonl"], "preset": "gone.yaml"})
+    )
+    assert run("eval", copy).code == 2
+    assert run("merge", copy, "-o", tmp_path / "m").code == 0
+
+
 def test_data_that_changed_since(trained, run, tmp_path):
     import shutil
 
@@ -328,6 +350,8 @@ WRONG = [
     (("merge", "nowhere"), "-o DIR"),
     (("nonsense",), "nonsense"),
     (("train", "--lr", "3"), "--lr"),
+    (("train", "-o", "."), "is no name for a new folder"),
+    (("train", "--rank", "9999999999999"), "--rank is"),
 ]
 
 
@@ -412,7 +436,9 @@ def test_interrupted_and_resumed(tmp_path, number, code):
     )
     assert again.returncode == 0 and json.loads(again.stdout)["steps"] == 339, again.stderr
     done = lorafit("train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume")
-    assert done.returncode == 0 and "finished" in done.stderr
+    assert done.returncode == 0 and "finished" in done.stderr and done.stdout == ""
+    done = lorafit("train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume", "--json")
+    assert json.loads(done.stdout)["steps"] == 339
 
 
 def test_a_reader_that_has_had_enough():

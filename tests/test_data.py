@@ -63,6 +63,26 @@ def test_a_template_that_rewrites_earlier_turns_is_refused():
         Tokens(mine, "causal", 64, VOCABULARY).rows([Example("x", messages=tuple(CHAT))], "messages")
 
 
+def test_of_a_prompt_in_messages_nothing_is_learned(tmp_path):
+    path = write(tmp_path, {"prompt": CHAT[:3], "completion": CHAT[3:]})
+    row = tokens().rows(read(path, "auto")[0], "prompt-completion")[0]
+    assert learned(row) == "Ben is at the market.<|end|>"
+
+
+def test_a_default_template_for_a_tokenizer_without_one():
+    mine = type(tokenizer()).from_pretrained(str(demo.MODEL))
+    mine.chat_template = None
+    maker = Tokens(mine, "causal", 64, VOCABULARY)
+    row = maker.rows([Example("x", messages=tuple(CHAT[:2]))], "messages")[0]
+    assert learned(row) == "Ada is in the barn.<|end|>" and any("no chat template" in n for n in maker.notes)
+
+
+def test_a_line_separator_within_a_string_ends_no_line(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_text('{"text": "one\u2028two\x85three"}\n{"text": "four"}\n', encoding="utf-8")
+    assert [e.where.rpartition(":")[2] for e in read(str(path), "auto")[0]] == ["1", "2"]
+
+
 def test_prompt_and_completion():
     row = tokens().rows(
         [Example("x", prompt="Where is Ada?\n", completion="In the barn.")], "prompt-completion"

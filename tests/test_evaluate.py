@@ -5,7 +5,7 @@ import torch
 from families import build_model, tokenizer
 
 from lorafit.data import IGNORED, Row
-from lorafit.evaluate import Evaluator, RowScore, paired, summed
+from lorafit.evaluate import Evaluator, RowScore, completions, paired, prompts, summed
 from lorafit.step import Forward
 
 
@@ -43,6 +43,10 @@ def test_a_masked_model_hides_the_same_tokens_each_time():
     model = build_model("bert")
     found = evaluator(model, ROWS, "masked")
     assert found.scores(model) == found.scores(model)
+    alone = [
+        (s.tokens, s.correct) for size in (1,) for s in evaluator(model, ROWS, "masked", size).scores(model)
+    ]
+    assert alone == [(s.tokens, s.correct) for s in found.scores(model)]  # whatever the batch
     for score, row in zip(found.scores(model), ROWS, strict=True):
         assert 1 <= score.tokens <= row.supervised
 
@@ -68,6 +72,13 @@ def test_the_standard_error_is_that_of_resampled_rows():
     draws = torch.randint(400, (2000, 400), generator=generator)
     resampled = gains[draws].sum(1) / tokens[draws].sum(1)
     assert paired("a", base, other).stderr == pytest.approx(float(resampled.std()), rel=0.1)
+
+
+def test_several_end_tokens_end_a_completion():
+    model = build_model("llama")
+    model.generation_config.eos_token_id = [1, 2]
+    said = completions(model, evaluator(model, ROWS), 2)
+    assert len(said) == 2 and len(prompts(evaluator(model, ROWS), 2)) == 2
 
 
 def test_perplexity_does_not_overflow():

@@ -121,6 +121,26 @@ def test_a_merge_that_is_not_the_same_is_not_put_in_place(tiny, tmp_path, monkey
     assert not (tmp_path / "m").exists()
 
 
+def test_what_is_no_number_does_not_verify(tiny, tmp_path, monkeypatch):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    monkeypatch.setattr(merge.Delta, "added_to", lambda self, weight: weight * float("nan"))
+    with pytest.raises(RunError, match="differs from base"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_start_that_changes_the_base_merges_through_the_model(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), lora=Lora(init_lora_weights="olora", r=4))
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert report.notes and report.verify.max_logit_diff < report.verify.tolerance
+
+
+def test_neither_base_nor_adapter_is_overwritten(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    for output in (tmp_path / "a", tiny("llama")):
+        with pytest.raises(RequestError, match="which is needed"):
+            do_merge(tmp_path / "a", source, found, output, overwrite=True)
+
+
 def test_files_that_are_damaged(tiny, tmp_path):
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
     base = tmp_path / "base"

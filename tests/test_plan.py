@@ -225,6 +225,37 @@ def test_counts_hold_for_all_of_loras_settings(maps, lora):
         assert (plan.trainable_params, plan.total_params) == (trainable, total)
 
 
+def test_modules_to_save_follow_peft_and_stay_apart_from_the_plan(maps):
+    from lorafit.adapter import inject
+
+    preset = replace(load("ffn"), lora=Lora(modules_to_save=("norm",)))
+    plan = resolve(maps("llama"), preset, "high")
+    trainable, total = inject(build_model("llama"), plan, "causal").get_nb_trainable_parameters()
+    assert (plan.trainable_params, plan.total_params) == (trainable, total)
+    with pytest.raises(RequestError, match="which the plan adapts"):
+        resolve(maps("llama"), replace(load("ffn"), lora=Lora(modules_to_save=("mlp",))), "high")
+    tied = map_of(build_config("llama", tie_word_embeddings=True))
+    with pytest.raises(RequestError, match="tied"):
+        resolve(tied, replace(load("ffn"), lora=Lora(modules_to_save=("lm_head",))), "high")
+
+
+def test_patterns_mean_after_a_reload_what_they_meant_before(maps, tmp_path):
+    """PEFT takes the first pattern that matches, and sorts them when it saves."""
+    from lorafit.adapter import inject, save
+
+    patterns = {r"model\.layers\.3\.mlp\.down_proj": 64, "down_proj": 8}
+    plan = resolve(maps("llama"), replace(load("ffn"), lora=Lora(alpha_pattern=patterns)), "2-3")
+    model = inject(build_model("llama"), plan, "causal")
+    save(model, tmp_path)
+    from peft import PeftModel
+
+    again = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+    name = "base_model.model.model.layers.{}.mlp.down_proj"
+    for layer, alpha in ((2, 8), (3, 64)):
+        for found in (model, again):
+            assert found.get_submodule(name.format(layer)).scaling["default"] == alpha / 16
+
+
 def test_roles_stand_in_one_order(maps):
     assert plan_for(maps, "llama", "all").roles == tuple(Role)
 

@@ -107,7 +107,7 @@ def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stop_after", [3, 5, 8])
+@pytest.mark.parametrize("stop_after", [3, 8, 10])  # ten steps an epoch: also just at its end
 def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
     flags = {"data": (str(pairs),), "epochs": 2, "batch_size": 4, "dropout": 0.1, "eval_steps": 4}
     straight = events_of(job_for(tiny("llama"), tmp_path / "a", **flags))
@@ -234,3 +234,44 @@ def test_a_masked_model_needs_a_mask_token(pairs, tmp_path):
     with pytest.raises(RequestError, match="mask token"):
         events_of(job_for(folder, tmp_path / "r", data=(str(pairs),), max_steps=1))
     assert not (tmp_path / "r").exists() and not (tmp_path / "r.partial").exists()
+
+
+def test_runs_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
+    from concurrent.futures import ThreadPoolExecutor
+
+    from lorafit.checkpoint import claim
+
+    monkeypatch.chdir(tmp_path)
+    with ThreadPoolExecutor(8) as pool:
+        folders = list(pool.map(lambda _: claim("demo-basic-all"), range(16)))
+    assert len({f.target for f in folders}) == 16 and all(f.work.is_dir() for f in folders)
+
+
+def test_what_may_be_replaced(tmp_path):
+    from lorafit.checkpoint import check_target
+
+    run = tmp_path / "run"
+    run.mkdir()
+    check_target(run, overwrite=True)
+    (run / "notes.txt").write_text("mine")
+    with pytest.raises(RequestError, match="neither a run nor a model"):
+        check_target(run, overwrite=True)
+    (run / "adapter_config.json").write_text("{}")
+    check_target(run, overwrite=True)
+    with pytest.raises(RequestError, match="which is needed"):
+        check_target(run, overwrite=True, kept=(run / "base",))
+    with pytest.raises(RequestError, match="neither a run nor a model"):
+        check_target(tmp_path, overwrite=True)
+    for name in (".", "/", "a/.."):
+        with pytest.raises(RequestError):
+            check_target(type(tmp_path)(name), overwrite=True)
+    with pytest.raises(RequestError, match="is a file"):
+        check_target(run / "notes.txt", overwrite=True)
+
+
+def test_a_trained_adapter_survives_what_fails_behind_it(tiny, pairs, tmp_path, monkeypatch):
+    job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=2)
+    monkeypatch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(OSError("busy")))
+    with pytest.raises(OSError, match="busy"):
+        events_of(job)
+    assert (tmp_path / "r.partial" / adapter.WEIGHTS).is_file()
