@@ -81,7 +81,7 @@ def test_inspect_draws_the_way_of_a_text(run):
     text = run("inspect", "demo").out
     places = [text.index(w) for w in ("text → tokens", "embedding", "rotary", "block × 12", "head", "logits")]
     assert places == sorted(places)
-    assert "9–11" in text and "4 heads of 32" in text and "2,525,184" in text
+    assert "9–11" in text and "4 heads of 32" in text and "2,525,952" in text
 
 
 @pytest.mark.parametrize("width", ["40", "80", "200"])
