@@ -71,7 +71,9 @@ def inject(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
-            peft_model = get_peft_model(model, lora_config(plan, task))
+            # PEFT's causal and seq2seq wrappers ask for generation, which not every class has (PI0)
+            kind = task if hasattr(model, "prepare_inputs_for_generation") else ""
+            peft_model = get_peft_model(model, lora_config(plan, kind))
         except ValueError as error:
             raise RunError(f"PEFT refuses the plan: {str(error).splitlines()[0]}") from error
     compare(plan.modules, adapted(peft_model))

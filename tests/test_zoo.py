@@ -113,7 +113,10 @@ def check_reads_the_residual(found: ModelMap) -> None:
 # Queries, keys and values of a compressed state (latent attention).
 LOW_RANK = {"q_b_proj", "kv_b_proj", "q_gate_proj"}
 # Attention that reads another width than it writes, by the model's own design.
-OWN_WIDTHS = {"zamba": "its shared block reads the state beside the embedding, twice as wide"}
+OWN_WIDTHS = {
+    "zamba": "its shared block reads the state beside the embedding, twice as wide",
+    "mobilebert": "values read the wide state, queries and keys its bottleneck",
+}
 
 
 def check_plans(model: object, found: ModelMap) -> int:
