@@ -115,6 +115,16 @@ def _option(name: str, panel: str, *more: str) -> Any:
 
 
 Model = Annotated[str, typer.Argument(help=OPTIONS["model"].help, show_default=False)]
+ModelOrFile = Annotated[Optional[str], typer.Argument(help=OPTIONS["model"].help, show_default=False)]
+Base = Annotated[
+    Optional[str],
+    typer.Option(
+        "--model",
+        help="The base, where it is not where the adapter says.",
+        rich_help_panel=DATA,
+        show_default=False,
+    ),
+]
 PresetOption = Annotated[Optional[str], _option("preset", WHAT)]
 Modules = Annotated[Optional[list[str]], _option("modules", WHAT)]
 Layers = Annotated[Optional[str], _option("layers", WHAT)]
@@ -237,7 +247,7 @@ def presets(json: Json = False, debug: Debug = False) -> None:
 
 @app.command()
 def plan(
-    model: Annotated[Optional[str], typer.Argument(help=OPTIONS["model"].help, show_default=False)] = None,
+    model: ModelOrFile = None,
     preset: PresetOption = None,
     layers: Layers = None,
     modules: Modules = None,
@@ -303,7 +313,7 @@ def plan(
 
 @app.command()
 def train(
-    model: Annotated[Optional[str], typer.Argument(help=OPTIONS["model"].help, show_default=False)] = None,
+    model: ModelOrFile = None,
     preset: PresetOption = None,
     layers: Layers = None,
     modules: Modules = None,
@@ -423,15 +433,7 @@ def evaluate(
             "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=OUTPUT
         ),
     ] = 3,
-    model: Annotated[
-        Optional[str],
-        typer.Option(
-            "--model",
-            help="The base, where it is not where the adapter says.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    model: Base = None,
     dtype: Dtype = None,
     device: Device = None,
     json: Json = False,
@@ -507,15 +509,7 @@ def merge(
     ],
     output: Output = None,
     overwrite: Overwrite = None,
-    model: Annotated[
-        Optional[str],
-        typer.Option(
-            "--model",
-            help="The base, where it is not where the adapter says.",
-            rich_help_panel=DATA,
-            show_default=False,
-        ),
-    ] = None,
+    model: Base = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,

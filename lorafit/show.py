@@ -546,6 +546,7 @@ class TrainView:
         self.epochs = 1
         self.loss = 0.0
         self.speed: list[float] = []
+        self.headed = False  # the epochs' table has its head
 
     def on(self, event: Event) -> None:
         match event:
@@ -605,7 +606,7 @@ class TrainView:
             )
 
     def _epoch(self, event: EpochDone) -> None:
-        if event.epoch == 1 or not getattr(self, "headed", False):
+        if not self.headed:
             self.headed = True
             self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}")
         self.screen.say(f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}")

@@ -565,7 +565,7 @@ def _head_path(tree: _Tree) -> str:
     """The module that makes the logits, or empty."""
     try:
         head = tree.model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # classes without a head, or that do not say which it is
         return ""
     return next((path for path, module in tree.modules.items() if module is head and path), "")
 
@@ -683,7 +683,7 @@ def _embedding_shape(tree: _Tree) -> tuple[int, ...]:
     """(vocabulary, hidden) of the input embedding; (0, 0) where the model does not say which it is."""
     try:
         weight = tree.model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):
+    except (AttributeError, NotImplementedError):  # PPFormulaNet, Dia, Qwen2.5-Omni do not say it
         return (0, 0)
     return tuple(weight.shape)
 

@@ -43,9 +43,7 @@ def test_a_masked_model_hides_the_same_tokens_each_time():
     model = build_model("bert")
     found = evaluator(model, ROWS, "masked")
     assert found.scores(model) == found.scores(model)
-    alone = [
-        (s.tokens, s.correct) for size in (1,) for s in evaluator(model, ROWS, "masked", size).scores(model)
-    ]
+    alone = [(s.tokens, s.correct) for s in evaluator(model, ROWS, "masked", size=1).scores(model)]
     assert alone == [(s.tokens, s.correct) for s in found.scores(model)]  # whatever the batch
     for score, row in zip(found.scores(model), ROWS, strict=True):
         assert 1 <= score.tokens <= row.supervised

@@ -143,11 +143,22 @@ def test_another_run_cannot_be_resumed(tiny, pairs, tmp_path):
         job_for(tiny("llama"), tmp_path / "b", **flags)
 
 
-def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path):
+@pytest.mark.parametrize(
+    "after, words", [(None, "the held-out loss is nan"), (Evaluated, "the loss is nan at")]
+)
+def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path, after, words):
+    """Before the first step by the held-out rows, later by the step itself; nothing is left behind."""
+
+    def spoil():
+        next(iter(job.parameters.values())).data.fill_(math.inf)
+
     job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=3)
-    next(iter(job.parameters.values())).data.fill_(math.inf)
-    with pytest.raises(RunError, match="loss is nan"):
-        events_of(job)
+    if after is None:
+        spoil()
+    with pytest.raises(RunError, match=words):
+        for event in train.recorded(job, train.run(job)):
+            if after is not None and isinstance(event, after):
+                spoil()
     assert not list(tmp_path.iterdir())
 
 
