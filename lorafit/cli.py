@@ -5,6 +5,7 @@ torch, transformers and rich are imported in the bodies, so that every `--help` 
 
 from __future__ import annotations
 
+import atexit
 import os
 import re
 import shlex
@@ -13,7 +14,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
 import typer
 from typer.core import TyperGroup
@@ -58,8 +59,16 @@ class Boundary(TyperGroup):
             hint = "--debug shows where; please report it with the command"
             code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
         if standalone_mode:
-            sys.exit(code if isinstance(code, int) else DONE)
+            _leave(code if isinstance(code, int) else DONE)
         return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process at once: Python would take torch's thousand modules apart first, for a second."""
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 class _Terminated(BaseException):
@@ -357,11 +366,14 @@ def train(
     Without a model and data: the embedded demo.
     """
     from lorafit import show
-    from lorafit.checkpoint import RunFolder, check_target, claim
     from lorafit.config import derive_from_model, derive_from_rows, settle
     from lorafit.events import TrainReport
-    from lorafit.survey import find, load_tokenizer, survey
-    from lorafit.train import report_of
+    from lorafit.survey import find, load_tokenizer, survey, without_collecting
+
+    with without_collecting():
+        from lorafit import data as rows_of
+        from lorafit import train as trainer
+        from lorafit.checkpoint import RunFolder, check_target, claim
 
     flags = _given(locals())
     settings, chosen = settle(flags, config)
@@ -378,13 +390,10 @@ def train(
         if settings.resume and folder.target.exists() and not settings.overwrite:
             screen.line("done", f"{folder.target} is a finished run: nothing to resume")
             if json:
-                screen.document(report_of(folder.target))
+                screen.document(trainer.report_of(folder.target))
             return
         check_target(folder.target, settings.overwrite)
     show.show_header(screen, made, found, settings)
-
-    from lorafit import data as rows_of
-    from lorafit import train as trainer
 
     trainer.pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
@@ -444,13 +453,16 @@ def evaluate(
 
     Without --data, the rows that the run held out.
     """
-    from lorafit import adapter, show
-    from lorafit import data as rows_of
-    from lorafit import evaluate as scoring
-    from lorafit import train as trainer
+    from lorafit import show
     from lorafit.events import EvalReport, Sample
-    from lorafit.step import Forward
-    from lorafit.survey import load_model, load_tokenizer
+    from lorafit.survey import load_model, load_tokenizer, without_collecting
+
+    with without_collecting():
+        from lorafit import adapter
+        from lorafit import data as rows_of
+        from lorafit import evaluate as scoring
+        from lorafit import train as trainer
+        from lorafit.step import Forward
 
     screen = show.Screen(json, quiet)
     _check_options({"format": format, "max_length": max_length, "batch_size": batch_size, "dtype": dtype})
@@ -515,10 +527,12 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Adapter and base as one model folder, written tensor by tensor, checked on real text."""
-    from lorafit import merge as merging
     from lorafit import show
-    from lorafit.survey import load_tokenizer
+    from lorafit.survey import load_tokenizer, without_collecting
     from lorafit.units import bytes_text
+
+    with without_collecting():
+        from lorafit import merge as merging
 
     if not output:
         raise RequestError("merge needs a folder to write", f"lorafit merge {adapter} -o DIR")

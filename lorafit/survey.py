@@ -7,10 +7,12 @@ Remote code is never run and never asked about: `trust_remote_code=False` everyw
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -37,6 +39,20 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """While torch and transformers are imported: what they make lives to the end, and looking for
+    garbage among it takes a third of the time. It is left out of later searches too."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,8 +276,9 @@ def survey(source: Source) -> ModelMap:
     key = cache.key(source.config)
     if found := cache.get(key, source.name):
         return found
-    config = config_of(source)
-    found = chart(on_meta(model_class(config), config), config, source.name)
+    with without_collecting():
+        config = config_of(source)
+        found = chart(on_meta(model_class(config), config), config, source.name)
     cache.put(key, found)
     return found
 
