@@ -34,7 +34,18 @@ DEPTHS = [
     "encoder_num_hidden_layers",
     "decoder_num_hidden_layers",
 ]
-# Arguments without which a default config, of that type or for that class, is no model at all.
+BY_LAYER_TYPE = {
+    kind: {"rope_type": "default", "rope_theta": 10000.0} for kind in ("full_attention", "sliding_attention")
+}
+INDEXED = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+# Arguments without which a default config, of that type or for that class, is no model at all;
+# those with a dot are set in the nested config once it is made.
 NEEDED: dict[str, dict[str, Any]] = {
     "EsmConfig": {"vocab_size": 33, "pad_token_id": 1, "mask_token_id": 32},
     "ReformerModelWithLMHead": {"is_decoder": True},
@@ -44,6 +55,32 @@ NEEDED: dict[str, dict[str, Any]] = {
     "NemotronConfig": {"num_key_value_heads": 8},
     "Dots1Config": {"n_routed_experts": 8, "n_shared_experts": 1},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"] * 16},
+    "AyaVisionConfig": {"vision_config.num_attention_heads": 16},
+    "ChameleonConfig": {"vocabulary_map": {"<image>": 8711}},
+    "CohereCompassTextConfig": {"rope_parameters": BY_LAYER_TYPE},
+    "CohereCompassConfig": {"text_config.rope_parameters": BY_LAYER_TYPE},
+    "DbrxConfig": {"attn_config.rope_theta": 10000.0},
+    "DeepseekOcr2Config": {"text_config.mlp_layer_types": ["dense"] + ["sparse"] * 31},
+    "DiffusionGemmaConfig": {
+        "text_config.num_experts": 8,
+        "text_config.top_k_experts": 2,
+        "text_config.moe_intermediate_size": 512,
+    },
+    "Emu3Config": {"vocabulary_map": {"<|extra_200|>": 5, "<image>": 6}},
+    "Granite4VisionConfig": {"deepstack_layer_map": [[-1, 0], [-2, 3]], "downsample_rate": "1/2"},
+    "HunYuanVLConfig": {"text_config.head_dim": 128},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 8},
+    "Qwen3OmniMoeConfig": {
+        "talker_config.text_config.shared_expert_intermediate_size": 512,
+        "talker_config.spatial_merge_size": 2,
+    },
+    "Qwen4ExpTextConfig": INDEXED,
+    "Qwen4ExpConfig": {f"text_config.{name}": value for name, value in INDEXED.items()},
+    "FastVlmConfig": {"vision_config": {"model_type": "clip_vision_model"}},  # its own needs timm
+    "PerceptionLMConfig": {
+        "vision_config": {"model_type": "clip_vision_model"},
+        "vision_config.model_args": {"embed_dim": 768},
+    },
 }
 
 
@@ -99,6 +136,19 @@ def limit(seconds: int) -> Iterator[None]:
         signal.signal(signal.SIGALRM, before)
 
 
+def made(source: type, settings: dict[str, Any]) -> Any:
+    """A config with those settings, the dotted ones in the configs nested in it."""
+    config = source(**{name: value for name, value in settings.items() if "." not in name})
+    for name, value in settings.items():
+        *parents, last = name.split(".")
+        if parents:
+            holder = config
+            for parent in parents:
+                holder = getattr(holder, parent)
+            setattr(holder, last, value)
+    return config
+
+
 def configs(name: str, kind: str) -> Iterator[Any]:
     """Configs to try for a class: its own, shrunk and whole, then its type's."""
     cls = getattr(transformers, name)
@@ -106,7 +156,7 @@ def configs(name: str, kind: str) -> Iterator[Any]:
         if source is None:
             continue
         for small in (True, False):
-            config = source(**NEEDED.get(source.__name__, {}), **NEEDED.get(name, {}))
+            config = made(source, {**NEEDED.get(source.__name__, {}), **NEEDED.get(name, {})})
             if small:
                 shrink(config)
             yield config
