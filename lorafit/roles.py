@@ -92,9 +92,9 @@ NEVER = r"(?!)"
 PLACES: tuple[Place, ...] = (
     _place(
         Part.OTHER,
-        r"indexer|compressor|.*norm.*|adapter.*|.*bottleneck.*|altup|laurel|forget_gate|.*_hc|conv.*"
+        r"indexer|compressor|(?!norm_attn_norm).*norm.*|adapter.*|.*bottleneck.*|altup|laurel|forget_gate|.*_hc|conv.*"
         r"|relative_attention_bias|.*adapter_list|ada_.*",
-        r"Indexer|Compressor|Norm$|Adapter|Bottleneck|AltUp|HyperConnection|ConvModule|ShortConv",
+        r"Indexer|Compressor|(?<!NormAttention)Norm$|Adapter|Bottleneck|AltUp|HyperConnection|ConvModule|ShortConv",
     ),
     _place(Part.ROUTER, r"router|router_mlp|gate|gating_network", r"Router|Gate$"),
     _place(Part.SHARED_EXPERTS, r"shared_experts?|shared_mlp|shared_moe", r"SharedExpert|SharedMLP"),

@@ -500,9 +500,7 @@ def _draft(
     if names[-1] in ROUTERS and part in FEED_FORWARDS:
         part = Part.ROUTER
     else:
-        roles = roles_of(names[1:] or names, part)
-        if names[-1].lower() == "w1" and siblings & {"w3", "v1"}:
-            roles = (Role.GATE,)
+        roles = _gated(roles_of(names[1:] or names, part), names[-1], siblings)
         if names[-1] == "c_attn" and "q_attn" in siblings:  # GPT-2's cross-attention
             roles = (Role.K, Role.V)
     return _Draft(
@@ -525,7 +523,8 @@ def _bare_slot(
     """A slot for a bare tensor: experts of three dimensions, routers of two; else None.
 
     PEFT adapts these as `target_parameters`. Experts lie as (copies, in, out) in a module that
-    says `is_transposed`, else as (copies, out, in).
+    says `is_transposed`, else as (copies, out, in); DBRX lays them under one another as a matrix,
+    its `down` by rows of its input.
     """
     containers = _containers(tree, path, stack, layer, inside=True)
     part = place_of(containers)
@@ -539,16 +538,22 @@ def _bare_slot(
         size *= extent
     if part is Part.ROUTER and len(shape) == 2 and name == "weight":
         return Slot(full, (), tower or part, stack, layer, shape[1], shape[0], "parameter", size)
-    if part not in (Part.EXPERTS, Part.SHARED_EXPERTS) or len(shape) != 3:
+    if part not in (Part.EXPERTS, Part.SHARED_EXPERTS) or len(shape) not in (2, 3):
         return None
     holder = place_of([c for c in containers if c[0] != "experts"][:-1])
-    roles = roles_of(names, part, holder)
-    if not roles:
+    roles = _gated(roles_of(names, part, holder), name, {n for n, _ in module.named_parameters()})
+    if not roles or (len(shape) == 2 and name == "weight"):  # a matrix of that name is a layer's own
         return None
-    copies, rows, columns = shape
-    if getattr(module, "is_transposed", False):
+    *stacked, rows, columns = shape
+    if getattr(module, "is_transposed", False) or (roles == (Role.DOWN,) and not stacked):
         rows, columns = columns, rows
+    copies = stacked[0] if stacked else 1
     return Slot(full, roles, tower or part, stack, layer, columns, rows, "parameter", size, copies)
+
+
+def _gated(roles: tuple[Role, ...], name: str, siblings: set[str]) -> tuple[Role, ...]:
+    """`w1` is the gate where a `w3` or `v1` stands beside it, else what its spelling says."""
+    return (Role.GATE,) if name.lower() == "w1" and siblings & {"w3", "v1"} else roles
 
 
 def _fusions(drafts: list[_Draft]) -> list[Slot]:
