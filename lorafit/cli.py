@@ -59,16 +59,8 @@ class Boundary(TyperGroup):
             hint = "--debug shows where; please report it with the command"
             code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
         if standalone_mode:
-            _leave(code if isinstance(code, int) else DONE)
+            sys.exit(code if isinstance(code, int) else DONE)
         return code
-
-
-def _leave(code: int) -> NoReturn:
-    """End the process at once: Python would take torch's thousand modules apart first, for a second."""
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
 
 
 class _Terminated(BaseException):
@@ -164,6 +156,8 @@ Seed = Annotated[Optional[int], _option("seed", TRAINING)]
 Dtype = Annotated[Optional[str], _option("dtype", TRAINING)]
 Device = Annotated[Optional[str], _option("device", TRAINING)]
 Checkpointing = Annotated[Optional[bool], _option("gradient_checkpointing", TRAINING)]
+PrefixCacheOption = Annotated[Optional[str], _option("prefix_cache", TRAINING)]
+HeadChunk = Annotated[Optional[int], _option("head_chunk", TRAINING)]
 Output = Annotated[Optional[str], _option("output", OUTPUT, "-o")]
 Overwrite = Annotated[Optional[bool], _option("overwrite", OUTPUT)]
 Resume = Annotated[Optional[bool], _option("resume", OUTPUT)]
@@ -351,6 +345,8 @@ def train(
     dtype: Dtype = None,
     device: Device = None,
     gradient_checkpointing: Checkpointing = None,
+    prefix_cache: PrefixCacheOption = None,
+    head_chunk: HeadChunk = None,
     save_steps: SaveSteps = None,
     eval_steps: EvalSteps = None,
     output: Output = None,
@@ -422,6 +418,38 @@ def train(
         screen.document(report)
     else:
         show.show_train_report(screen, report)
+
+
+@app.command()
+def cache(
+    remove: Annotated[
+        Optional[str],
+        typer.Option("--remove", help="Remove the one whose key begins so, or `all`.", show_default=False),
+    ] = None,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """The prefix caches on this disk: what the frozen layers made of a data set, for later runs."""
+    from lorafit import show
+    from lorafit.survey import without_collecting
+
+    with without_collecting():
+        from lorafit import prefix
+
+    screen = show.Screen(json)
+    if remove:
+        keys = [found.key for found in prefix.kept()] if remove == "all" else [remove]
+        freed = sum(prefix.remove(key) for key in keys)
+        if json:
+            screen.document({"removed": len(keys), "bytes": freed})
+        else:
+            show.show_removed(screen, len(keys), freed)
+        return
+    found = prefix.kept()
+    if json:
+        screen.document({"folder": str(prefix.folder()), "caches": found})
+    else:
+        show.show_caches(screen, str(prefix.folder()), found)
 
 
 @app.command(name="eval")
@@ -730,9 +758,20 @@ def _stopping() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def main() -> None:
-    """The entry point of the `lorafit` command."""
-    app()
+def main() -> NoReturn:
+    """The entry point of the `lorafit` command.
+
+    It ends the process at once: Python would take torch's thousand modules apart first, for a second.
+    """
+    code: Any = DONE
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else DONE)
 
 
 if __name__ == "__main__":

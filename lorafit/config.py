@@ -70,6 +70,8 @@ class RunConfig:
     dtype: str
     device: str
     gradient_checkpointing: bool
+    prefix_cache: str
+    head_chunk: int | None
     output: str | None
     overwrite: bool
     resume: bool

@@ -167,12 +167,17 @@ def logit_bytes(model_map: ModelMap, shape: Shape) -> int:
     return shape.tokens * model_map.vocab_size * (item + 4 + 4)
 
 
-def flops_per_token(plan: Plan, model_map: ModelMap, shape: Shape) -> Flops:
-    """FLOPs a token: two per weight forward (every block and the head), two per weight backward for
+def flops_per_token(
+    plan: Plan, model_map: ModelMap, shape: Shape, *, replayed: bool = False, supervised: float = 1.0
+) -> Flops:
+    """FLOPs a token: two per weight forward (every block, and the head), two per weight backward for
     the gradient of the input at and above the cut, and the adapters' own two and four; attention
     adds 4 * length * width a block forward and twice that backward (causal halves it).
+
+    `replayed`: blocks below the cut are not run. `supervised`: the share of the tokens that the
+    head is run on.
     """
-    head = 2 * model_map.hidden_size * model_map.vocab_size
+    head = int(2 * model_map.hidden_size * model_map.vocab_size * supervised)
     forward = backward = head
     kept = set(_blocks_kept(plan, model_map))
     for slot in model_map.slots:
@@ -183,8 +188,10 @@ def flops_per_token(plan: Plan, model_map: ModelMap, shape: Shape) -> Flops:
             cost *= 2  # routed: a few of the copies see a token; two is the common choice
         if slot.part is Part.SELF_ATTENTION and "q" in slot.roles:
             cost += 2 * shape.length * slot.out_features
-        forward += cost
         if (slot.stack, slot.layer) in kept:
+            forward += cost
             backward += cost
+        elif not replayed:
+            forward += cost
     added = sum(plan.lora.r * (s.in_features + s.out_features) for s in plan.slots)
     return Flops(forward + 2 * added, backward + 4 * added)

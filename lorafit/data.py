@@ -569,26 +569,58 @@ def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
 # B rows, T tokens of the longest row, S tokens of the longest target
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows as tensors: `inputs` go to the model by name, `labels_BT` (or `labels_BS`) to the loss."""
+    """Rows as tensors: `inputs` go to the model by name.
+
+    `labels` are (B, T), for sequence-to-sequence the decoder's (B, S). The loss is taken at
+    `places_N`, the positions in the flattened (B * T) whose next or own token is supervised, against
+    `targets_N`: known before the device is asked anything.
+    """
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor
+    places: torch.Tensor
+    targets: torch.Tensor
+    counts: tuple[int, ...]  # supervised tokens of each row
     tokens: int
-    supervised: int
+    key: str = ""  # names a micro-batch that comes again as it is; empty for one that does not
+
+    @property
+    def supervised(self) -> int:
+        return sum(self.counts)
 
     def to(self, device: torch.device) -> Batch:
-        moved = {name: tensor.to(device) for name, tensor in self.inputs.items()}
-        return replace(self, inputs=moved, labels=self.labels.to(device))
+        def moved(tensor: torch.Tensor) -> torch.Tensor:
+            if device.type != "cuda":
+                return tensor.to(device)
+            return tensor.pin_memory().to(device, non_blocking=True)
+
+        return replace(
+            self,
+            inputs={name: moved(tensor) for name, tensor in self.inputs.items()},
+            labels=moved(self.labels),
+            places=moved(self.places),
+            targets=moved(self.targets),
+        )
 
 
-def collate(rows: Sequence[Row], pad: int, task: str) -> Batch:
+def collate(rows: Sequence[Row], pad: int, task: str, key: str = "") -> Batch:
     """The rows padded on the right to the longest of them: int64 (B, T)."""
     ids_BT = _padded([row.ids for row in rows], pad)
     mask_BT = _padded([(1,) * len(row.ids) for row in rows], 0)
     labels = _padded([row.labels for row in rows], IGNORED)
-    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     tokens = int(mask_BT.sum()) + (sum(len(r.labels) for r in rows) if task == "seq2seq" else 0)
-    return Batch(inputs, labels, tokens, int((labels != IGNORED).sum()))
+    return Batch({"input_ids": ids_BT, "attention_mask": mask_BT}, labels, *_aim(labels, task), tokens, key)
+
+
+def _aim(labels: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
+    """(places, targets, counts): a causal model's logits stand one place before what they predict."""
+    wanted = labels
+    if task == "causal":
+        wanted = torch.full_like(labels, IGNORED)
+        wanted[:, :-1] = labels[:, 1:]
+    chosen = wanted != IGNORED
+    places = chosen.flatten().nonzero().squeeze(1)
+    return places, wanted.flatten()[places], tuple(chosen.sum(1).tolist())
 
 
 def _padded(sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
@@ -619,7 +651,10 @@ def mask_tokens(
     ids_BT = torch.where(chosen_BT & (fate_BT >= 0.9), random_BT, ids_BT)
     labels_BT = torch.where(chosen_BT, labels_BT, IGNORED)
     inputs = {**batch.inputs, "input_ids": ids_BT}
-    return replace(batch, inputs=inputs, labels=labels_BT, supervised=int(chosen_BT.sum()))
+    places, targets, counts = _aim(labels_BT, "masked")
+    return replace(
+        batch, inputs=inputs, labels=labels_BT, places=places, targets=targets, counts=counts, key=""
+    )
 
 
 def plain(text: str) -> str:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from math import sqrt
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 
 from lorafit.data import IGNORED, Batch, Row, collate, mask_tokens, plain
 from lorafit.errors import RequestError
 from lorafit.events import AdapterScore, Loss, Score
-from lorafit.packing import in_order
+from lorafit.packing import Part, in_order
+from lorafit.prefix import Prefix
 from lorafit.step import Forward, base_of
 
 if TYPE_CHECKING:
@@ -41,14 +41,29 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     device: torch.device
+    prefix: Prefix = field(default_factory=Prefix)
 
-    def batches(self) -> Iterator[tuple[list[int], Batch]]:
+    @property
+    def parts(self) -> list[Part]:
+        """The rows' numbers as they are run together, in one fixed order."""
+        return in_order([len(row.ids) for row in self.rows], self.batch_size)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its micro-batches."""
+        return [f"held-out {number}" for number in range(len(self.parts))]
+
+    @property
+    def processed(self) -> int:
+        """Tokens that a pass over the rows runs, padding with them."""
+        return sum(len(part) * max(len(self.rows[n].ids) for n in part) for part in self.parts)
+
+    def batches(self) -> Iterator[tuple[Part, Batch]]:
         """(row numbers, batch) in one fixed order, on the device."""
-        lengths = [len(row.ids) for row in self.rows]
-        for numbers in in_order(lengths, self.batch_size):
-            rows = [self._masked(n) if self.forward.task == "masked" else self.rows[n] for n in numbers]
-            batch = collate(rows, self.tokenizer.pad_token_id or 0, self.forward.task)
-            yield numbers, batch.to(self.device)
+        task = self.forward.task
+        for numbers, key in zip(self.parts, self.keys, strict=True):
+            rows = [self._masked(n) if task == "masked" else self.rows[n] for n in numbers]
+            yield numbers, collate(rows, self.tokenizer.pad_token_id or 0, task, key).to(self.device)
 
     def _masked(self, number: int) -> Row:
         """A row with its masks, which depend on nothing but its number."""
@@ -65,14 +80,11 @@ class Evaluator:
         model.eval()
         found: dict[int, RowScore] = {}
         for numbers, batch in self.batches():
-            logits_SV, labels_S = self.forward.logits(model, batch)
-            loss_S = F.cross_entropy(logits_SV.float(), labels_S, reduction="none").double()
-            right_S = logits_SV.argmax(-1) == labels_S
-            labels = batch.labels[:, 1:] if self.forward.task == "causal" else batch.labels
-            counts = (labels != IGNORED).sum(1).tolist()
-            parts = zip(loss_S.split(counts), right_S.split(counts), strict=True)
-            for number, tokens, (losses, rights) in zip(numbers, counts, parts, strict=True):
-                found[number] = RowScore(float(losses.sum()), tokens, int(rights.sum()))
+            with self.prefix.around(batch):
+                loss_N, right_N = self.forward.scores(model, batch)
+            losses, rights = loss_N.double().split(batch.counts), right_N.split(batch.counts)
+            for number, tokens, loss, right in zip(numbers, batch.counts, losses, rights, strict=True):
+                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()))
             tick(len(numbers))
         model.train(training)
         return [found[n] for n in range(len(self.rows))]
@@ -186,7 +198,7 @@ def _filled(model: Any, evaluator: Evaluator, count: int) -> list[str]:
     found = []
     for number in range(min(count, len(evaluator.rows))):
         batch = collate([evaluator._masked(number)], evaluator.tokenizer.pad_token_id or 0, "masked")
-        logits_SV, _ = evaluator.forward.logits(model, batch.to(evaluator.device))
-        words = [plain(evaluator.tokenizer.decode([t])) for t in logits_SV.argmax(-1).tolist()]
+        logits_NV = evaluator.forward.logits(model, batch.to(evaluator.device))
+        words = [plain(evaluator.tokenizer.decode([t])) for t in logits_NV.argmax(-1).tolist()]
         found.append(" · ".join(words))
     return found

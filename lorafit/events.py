@@ -38,6 +38,17 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class PrefixCache:
+    """What becomes of the `layers` below the cut: kept in `memory` or on `disk` after the first pass,
+    or run every time (`off`); why; and the bytes of it."""
+
+    where: str
+    reason: str
+    layers: int = 0
+    bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """The held-out loss after so many steps; 0 is before training."""
 
@@ -62,13 +73,21 @@ class Stepped:
 
 @dataclass(frozen=True, slots=True)
 class EpochDone:
-    """One pass over the rows, or what of it was done."""
+    """One pass over the rows, or what of it was done.
+
+    `mfu` is the share of the device's measured matrix rate that went into what LoRA on this band
+    must compute; None where the rate was not measured. `replayed` says whether the layers below
+    the cut were replayed rather than run.
+    """
 
     epoch: int
     loss: float
     tokens: int
     seconds: float
     tokens_per_second: float
+    supervised_tokens: int = 0
+    mfu: float | None = None
+    replayed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +112,7 @@ class TrainReport:
     epochs: tuple[EpochDone, ...]
     peak_memory_bytes: int
     eval: dict[str, Loss] = field(default_factory=dict)
+    prefix_cache: PrefixCache | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,11 +181,11 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
-Event = Started | Evaluated | Stepped | EpochDone | Saved | TrainReport
+Event = Started | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
 
 
 def record(event: Event) -> dict[str, Any]:
     """An event as a line of `events.jsonl`: its kind and its fields."""
-    names = {"TrainReport": "report", "EpochDone": "epoch", "Stepped": "step"}
+    names = {"TrainReport": "report", "EpochDone": "epoch", "Stepped": "step", "PrefixCache": "prefix"}
     kind = type(event).__name__
     return {"event": names.get(kind, kind.lower()), **jsonable(event)}

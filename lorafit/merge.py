@@ -274,13 +274,13 @@ def verify(
     batches = [collate([_every_token(row)], tokenizer.pad_token_id or 0, task) for row in prompts]
     model = adapter.attach(load_model(source, dtype, device), folder)
     forward = Forward.of(model, task)
-    wanted = [forward.logits(model, batch)[0].float() for batch in batches]
+    wanted = [forward.logits(model, batch).float() for batch in batches]
     del model
     config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
     whole = load_model(Source(merged.name, str(merged.resolve()), config), dtype, device)
     worst, agreed, places, scale = 0.0, 0, 0, 1.0
     for batch, logits_SV in zip(batches, wanted, strict=True):
-        got_SV = forward.logits(whole, batch)[0].float()
+        got_SV = forward.logits(whole, batch).float()
         apart = float((got_SV - logits_SV).abs().max())
         worst = apart if not apart <= worst else worst
         scale = max(scale, float(logits_SV.abs().max()))

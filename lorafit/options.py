@@ -81,6 +81,7 @@ def filled(v: Any) -> bool:
 
 SCHEDULERS = ("linear", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+PREFIX_CACHES = ("auto", "memory", "disk", "off")
 FORMATS = ("auto", "messages", "prompt-completion", "text", "lines", "document")
 PARTS = "self-attention, feed-forward, shared-experts, experts, cross-attention, router, …"
 
@@ -264,6 +265,21 @@ _TABLE: tuple[Option, ...] = (
         "true or false",
         "Recompute activations in the backward pass: less memory, more time.",
         False,
+        training=True,
+    ),
+    Option(
+        "prefix_cache",
+        one_of(*PREFIX_CACHES),
+        "one of " + ", ".join(PREFIX_CACHES),
+        "Where the frozen layers' output is kept after the first epoch; `auto` where it is exact and pays.",
+        "auto",
+        training=True,
+    ),
+    Option(
+        "head_chunk",
+        whole(1),
+        "a whole number from 1 on",
+        "Tokens the head is run on at once; without it, as many as the device does well.",
         training=True,
     ),
     Option("output", filled, "a folder", "Folder to write; without it, a new one below `runs/`.", kept=False),

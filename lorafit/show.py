@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -38,6 +39,7 @@ from lorafit.events import (
     Event,
     Loss,
     MergeReport,
+    PrefixCache,
     Saved,
     Started,
     Stepped,
@@ -552,6 +554,8 @@ class TrainView:
         match event:
             case Started():
                 self._started(event)
+            case PrefixCache():
+                self.screen.line("prefix", _prefix_text(event))
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -608,13 +612,27 @@ class TrainView:
     def _epoch(self, event: EpochDone) -> None:
         if not self.headed:
             self.headed = True
-            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}")
-        self.screen.say(f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}")
+            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}{'MFU':>7}")
+        share = f"{event.mfu:.0%}" if event.mfu is not None else ""
+        note = "   prefix replayed" if event.replayed else ""
+        self.screen.say(
+            f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}{share:>7}{note}"
+        )
 
     def close(self) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None
+
+
+def _prefix_text(event: PrefixCache) -> str:
+    if event.where == "off":
+        return f"every pass runs all layers: {event.reason}"
+    layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
+    return (
+        f"{layers} once a row, then {'are' if event.layers > 1 else 'is'} replayed "
+        f"from {event.where} ({bytes_text(event.bytes)}): {event.reason}"
+    )
 
 
 def show_train_report(screen: Screen, report: TrainReport) -> None:
@@ -635,6 +653,29 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.line("next", f"lorafit eval {report.output}", answer=True)
     screen.line("", f"lorafit merge {report.output} -o {name}-merged", answer=True)
+
+
+def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
+    """The prefix caches: a row each, and what they take together."""
+    if not caches:
+        screen.answer(f"no prefix cache in {escape(folder)}")
+        screen.note("lorafit train --prefix-cache disk makes one", answer=True)
+        return
+    table = _table("key", "model", "layers", "tokens", "bytes", "made", right=3)
+    for kept in caches:
+        made = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.made))
+        layers = f"0–{kept.layers - 1}" if kept.layers > 1 else "0"
+        table.add_row(
+            f"  {kept.key[:8]}", escape(kept.model), layers, count(kept.tokens), bytes_text(kept.bytes), made
+        )
+    screen.answer(table)
+    screen.line("together", f"{bytes_text(sum(kept.bytes for kept in caches))} in {folder}", answer=True)
+    screen.line("next", f"lorafit cache --remove {caches[0].key[:8]}, or --remove all", answer=True)
+
+
+def show_removed(screen: Screen, number: int, freed: int) -> None:
+    """What was removed."""
+    screen.line("removed", f"{number} cache{'' if number == 1 else 's'}, {bytes_text(freed)}", answer=True)
 
 
 # -- eval, merge ----------------------------------------------------------------------------

@@ -771,7 +771,7 @@ def _reinterpreted(kind: str, slots: list[Slot]) -> tuple[str, ...]:
 
 
 def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its weights, frozen nowhere yet, in `eval` mode.
+    """The model with its weights, all of them frozen, in `eval` mode.
 
     Raises RequestError when there are no weights or they do not fill the model, RunError when
     memory does not suffice.
@@ -816,7 +816,7 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
             f"the weights of `{source.name}` do not fill a {cls.__name__}: `{lost[0]}`{more} missing",
             "a checkpoint of a bare encoder has no language-model head to train with",
         )
-    return model.eval()
+    return model.requires_grad_(False).eval()
 
 
 def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:

@@ -8,7 +8,8 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,16 +17,30 @@ import torch
 import yaml
 
 from lorafit import adapter, checkpoint
+from lorafit import prefix as prefixes
 from lorafit.checkpoint import RunFolder
 from lorafit.config import RunConfig
+from lorafit.cost import Shape, flops_per_token
 from lorafit.data import Batch, Rows, collate, mask_tokens
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.evaluate import Evaluator, mask_id
-from lorafit.events import EpochDone, Evaluated, Event, Loss, Saved, Started, Stepped, TrainReport, record
+from lorafit.events import (
+    EpochDone,
+    Evaluated,
+    Event,
+    Loss,
+    PrefixCache,
+    Saved,
+    Started,
+    Stepped,
+    TrainReport,
+    record,
+)
 from lorafit.modelmap import ModelMap, jsonable
-from lorafit.packing import batches
+from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
-from lorafit.step import Forward, checkpoint_activations
+from lorafit.prefix import DiskStore, Prefix, refusal
+from lorafit.step import Forward, base_of, checkpoint_activations
 from lorafit.survey import Source, load_model
 
 if TYPE_CHECKING:
@@ -43,14 +58,18 @@ class Job:
     plan: Plan
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
-    vocab_size: int
+    found: ModelMap
     device: torch.device
     folder: RunFolder
     stop: Callable[[], int] = lambda: 0  # the signal that asks for an end, or 0
     parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    batches: list[tuple[Part, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
+        both = self.task == "seq2seq"
+        lengths = [len(row.ids) + (len(row.labels) if both else 0) for row in self.rows.train]
+        self.batches = batches(lengths, self.batch_size, self.config.seed)
 
     @property
     def batch_size(self) -> int:
@@ -62,8 +81,7 @@ class Job:
 
     @property
     def steps_per_epoch(self) -> int:
-        made = math.ceil(len(self.rows.train) / self.batch_size)
-        return math.ceil(made / self.config.accumulate)
+        return math.ceil(len(self.batches) / self.config.accumulate)
 
     @property
     def steps(self) -> int:
@@ -72,18 +90,27 @@ class Job:
 
     def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
         """The optimizer steps of one epoch, each as its micro-batches."""
-        lengths = [len(row.ids) for row in self.rows.train]
-        order = batches(lengths, self.batch_size, self.config.seed, epoch)
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
-        pad = self.tokenizer.pad_token_id or 0
+        order = in_epoch(len(self.batches), self.config.seed, epoch)
         for at in range(0, len(order), self.config.accumulate):
             group = []
-            for numbers in order[at : at + self.config.accumulate]:
-                batch = collate([self.rows.train[n] for n in numbers], pad, self.task)
-                if self.task == "masked":
-                    batch = mask_tokens(batch, mask_id(self.tokenizer), self.vocab_size, generator)
-                group.append(batch)
+            for number in order[at : at + self.config.accumulate]:
+                for part in range(len(self.batches[number])):
+                    batch = self.micro_batch(number, part)
+                    if self.task == "masked":
+                        batch = mask_tokens(batch, mask_id(self.tokenizer), self.found.vocab_size, generator)
+                    group.append(batch)
             yield group
+
+    def micro_batch(self, number: int, part: int) -> Batch:
+        """One part of one batch: the same rows whenever it is asked for."""
+        rows = [self.rows.train[row] for row in self.batches[number][part]]
+        return collate(rows, self.tokenizer.pad_token_id or 0, self.task, f"train {number}.{part}")
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all micro-batches of training."""
+        return [f"train {n}.{part}" for n, batch in enumerate(self.batches) for part in range(len(batch))]
 
 
 def pick_device(name: str) -> torch.device:
@@ -126,8 +153,61 @@ def assemble(
     model = load_model(source, pick_dtype(config.dtype, device), device)
     peft_model = adapter.inject(model, plan, found.task)
     if config.gradient_checkpointing:
-        checkpoint_activations(peft_model)
-    return Job(peft_model, found.task, config, plan, rows, tokenizer, found.vocab_size, device, folder, stop)
+        checkpoint_activations(peft_model, _frozen_blocks(model, plan))
+    return Job(peft_model, found.task, config, plan, rows, tokenizer, found, device, folder, stop)
+
+
+def _frozen_blocks(model: torch.nn.Module, plan: Plan) -> tuple[torch.nn.Module, ...]:
+    """The blocks below the cut, where one stack is adapted."""
+    if len(plan.cut) != 1:
+        return ()
+    ((path, cut),) = plan.cut.items()
+    return tuple(model.get_submodule(path).children())[:cut]
+
+
+def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
+    """What is done with the layers below the cut, tried on the run's first micro-batch.
+
+    Raises RequestError when the cache was asked for by name and would not be exact.
+    """
+    asked = job.config.prefix_cache
+    base = base_of(job.model)
+    reason = refusal(job.found, job.plan, base)
+    if reason or asked == "off":
+        if reason and asked in ("memory", "disk"):
+            raise RequestError(
+                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
+            )
+        return Prefix(), PrefixCache("off", reason or "--prefix-cache off")
+    ((stack, cut),) = job.plan.cut.items()
+    prefix = Prefix.below(base, stack, cut)
+    first = job.micro_batch(0, 0).to(job.device)
+    job.model.eval()
+    if reason := prefix.differs(first, lambda batch: forward.logits(job.model, batch)):
+        if asked in ("memory", "disk"):
+            raise RequestError(
+                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
+            )
+        return Prefix(), PrefixCache("off", reason)
+    widths = [len(part) * max(len(job.rows.train[r].ids) for r in part) for b in job.batches for part in b]
+    size = prefix.bytes_per_token * (sum(widths) + held_out.processed)
+    keys = frozenset([*job.keys, *held_out.keys])
+    composition = [job.rows.train_digest, job.rows.held_out_digest, json.dumps([job.batches, held_out.parts])]
+    place = prefixes.folder() / prefixes.key_of(base, stack, cut, composition)
+    choice = prefixes.choose(
+        asked,
+        job.steps / job.steps_per_epoch,
+        size,
+        prefixes.free_memory(),
+        prefixes.free_disk(),
+        place.exists(),
+    )
+    if choice.where == "off":
+        return Prefix(), PrefixCache("off", choice.reason)
+    if choice.where == "disk":
+        about = {"model": job.found.model, "layers": cut, "tokens": job.rows.tokens}
+        prefix.store = DiskStore(place, keys, about)
+    return prefix, PrefixCache(choice.where, choice.reason, cut, size)
 
 
 def learning_rate(config: RunConfig, step: int, steps: int) -> float:
@@ -143,6 +223,24 @@ def learning_rate(config: RunConfig, step: int, steps: int) -> float:
         case "cosine":
             return peak * 0.5 * (1 + math.cos(math.pi * done))
     return peak
+
+
+def matrix_rate(job: Job, seconds: float = 0.15) -> float:
+    """FLOPs a second of this device's matrix products in the base's dtype, at the model's own shapes:
+    the best of several tries of 2,048 tokens through a weight (hidden, inner), for so many seconds."""
+    hidden, inner = job.found.hidden_size or 1024, job.found.intermediate_size or 4096
+    dtype = next(job.model.parameters()).dtype
+    rows = torch.ones(2048, hidden, dtype=dtype, device=job.device)
+    weight = torch.ones(inner, hidden, dtype=dtype, device=job.device)
+    best, until = float("inf"), time.perf_counter() + seconds
+    while time.perf_counter() < until or best == float("inf"):
+        started = time.perf_counter()
+        product = torch.nn.functional.linear(rows, weight)
+        if job.device.type == "cuda":
+            torch.cuda.synchronize(job.device)
+        float(product[0, 0])  # the product is there
+        best = min(best, time.perf_counter() - started)
+    return 2 * 2048 * hidden * inner / best
 
 
 def peak_memory(device: torch.device) -> int:
@@ -167,15 +265,31 @@ def run(job: Job) -> Iterator[Event]:
         fused=job.device.type != "mps",
     )
     scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
-    forward = Forward.of(model, job.task)
+    forward = Forward.of(model, job.task, config.head_chunk or 0)
     held_out = Evaluator(
-        job.rows.held_out, forward, job.batch_size, job.tokenizer, job.vocab_size, job.device
+        job.rows.held_out, forward, job.batch_size, job.tokenizer, job.found.vocab_size, job.device
     )
-    state = _State()
+    state = _State(rate=matrix_rate(job))
     if config.resume and job.folder.checkpoints:
         state.load(checkpoint.restore(job.folder.checkpoints[-1], job.parameters, optimizer), job)
         scaler.load_state_dict(state.scaler)
+    prefix, caching = prepare_prefix(job, forward, held_out)
+    held_out = replace(held_out, prefix=prefix)
+    with closing(prefix):
+        yield from _steps(job, state, optimizer, scaler, forward, held_out, caching)
 
+
+def _steps(
+    job: Job,
+    state: _State,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    forward: Forward,
+    held_out: Evaluator,
+    caching: PrefixCache,
+) -> Iterator[Event]:
+    """The run itself, from the state it is in."""
+    config, model, prefix = job.config, job.model, held_out.prefix
     yield Started(
         steps=job.steps,
         epochs=job.epochs,
@@ -186,22 +300,23 @@ def run(job: Job) -> Iterator[Event]:
         supervised_tokens=job.rows.supervised,
         resumed_at=state.step,
     )
+    yield caching
     if state.before is None:
         state.before = _held_out_loss(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
     model.train()
+    started = time.perf_counter()
     while state.step < job.steps:
         epoch = state.step // job.steps_per_epoch + 1
         done = state.step % job.steps_per_epoch
         if done == 0 and state.epoch_supervised:  # resumed just where an epoch ends
-            yield state.close_epoch(epoch - 1)
+            yield state.close_epoch(epoch - 1, job, prefix)
         for number, group in enumerate(job.micro_batches(epoch)):
             if number < done:  # done before the run was resumed
                 continue
-            started = time.perf_counter()
             rate = learning_rate(config, state.step + 1, job.steps)
-            loss, norm = _optimizer_step(job, forward, optimizer, scaler, group, rate)
+            loss, norm = _optimizer_step(job, forward, prefix, optimizer, scaler, group, rate)
             stepped = Stepped(
                 step=state.step + 1,
                 epoch=epoch,
@@ -213,10 +328,15 @@ def run(job: Job) -> Iterator[Event]:
                 grad_norm=norm,
             )
             state.add(stepped)
+            started = time.perf_counter()
             yield stepped
+            if prefix.given_up and caching.where != "off":
+                caching = PrefixCache("off", prefix.given_up)
+                yield caching
             if config.eval_steps and state.step % config.eval_steps == 0 and state.step < job.steps:
                 found = _held_out_loss(job, held_out)
                 yield Evaluated(state.step, found.loss, found.tokens)
+                started = time.perf_counter()
             asked_to_stop = job.stop()
             due = config.save_steps and state.step % config.save_steps == 0
             if (due or asked_to_stop) and state.step < job.steps:
@@ -225,6 +345,7 @@ def run(job: Job) -> Iterator[Event]:
                     job.folder.work, state.step, job.parameters, optimizer, state.as_json(job)
                 )
                 yield Saved(state.step, str(path))
+                started = time.perf_counter()
             if asked_to_stop and state.step < job.steps:
                 raise Interrupted(
                     f"interrupted after step {state.step} of {job.steps}; it is kept in `{job.folder.work}`",
@@ -233,13 +354,14 @@ def run(job: Job) -> Iterator[Event]:
                 )
             if state.step >= job.steps:
                 break
-        yield state.close_epoch(epoch)
+        yield state.close_epoch(epoch, job, prefix)
+        started = time.perf_counter()
 
     adapter.save(model, job.folder.work)  # before anything else can fail
     job.tokenizer.save_pretrained(job.folder.work)
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
-    yield _report(job, state, after)
+    yield replace(_report(job, state, after), prefix_cache=caching)
 
 
 def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
@@ -267,6 +389,7 @@ def _out_of_memory(job: Job) -> RunError:
 def _optimizer_step(
     job: Job,
     forward: Forward,
+    prefix: Prefix,
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     group: list[Batch],
@@ -280,16 +403,19 @@ def _optimizer_step(
     for settings in optimizer.param_groups:
         settings["lr"] = rate
     supervised = sum(batch.supervised for batch in group)
-    total = 0.0
+    losses = []
     try:
         for batch in group:
-            loss = forward.loss_sum(job.model, batch.to(job.device)) / supervised
+            batch = batch.to(job.device)
+            with prefix.around(batch):
+                loss = forward.loss_sum(job.model, batch) / supervised
             scaler.scale(loss).backward()
-            total += loss.item()
+            losses.append(loss.detach())
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(job.parameters.values(), job.config.max_grad_norm)
     except torch.OutOfMemoryError:
         raise _out_of_memory(job) from None
+    total = float(torch.stack(losses).sum())  # the one wait for the device in a step
     # under float16 a step whose gradients overflow is skipped by the scaler; elsewhere it is the end
     if not math.isfinite(total) or not (scaler.is_enabled() or norm.isfinite()):
         what = f"loss is {total}" if not math.isfinite(total) else f"gradient's norm is {float(norm)}"
@@ -301,6 +427,9 @@ def _optimizer_step(
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, float(norm)
+
+
+OF_THE_PROCESS = ("rate", "captured_before")  # what a resumed run finds out anew
 
 
 @dataclass(slots=True)
@@ -318,6 +447,8 @@ class _State:
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    rate: float = 0.0  # FLOPs a second of this device's matrix products
+    captured_before: int = 0  # micro-batches that ran whole before this epoch
 
     def add(self, done: Stepped) -> None:
         self.step = done.step
@@ -329,13 +460,27 @@ class _State:
         self.epoch_tokens += done.tokens
         self.epoch_seconds += done.seconds
 
-    def close_epoch(self, epoch: int) -> EpochDone:
+    def close_epoch(self, epoch: int, job: Job, prefix: Prefix) -> EpochDone:
+        replayed = bool(prefix.cut and prefix.replayed and prefix.captured == self.captured_before)
+        self.captured_before = prefix.captured
+        speed = self.epoch_tokens / max(1e-9, self.epoch_seconds)
+        length = self.epoch_tokens / max(1, len(job.rows.train))
+        flops = flops_per_token(
+            job.plan,
+            job.found,
+            Shape(1, round(length)),
+            replayed=replayed,
+            supervised=self.epoch_supervised / max(1, self.epoch_tokens),
+        )
         done = EpochDone(
             epoch,
             self.epoch_loss / max(1, self.epoch_supervised),
             self.epoch_tokens,
             self.epoch_seconds,
-            self.epoch_tokens / max(1e-9, self.epoch_seconds),
+            speed,
+            self.epoch_supervised,
+            speed * (flops.forward + flops.backward) / self.rate if self.rate else None,
+            replayed,
         )
         self.epochs.append(done)
         self.epoch_loss = self.epoch_seconds = 0.0
@@ -343,7 +488,7 @@ class _State:
         return done
 
     def as_json(self, job: Job) -> dict[str, Any]:
-        own = {name: jsonable(getattr(self, name)) for name in self.__slots__}
+        own = {name: jsonable(getattr(self, name)) for name in self.__slots__ if name not in OF_THE_PROCESS}
         return {**own, "run": _fingerprint(job)}
 
     def load(self, saved: dict[str, Any], job: Job) -> None:

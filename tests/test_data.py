@@ -234,7 +234,8 @@ def test_collate_pads_on_the_right():
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]] and (
         batch.tokens,
         batch.supervised,
-    ) == (4, 3)
+    ) == (4, 2)  # the first token of a row is predicted by none
+    assert batch.places.tolist() == [0, 1] and batch.targets.tolist() == [6, 7] and batch.counts == (2, 0)
 
 
 def test_masking_hides_a_share_and_at_least_one_a_row():

@@ -26,6 +26,7 @@ STREET = [
     "data",
     "tensorfiles",
     "adapter",
+    "prefix",
     "checkpoint",
     "step",
     "evaluate",

@@ -1,33 +1,44 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.packing import batches, held_out, in_order
+from lorafit.packing import MOST_PADDING, batches, held_out, in_epoch, in_order
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=300)
 
 
-@given(lengths, st.integers(1, 40), st.integers(0, 5))
-def test_every_row_once_and_no_batch_too_large(sizes, size, epoch):
-    made = batches(sizes, size, seed=1, epoch=epoch)
-    assert sorted(row for batch in made for row in batch) == list(range(len(sizes)))
-    assert all(0 < len(batch) <= size for batch in made)
-    assert made == batches(sizes, size, seed=1, epoch=epoch)
+@given(lengths, st.integers(1, 40))
+def test_every_row_once_and_no_batch_too_large(sizes, size):
+    made = batches(sizes, size, seed=1)
+    assert sorted(row for batch in made for part in batch for row in part) == list(range(len(sizes)))
+    assert all(sum(map(len, batch)) == size for batch in made[:-1])
+    assert made == batches(sizes, size, seed=1)
+
+
+@given(lengths, st.integers(1, 40))
+def test_little_of_what_is_processed_is_padding(sizes, size):
+    parts = in_order(sizes, size)
+    processed = sum(max(sizes[row] for row in part) * len(part) for part in parts)
+    assert processed - sum(sizes) <= MOST_PADDING * processed
+
+
+def test_a_batch_is_split_only_where_it_must_be():
+    even = [100] * 64
+    assert all(len(batch) == 1 for batch in batches(even, 8, seed=0))
+    odd = [10, 10, 50, 50]
+    assert [sorted(map(len, batch)) for batch in batches(odd, 4, seed=0)] == [[2, 2]]
 
 
 def test_epochs_and_seeds_differ():
     sizes = list(range(1, 200))
-    assert len({str(batches(sizes, 8, seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}) == 4
-
-
-def test_rows_of_like_length_go_together():
-    sizes = [n % 97 + 1 for n in range(2000)]
-    padded = sum(max(sizes[r] for r in b) * len(b) for b in batches(sizes, 8, 0, 1))
-    assert padded < 1.05 * sum(sizes)
+    assert len({str(in_epoch(50, seed, epoch)) for seed in (1, 2) for epoch in (1, 2)}) == 4
+    assert sorted(in_epoch(50, 1, 1)) == list(range(50))
+    assert batches([5] * 40, 8, seed=1) != batches([5] * 40, 8, seed=2)
+    assert batches(sizes, 8, seed=1) == batches(sizes, 8, seed=1)
 
 
 @given(lengths, st.integers(1, 20))
 def test_evaluation_reads_every_row_once_by_length(sizes, size):
-    flat = [row for batch in in_order(sizes, size) for row in batch]
+    flat = [row for part in in_order(sizes, size) for row in part]
     assert sorted(flat) == list(range(len(sizes))) and [sizes[r] for r in flat] == sorted(sizes)
 
 

@@ -62,13 +62,13 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
     forward = Forward.of(job.model, job.task)
     job.model.eval()
     with torch.no_grad():
-        wanted, _ = forward.logits(job.model, batch)
+        wanted = forward.logits(job.model, batch)
         plain = PeftModel.from_pretrained(
             type(job.model.get_base_model()).from_pretrained(tiny(family)), output
         )
-        got, _ = forward.logits(plain.eval(), batch)
+        got = forward.logits(plain.eval(), batch)
         attached = adapter.attach(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
-        mine, _ = forward.logits(attached.eval(), batch)
+        mine = forward.logits(attached.eval(), batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
 

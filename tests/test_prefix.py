@@ -1,0 +1,253 @@
+"""The frozen prefix: replayed to the bit, or refused with the reason; kept whole, or not at all."""
+
+import json
+import os
+import resource
+import signal
+
+import pytest
+import torch
+from families import FAMILIES
+from safetensors.torch import load_file
+from test_train import events_of, job_for, losses
+
+from lorafit import prefix, train
+from lorafit.adapter import WEIGHTS
+from lorafit.errors import RequestError
+from lorafit.events import EpochDone, PrefixCache, TrainReport
+
+# Families in which the state at the cut is all that the layers above it need.
+EXACT = [
+    "llama", "qwen3", "gemma2", "phi3", "gpt_neox", "falcon", "mpt", "bloom", "mixtral", "qwen3_moe",
+    "deepseek_v3", "gpt_oss", "jamba", "qwen3_next", "llava",
+]  # fmt: skip
+REFUSED = {
+    "gpt2": "dropout",
+    "opt": "dropout",
+    "bert": "masked",
+    "roberta": "masked",
+    "distilbert": "masked",
+    "modernbert": "masked",
+    "t5": "stacks",
+    "bart": "stacks",
+}
+
+
+def trained(tiny, pairs, output, family="llama", **flags):
+    settings = {
+        "data": (str(pairs),), "preset": "attention", "layers": "last:2", "epochs": 3, "batch_size": 4,
+        "max_length": 100, "prefix_cache": "off", **flags,
+    }  # fmt: skip
+    job = job_for(tiny(family), output, **settings)
+    return job, events_of(job)
+
+
+def adapter_of(folder):
+    return (folder / WEIGHTS).read_bytes()
+
+
+def test_every_family_is_exact_or_refused():
+    assert sorted([*EXACT, *REFUSED]) == sorted(FAMILIES)
+
+
+@pytest.mark.parametrize("family", EXACT)
+def test_the_replay_trains_the_same_adapter_to_the_bit(tiny, pairs, tmp_path, family):
+    _, plain = trained(tiny, pairs, tmp_path / "off", family)
+    _, replayed = trained(tiny, pairs, tmp_path / "memory", family, prefix_cache="memory")
+    assert [e.replayed for e in replayed if isinstance(e, EpochDone)] == [False, True, True]
+    assert losses(plain) == losses(replayed)
+    assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "memory")
+
+
+@pytest.mark.parametrize("family", REFUSED)
+def test_what_is_not_exact_is_refused_with_its_reason(tiny, pairs, tmp_path, family):
+    _, events = trained(tiny, pairs, tmp_path / "auto", family, prefix_cache="auto", layers="last:1")
+    told = next(e for e in events if isinstance(e, PrefixCache))
+    assert told.where == "off" and REFUSED[family] in told.reason
+    with pytest.raises(RequestError, match="would not be exact"):
+        trained(tiny, pairs, tmp_path / "asked", family, prefix_cache="memory", layers="last:1")
+
+
+def test_dropout_in_the_adapters_above_the_cut_is_no_hindrance(tiny, pairs, tmp_path):
+    flags = {"dropout": 0.1}
+    trained(tiny, pairs, tmp_path / "off", **flags)
+    trained(tiny, pairs, tmp_path / "memory", prefix_cache="memory", **flags)
+    assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "memory")
+
+
+def test_a_reader_of_lower_layers_is_found_out(tiny, pairs, tmp_path, monkeypatch):
+    """A top layer that reads what the first one left behind: the trial on real rows sees it."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    plain = LlamaDecoderLayer.forward
+    left = {}
+
+    def forward(self, hidden_states, *args, **kwargs):
+        out = plain(self, hidden_states, *args, **kwargs)
+        if self.self_attn.layer_idx == 0:
+            left["state"] = out
+        return out + left["state"].mean() if self.self_attn.layer_idx == 3 else out
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    with pytest.raises(RequestError, match="reads the layers below"):
+        trained(tiny, pairs, tmp_path / "asked", prefix_cache="memory")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_the_blocks_below_the_cut_run_once(tiny, pairs, tmp_path, checkpointing):
+    """Counted inside the blocks, in forward and in backward, with checkpointing and without."""
+    job = job_for(
+        tiny("llama"), tmp_path / "run", data=(str(pairs),), preset="ffn", layers="2-", epochs=3,
+        batch_size=4, prefix_cache="memory", gradient_checkpointing=checkpointing,
+    )  # fmt: skip
+    forward, backward = [0] * 4, [0] * 4
+
+    def counting(number):
+        def ran(_, __, output):
+            forward[number] += torch.is_grad_enabled() and job.model.training
+
+        def passed(_, __, output):
+            if output.requires_grad:
+                output.register_hook(lambda _: backward.__setitem__(number, backward[number] + 1))
+
+        return ran, passed
+
+    for number, block in enumerate(job.model.get_base_model().model.layers):
+        ran, passed = counting(number)
+        block.input_layernorm.register_forward_hook(ran)
+        block.mlp.register_forward_hook(passed)
+    events_of(job)
+    once, each = len(job.keys), 3 * len(job.keys)
+    assert forward == [once, once, *[each * (2 if checkpointing else 1)] * 2]
+    assert backward == [0, 0, each, each]
+
+
+def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "off")
+    job, first = trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
+    _, again = trained(tiny, pairs, tmp_path / "again", prefix_cache="auto", learning_rate=1e-3, rank=4)
+    _, same = trained(tiny, pairs, tmp_path / "same", prefix_cache="auto", max_steps=3)
+    assert [e.replayed for e in first if isinstance(e, EpochDone)] == [False, True, True]
+    assert [e.replayed for e in again if isinstance(e, EpochDone)] == [True, True, True]
+    assert next(e for e in same if isinstance(e, PrefixCache)).where == "disk"  # one pass, and it is there
+    assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "first")
+    (kept,) = prefix.kept()
+    assert kept.layers == 2 and kept.tokens == job.rows.tokens
+    tokens = job.rows.tokens + sum(len(row.ids) for row in job.rows.held_out)
+    assert kept.bytes <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
+
+
+def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    other = tmp_path / "other.jsonl"
+    other.write_text("".join(pairs.read_text().splitlines(keepends=True)[:30]))
+    trained(tiny, pairs, tmp_path / "a", prefix_cache="disk")
+    trained(tiny, other, tmp_path / "b", prefix_cache="disk")
+    trained(tiny, pairs, tmp_path / "c", prefix_cache="disk", layers="last:1")
+    trained(tiny, pairs, tmp_path / "d", "qwen3", prefix_cache="disk")
+    assert len(prefix.kept()) == 4
+
+
+def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
+    path = prefix.folder() / prefix.kept()[0].key / "states.bin"
+    raw = bytearray(path.read_bytes())
+    raw[1000] ^= 1
+    path.write_bytes(raw)
+    trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
+    assert adapter_of(tmp_path / "first") == adapter_of(tmp_path / "again")
+    assert not prefix.kept()
+
+
+def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
+    path = prefix.folder() / prefix.kept()[0].key / "states.bin"
+    path.write_bytes(path.read_bytes()[:-8])
+    assert not prefix.kept()
+    _, events = trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
+    assert next(e for e in events if isinstance(e, EpochDone)).replayed is False
+    assert len(prefix.kept()) == 1
+
+
+def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "short", prefix_cache="disk", max_steps=2)
+    assert not prefix.kept() and not list(prefix.folder().iterdir())
+    dead = prefix.folder() / f"{'0' * 32}{prefix.FILLING}999999999"  # of a process that was killed
+    dead.mkdir()
+    (dead / "states.bin").write_bytes(b"half")
+    trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")
+    assert not dead.exists() and len(prefix.kept()) == 1
+
+
+def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "off")
+    job = job_for(
+        tiny("llama"), tmp_path / "full", data=(str(pairs),), preset="attention", layers="last:2", epochs=3,
+        batch_size=4, max_length=100, prefix_cache="disk",
+    )  # fmt: skip
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a state fits, all of them do not
+    try:
+        events = []
+        for event in train.run(job):
+            events.append(event)
+            if isinstance(event, PrefixCache) and event.where == "off":
+                resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    told = [e for e in events if isinstance(e, PrefixCache)]
+    assert [e.where for e in told] == ["disk", "off"] and "could not be written" in told[1].reason
+    assert load_file(job.folder.work / WEIGHTS).keys() and adapter_of(job.folder.work) == adapter_of(
+        tmp_path / "off"
+    )
+    assert not prefix.kept() and not list(prefix.folder().iterdir())
+
+
+@pytest.mark.parametrize(
+    ("asked", "passes", "size", "memory", "disk", "stored", "where"),
+    [
+        ("off", 3, 1, 100, 100, True, "off"),
+        ("memory", 1, 50, 100, 0, False, "memory"),
+        ("disk", 1, 50, 100, 0, False, "disk"),
+        ("auto", 1, 1, 100, 10**12, False, "off"),
+        ("auto", 1, 1, 100, 10**12, True, "disk"),
+        ("auto", 3, 25, 100, 10**12, False, "memory"),
+        ("auto", 3, 26, 100, 10**12, False, "disk"),
+        ("auto", 3, 26, 100, 10**9, False, "off"),
+    ],
+)
+def test_where_it_is_kept(asked, passes, size, memory, disk, stored, where):
+    choice = prefix.choose(asked, passes, size, memory, disk, stored)
+    assert choice.where == where and choice.reason
+
+
+def test_caches_are_listed_and_removed(run, tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    assert "no prefix cache" in run("cache").out
+    trained(tiny, pairs, tmp_path / "a", prefix_cache="disk")
+    trained(tiny, pairs, tmp_path / "b", prefix_cache="disk", layers="last:1")
+    (one, two) = run("cache", "--json").document["caches"]
+    assert one["bytes"] > 0 and os.path.isdir(one["path"])
+    assert one["key"][:8] in run("cache").out
+    assert run("cache", "--remove", "nothing").code == 2
+    assert run("cache", "--remove", one["key"][:8], "--json").document == {
+        "removed": 1,
+        "bytes": one["bytes"],
+    }
+    assert run("cache", "--remove", "all").code == 0
+    assert run("cache", "--json").document["caches"] == [] and two["bytes"]
+
+
+def test_the_report_says_what_became_of_it(tiny, pairs, tmp_path):
+    _, events = trained(tiny, pairs, tmp_path / "run", prefix_cache="auto")
+    report = events[-1]
+    assert isinstance(report, TrainReport) and report.prefix_cache.where == "memory"
+    lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
+    assert next(line for line in lines if line["event"] == "prefix")["layers"] == 2

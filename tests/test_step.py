@@ -1,0 +1,111 @@
+"""The head's share of a step: the loss and gradients of the plain way, at a part of its work."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from families import FAMILIES, LLAMA_LIKE, build_model, tokenizer
+
+from lorafit.data import IGNORED, Row, collate
+from lorafit.evaluate import Evaluator
+from lorafit.step import Forward
+
+ROWS = [Row(tuple(range(5, 5 + n)), (IGNORED, IGNORED, *range(7, 5 + n)), "x") for n in (9, 4, 17, 12)]
+# Heads that scale, divide or bias their logits, beside gemma2 of the families, which caps them.
+ODD_HEADS = {
+    "cohere": ("CohereConfig", "CohereForCausalLM", {"logit_scale": 0.25}),
+    "granite": ("GraniteConfig", "GraniteForCausalLM", {"logits_scaling": 4.0}),
+    "phi": ("PhiConfig", "PhiForCausalLM", {}),
+}
+
+
+def model_of(name):
+    """A frozen tiny model whose blocks' weights of two dimensions in the last layer train."""
+    if name in FAMILIES:
+        model, task = build_model(name), FAMILIES[name].task
+    else:
+        config, cls, more = ODD_HEADS[name]
+        torch.manual_seed(0)
+        model, task = (
+            getattr(transformers, cls)(getattr(transformers, config)(**LLAMA_LIKE, **more)),
+            "causal",
+        )
+    model.requires_grad_(False).eval()
+    last = [p for n, p in model.named_parameters() if ".3." in n and p.ndim == 2]
+    for parameter in last:
+        parameter.requires_grad_(True)
+    return model, task, last
+
+
+def batch_of(model, task):
+    if task != "masked":
+        return collate(ROWS, 0, task)
+    rows = Evaluator(tuple(ROWS), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu"))
+    return collate([rows._masked(n) for n in range(len(ROWS))], 0, task)
+
+
+def plainly(model, task, batch):
+    """Whole logits, whole cross-entropy."""
+    forward = Forward.of(model, task)
+    logits = model(**forward.arguments(model, batch)).logits
+    labels = batch.labels
+    if task == "causal":
+        logits, labels = logits[:, :-1], labels[:, 1:]
+    return F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, *ODD_HEADS])
+def test_loss_and_gradient_are_those_of_the_plain_way(name):
+    model, task, parameters = model_of(name)
+    batch = batch_of(model, task)
+    wanted = plainly(model, task, batch)
+    gradients = torch.autograd.grad(wanted, parameters, allow_unused=True)
+    assert any(g is not None and g.abs().max() > 0 for g in gradients)
+    for chunk in (0, 3):
+        forward = Forward.of(model, task, chunk)
+        assert forward.head == ("inside" if name == "t5" else "apart")
+        loss = forward.loss_sum(model, batch)
+        torch.testing.assert_close(loss, wanted, atol=1e-4, rtol=1e-6)
+        for got, right in zip(
+            torch.autograd.grad(loss, parameters, allow_unused=True), gradients, strict=True
+        ):
+            if right is not None:
+                torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "opt", "cohere"])
+def test_the_head_sees_supervised_tokens_only_and_no_more_than_a_chunk(name):
+    model, task, _ = model_of(name)
+    batch = batch_of(model, task)
+    forward = Forward.of(model, task, chunk=5)
+    seen = []
+    hook = model.get_output_embeddings().register_forward_hook(
+        lambda _, inputs, __: seen.append(inputs[0].numel() // inputs[0].shape[-1])
+    )
+    forward.loss_sum(model, batch).backward()
+    hook.remove()
+    assert sum(seen) == batch.supervised
+    assert max(seen) <= 5 or forward.head == "inside"
+
+
+def test_a_head_that_is_trained_is_not_taken_apart():
+    """The chunks give no gradient to the head's own weights: it is run whole, and they get theirs."""
+    model, task, _ = model_of("llama")
+    model.lm_head.weight.requires_grad_(True)
+    batch = batch_of(model, task)
+    forward = Forward.of(model, task)
+    assert forward.head == "inside"
+    (got,) = torch.autograd.grad(forward.loss_sum(model, batch), [model.lm_head.weight])
+    (wanted,) = torch.autograd.grad(plainly(model, task, batch), [model.lm_head.weight])
+    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
+
+
+def test_bfloat16_takes_its_softmax_in_float32():
+    model, task, _ = model_of("llama")
+    model = model.bfloat16()
+    batch = batch_of(model, task)
+    logits = model(**Forward.of(model, task).arguments(model, batch)).logits[:, :-1].flatten(0, 1)
+    wanted = F.cross_entropy(logits.float(), batch.labels[:, 1:].flatten(), reduction="sum")
+    loss = Forward.of(model, task, 4).loss_sum(model, batch)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss, wanted, atol=1e-2, rtol=1e-5)
