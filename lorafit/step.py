@@ -173,21 +173,13 @@ class _HeadLoss(torch.autograd.Function):
         chunk: int,
     ) -> torch.Tensor:
         wanted = ctx.needs_input_grad[0]
-        gradients = []
+        gradients: list[torch.Tensor] = []
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
         for part_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             part_CD = part_CD.detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits_CV = head(part_CD)
-            scores_CV = logits_CV.detach().float()
-            if scores_CV is logits_CV or scores_CV.data_ptr() == logits_CV.data_ptr():
-                scores_CV = scores_CV.clone()  # float32 already: the head's own graph may need them
-            top_C = torch.logsumexp(scores_CV, -1)
-            loss += (top_C - scores_CV.gather(1, targets_C[:, None])[:, 0]).sum()
-            if wanted:  # softmax less one-hot, in place
-                scores_CV.sub_(top_C[:, None]).exp_()
-                scores_CV.scatter_add_(1, targets_C[:, None], scores_CV.new_full((len(targets_C), 1), -1.0))
-                gradients += torch.autograd.grad(logits_CV, part_CD, scores_CV.to(logits_CV.dtype))
+            loss += _softmax_loss(logits_CV, targets_C, gradients, part_CD if wanted else None)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return loss
@@ -196,6 +188,27 @@ class _HeadLoss(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden_ND,) = ctx.saved_tensors
         return hidden_ND * gradients[0].to(hidden_ND.dtype), None, None, None
+
+
+def _softmax_loss(
+    logits_CV: torch.Tensor,
+    targets_C: torch.Tensor,
+    gradients: list[torch.Tensor],
+    hidden_CD: torch.Tensor | None,
+) -> torch.Tensor:
+    """The summed cross-entropy of a chunk, softmax in float32; the gradient of `hidden_CD` is appended.
+
+    With p the softmax and m the largest score, log sum exp(scores) is m - log max(p), which cannot
+    underflow, as the largest p is at least 1 / V; the gradient of the scores is p less the one-hot.
+    """
+    scores_CV, targets_C1 = logits_CV.detach(), targets_C[:, None]
+    softmax_CV = torch.softmax(scores_CV, -1, dtype=torch.float32)
+    sums_C1 = scores_CV.amax(-1, keepdim=True).float() - softmax_CV.amax(-1, keepdim=True).log_()
+    loss = (sums_C1 - scores_CV.gather(1, targets_C1).float()).sum()
+    if hidden_CD is not None:
+        softmax_CV.scatter_add_(1, targets_C1, softmax_CV.new_full(targets_C1.shape, -1.0))
+        gradients += torch.autograd.grad(logits_CV, hidden_CD, softmax_CV.to(logits_CV.dtype))
+    return loss
 
 
 def _scored(logits_NV: torch.Tensor, targets_N: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

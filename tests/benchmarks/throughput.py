@@ -1,0 +1,345 @@
+"""Training throughput against what people use: the same model, rows, modules, layers, dtype and batch.
+
+    pip install -e '.[bench]'
+    python tests/benchmarks/throughput.py --output results.jsonl
+
+Each contender trains each cell in a process of its own, one after another, round by round, so that
+what else the machine does falls on all alike. The results are appended to a file; a second call
+goes on where the first ended. The table shows medians over the rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROWS, LENGTH, BATCH, EPOCHS, RATE = 16, 512, 4, 3, 1e-4
+# (layers, hidden, inner, heads, vocabulary), in Llama's shape
+SHAPES = {"12x768": (12, 768, 2048, 12, 30522), "24x768-little-head": (24, 768, 2048, 12, 4096)}
+MAIN = [("ffn", "low"), ("ffn", "mid"), ("ffn", "high"), ("all", "all")]
+OTHER = [
+    (preset, band)
+    for preset in ("basic", "attention", "extended", "ffn", "all")
+    for band in ("low", "mid", "high", "all")
+    if (preset, band) not in MAIN
+]
+PEERS = ["peft-trainer", "trl-default", "trl-best"]
+OURS = ["lorafit", "lorafit-no-cache"]
+
+
+@dataclass(frozen=True)
+class Cell:
+    shape: str
+    preset: str
+    band: str
+    dtype: str = "bfloat16"
+    epochs: int = EPOCHS
+
+    @property
+    def name(self) -> str:
+        return f"{self.shape} {self.preset} × {self.band} {self.dtype}"
+
+
+def make_shape(shape: str, folder: Path) -> Path:
+    """A model with random weights, the demo's tokenizer beside it."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from lorafit.demo import MODEL
+    from lorafit.survey import load_tokenizer
+
+    path = folder / shape
+    if not (path / "model.safetensors").exists():
+        layers, hidden, inner, heads, vocabulary = SHAPES[shape]
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2 * LENGTH,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        load_tokenizer(str(MODEL), "demo").save_pretrained(path)
+    return path
+
+
+def token_rows(vocabulary: int) -> list[list[int]]:
+    """Rows of LENGTH tokens that can be learned a little: a walk over few of the vocabulary."""
+    from random import Random
+
+    random = Random(7)
+    return [[random.randrange(3, min(vocabulary, 400)) for _ in range(LENGTH)] for _ in range(ROWS)]
+
+
+def setting(cell: Cell, folder: Path) -> tuple[Any, Any, Any]:
+    """(source, map, plan) of a cell."""
+    from lorafit.plan import resolve
+    from lorafit.presets import load
+    from lorafit.survey import find, survey
+
+    source = find(str(folder / cell.shape))
+    found = survey(source)
+    return source, found, resolve(found, load(cell.preset), cell.band)
+
+
+def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
+    """lorafit's own loop, as `lorafit train` runs it."""
+    from lorafit import train
+    from lorafit.checkpoint import RunFolder
+    from lorafit.config import derive_from_model, settle
+    from lorafit.data import IGNORED, Row, Rows
+    from lorafit.events import EpochDone, TrainReport
+    from lorafit.survey import load_tokenizer
+
+    source, found, plan = setting(cell, folder)
+    half = LENGTH // 2
+    rows = tuple(
+        Row(tuple(ids), (IGNORED,) * half + tuple(ids[half:]), "") for ids in token_rows(found.vocab_size)
+    )
+    config, _ = settle(
+        {
+            "model": source.place, "preset": cell.preset, "layers": cell.band, "epochs": cell.epochs,
+            "batch_size": BATCH, "learning_rate": RATE, "warmup": 0.0, "dtype": cell.dtype,
+            "prefix_cache": prefix_cache, "device": device(),
+        }
+    )  # fmt: skip
+    config = derive_from_model(config, found)
+    run = RunFolder(Path(tempfile.mkdtemp()) / "run")
+    run.open(False, False)
+    job = train.assemble(
+        source, found, config, plan, Rows(rows, rows[:1]), load_tokenizer(source.place, ""), run
+    )
+    start_alike(job.model, cell, folder)
+    events = list(train.recorded(job, train.run(job)))
+    report = events[-1]
+    assert isinstance(report, TrainReport)
+    cache = report.prefix_cache
+    return {
+        "epochs": [e.seconds for e in events if isinstance(e, EpochDone)],
+        "loss": [e.loss for e in events if isinstance(e, EpochDone)],
+        "mfu": [e.mfu for e in events if isinstance(e, EpochDone)],
+        "cache_bytes": cache.bytes if cache and cache.where == "memory" else 0,
+    }
+
+
+def device() -> str:
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def start_alike(model: Any, cell: Cell, folder: Path) -> None:
+    """The same first adapter for every contender: the one that was there first is kept in a file."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    path = folder / f"start-{cell.shape}-{cell.preset}-{cell.band}.safetensors"
+    if not path.exists():
+        state = get_peft_model_state_dict(model)
+        save_file({name: tensor.contiguous().cpu() for name, tensor in state.items()}, path)
+    set_peft_model_state_dict(model, load_file(path))
+
+
+def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
+    """transformers' Trainer, or TRL's SFTTrainer, over PEFT's model, in the order of our batches."""
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+    from lorafit.packing import batches, in_epoch
+
+    source, found, plan = setting(cell, folder)
+    half = LENGTH // 2
+    rows = token_rows(found.vocab_size)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(source.place, dtype=getattr(torch, cell.dtype))
+    target = plan.peft
+    model = get_peft_model(
+        model,
+        LoraConfig(
+            r=plan.lora.r, lora_alpha=plan.lora.alpha, lora_dropout=plan.lora.dropout,
+            target_modules=list(target.target_modules),
+            layers_to_transform=list(target.layers_to_transform) if target.layers_to_transform else None,
+            layers_pattern=list(target.layers_pattern) if target.layers_pattern else None,
+            task_type="CAUSAL_LM",
+        ),
+    )  # fmt: skip
+    start_alike(model, cell, folder)
+    made = batches([LENGTH] * ROWS, BATCH, 0)
+
+    class Order(torch.utils.data.Sampler):
+        epoch = 0
+
+        def __len__(self) -> int:
+            return ROWS
+
+        def __iter__(self) -> Any:
+            self.epoch += 1
+            return iter([r for n in in_epoch(len(made), 0, self.epoch) for part in made[n] for r in part])
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+        losses: list[float] = []
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    common = {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH,
+        "num_train_epochs": cell.epochs, "learning_rate": RATE, "lr_scheduler_type": "linear",
+        "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_strategy": "epoch",
+        "save_strategy": "no", "report_to": [], "seed": 0, "use_cpu": device() == "cpu",
+        "disable_tqdm": True,
+    }  # fmt: skip
+    clock = Clock()
+    if contender == "peft-trainer":
+
+        class Ordered(Trainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return Order()
+
+        data = [
+            {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * half + ids[half:])} for ids in rows
+        ]
+        trainer = Ordered(model, TrainingArguments(**common), train_dataset=data, callbacks=[clock])
+    else:
+        from trl import SFTConfig, SFTTrainer
+
+        from lorafit.survey import load_tokenizer
+
+        class OrderedSFT(SFTTrainer):
+            def _get_train_sampler(self, *_: Any) -> Any:
+                return Order()
+
+        data = Dataset.from_list(
+            [{"input_ids": ids, "completion_mask": [0] * half + [1] * (LENGTH - half)} for ids in rows]
+        )
+        more: dict[str, Any] = {"gradient_checkpointing": False} if contender == "trl-best" else {}
+        if cell.dtype == "float32":
+            more["bf16"] = False
+        trainer = OrderedSFT(
+            model,
+            SFTConfig(**common, max_length=LENGTH, completion_only_loss=True, **more),
+            train_dataset=data,
+            processing_class=load_tokenizer(source.place, ""),
+            callbacks=[clock],
+        )
+    trainer.train()
+    return {"epochs": clock.seconds, "loss": clock.losses[: cell.epochs], "mfu": [], "cache_bytes": 0}
+
+
+def one(contender: str, cell: Cell, folder: Path) -> dict[str, Any]:
+    if contender in OURS:
+        found = ours(cell, folder, "auto" if contender == "lorafit" else "off")
+    else:
+        found = theirs(cell, folder, contender)
+    import torch
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated()
+    return {**found, "peak": peak, "device": device()}
+
+
+def drive(cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder: Path) -> None:
+    """Run what the file does not hold yet."""
+    done = {(r["contender"], r["cell"], r["round"]) for r in results(output)}
+    for shape in {cell.shape for cell, _ in cells}:
+        make_shape(shape, folder)
+    for number in range(rounds):
+        for cell, contenders in cells:
+            turn = contenders[number % len(contenders) :] + contenders[: number % len(contenders)]
+            for contender in turn:
+                if (contender, cell.name, number) in done:
+                    continue
+                command = [sys.executable, __file__, "--one", contender, "--folder", str(folder)]
+                started = time.perf_counter()
+                made = subprocess.run(
+                    [*command, "--cell", json.dumps(asdict(cell))], capture_output=True, text=True, check=False
+                )
+                seconds = time.perf_counter() - started
+                line = next((x for x in made.stdout.splitlines() if x.startswith('{"epochs"')), None)
+                if line is None:
+                    print(f"{contender} failed on {cell.name}: {made.stderr[-800:]}", file=sys.stderr)
+                    continue
+                row = {
+                    "contender": contender, "cell": cell.name, "round": number, "job": seconds, **json.loads(line)
+                }  # fmt: skip
+                with output.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                print(f"{cell.name:<42}{contender:<18}{seconds:7.1f} s", file=sys.stderr, flush=True)
+
+
+def results(output: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in output.read_text().splitlines()] if output.exists() else []
+
+
+def show(output: Path) -> None:
+    """Medians over the rounds, and lorafit's later epochs against each peer's."""
+    groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    for row in results(output):
+        groups.setdefault(row["cell"], {}).setdefault(row["contender"], []).append(row)
+    tokens = ROWS * LENGTH
+    print(f"{'tokens/s by epoch':>50}{'job':>9}{'peak':>9}{'less cache':>12}{'last loss':>11}{'MFU':>6}  later epochs")
+    for cell, contenders in groups.items():
+        print(cell)
+        speed = {}
+        for name, rows in contenders.items():
+            epochs = [tokens / median(r["epochs"][e] for r in rows) for e in range(len(rows[0]["epochs"]))]
+            speed[name] = tokens / median(s for r in rows for s in r["epochs"][1:])
+            peak = median(r["peak"] for r in rows) / 1e6
+            own = median(r["peak"] - r["cache_bytes"] for r in rows) / 1e6
+            mfu = f"{median(r['mfu'][-1] for r in rows):.0%}" if rows[0]["mfu"] else ""
+            ratio = f"{speed['lorafit'] / speed[name]:5.2f}×" if "lorafit" in speed else ""
+            print(
+                f"  {name:<18}" + "".join(f"{e:>10,.0f}" for e in epochs).rjust(30)
+                + f"{median(r['job'] for r in rows):>7.1f} s{peak:>6,.0f} MB{own:>9,.0f} MB"
+                f"{median(r['loss'][-1] for r in rows):>11.5f}{mfu:>6}  {ratio}"
+            )  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=Path("throughput.jsonl"))
+    parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorafit-throughput")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--cells", choices=["main", "other", "losses", "all"], default="main")
+    parser.add_argument("--show", action="store_true", help="only print the table")
+    parser.add_argument("--one", help=argparse.SUPPRESS)
+    parser.add_argument("--cell", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.folder.mkdir(parents=True, exist_ok=True)
+    if options.one:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"
+        print(json.dumps(one(options.one, Cell(**json.loads(options.cell)), options.folder)))
+        return
+    main_cells = [(Cell("12x768", *c), [*OURS, *PEERS]) for c in reversed(MAIN)]
+    main_cells.append((Cell("24x768-little-head", "ffn", "high"), [*OURS, "peft-trainer"]))
+    other_cells = [(Cell("12x768", *c, epochs=2), ["lorafit", "peft-trainer"]) for c in OTHER]
+    loss_cells = [(Cell("12x768", *c, dtype="float32"), ["lorafit", "peft-trainer", "trl-best"]) for c in MAIN]
+    cells = {"main": main_cells, "other": other_cells, "losses": loss_cells}
+    chosen = sum(cells.values(), []) if options.cells == "all" else cells[options.cells]
+    if not options.show:
+        drive(chosen, options.rounds, options.output, options.folder)
+    show(options.output)
+
+
+if __name__ == "__main__":
+    main()
