@@ -13,6 +13,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -261,11 +262,39 @@ def plan(
     rank: Rank = None,
     alpha: Alpha = None,
     dropout: Dropout = None,
-    batch_size: BatchSize = None,
+    data: Data = None,
+    eval_data: EvalData = None,
+    holdout: Holdout = None,
+    format: Format = None,
     max_length: MaxLength = None,
+    epochs: Epochs = None,
+    max_steps: MaxSteps = None,
+    batch_size: BatchSize = None,
+    accumulate: Accumulate = None,
     dtype: Dtype = None,
+    device: Device = None,
     gradient_checkpointing: Checkpointing = None,
+    prefix_cache: PrefixCacheOption = None,
+    head_chunk: HeadChunk = None,
     config: Config = None,
+    fit: Annotated[
+        Optional[str],
+        typer.Option(
+            "--fit",
+            help="Plan for a device with so much free memory, as `24GB`, that is not here.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Time a block on this device; without it, a stated rate is assumed.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = True,
     matrix: Annotated[
         bool,
         typer.Option(
@@ -276,7 +305,7 @@ def plan(
         bool,
         typer.Option(
             "--estimate/--no-estimate",
-            help="Estimate the memory of a step.",
+            help="Simulate a step: its memory and its time.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -288,30 +317,44 @@ def plan(
 
     Modules, layers, their spelling for PEFT, trainable parameters, memory by named terms.
     """
-    from lorafit import show
-    from lorafit.config import derive_from_model, derive_from_rows, settle
-    from lorafit.cost import estimate as cost_of
+    from lorafit import forecast, show
+    from lorafit.config import derive_from_model, settle
+    from lorafit.presets import load, names
     from lorafit.survey import find, survey
 
     flags = _given(locals())
     settings, chosen = settle(flags, config)
     screen = show.Screen(json)
-    found = survey(find(settings.model))
+    room = forecast.parse_size(fit) if fit is not None else None
+    source = find(settings.model)
+    found = survey(source)
     settings = derive_from_model(settings, found)
-    settings = derive_from_rows(settings, settings.max_length or 1)
-    if matrix:
-        cells = _matrix(found, settings)
+    made = None if matrix else _resolve(found, chosen, settings)
+    if made is not None and not estimate:
         if json:
-            screen.document({"model": found.model, "cells": cells})
+            screen.document({**made.as_json(), "estimate": None, "fit": None})
         else:
-            show.show_matrix(screen, found.model, cells)
+            show.show_plan(screen, made, found, None, None, _train_command(flags, settings, config))
         return
-    made = _resolve(found, chosen, settings)
-    cost = cost_of(made, found, _shape(settings, found)) if estimate else None
+    ahead, settings = forecast.prepare(settings, source, found, probing=probe, elsewhere=room is not None)
+    free = forecast.free_on(ahead.device) if room is None else room
+    if made is None:
+        lora = {"r": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
+        every = [load(name) for name in names()]
+        every = [replace(preset, lora=replace(preset.lora, **lora)) for preset in every]
+        cells = ahead.matrix(every, ("low", "mid", "high", "all"))
+        if json:
+            screen.document({"model": found.model, "free": free, "cells": cells})
+        else:
+            show.show_matrix(screen, found.model, cells, free)
+        return
+    timing = ahead.timing(made)
+    cost = ahead.estimate(made, timing)
+    fitting = ahead.fit(made, chosen, cost, timing, free)
     if json:
-        screen.document({**made.as_json(), "estimate": cost.as_json() if cost else None})
+        screen.document({**made.as_json(), "estimate": cost.as_json(), "fit": fitting})
     else:
-        show.show_plan(screen, made, found, cost, _train_command(flags, settings, config))
+        show.show_plan(screen, made, found, cost, fitting, _train_command(flags, settings, config))
 
 
 @app.command()
@@ -361,10 +404,10 @@ def train(
 
     Without a model and data: the embedded demo.
     """
-    from lorafit import show
-    from lorafit.config import derive_from_model, derive_from_rows, settle
+    from lorafit import forecast, show
+    from lorafit.config import derive_from_model, settle
     from lorafit.events import TrainReport
-    from lorafit.survey import find, load_tokenizer, survey, without_collecting
+    from lorafit.survey import find, load_tokenizer, pick_device, survey, without_collecting
 
     with without_collecting():
         from lorafit import data as rows_of
@@ -391,10 +434,11 @@ def train(
         check_target(folder.target, settings.overwrite)
     show.show_header(screen, made, found, settings)
 
-    trainer.pick_device(settings.device)
+    pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
     rows = rows_of.load(settings, tokenizer, found.task, found.vocab_size)
-    settings = derive_from_rows(settings, rows.mean_tokens, len(rows.train))
+    ahead, settings = forecast.prepare(settings, source, found, facts=forecast.facts_of(rows), seconds=1.0)
+    cost = ahead.estimate(made, ahead.timing(made))
     show.show_data(screen, settings, rows)
     if folder is None:
         folder = claim(_stem(found, made))
@@ -404,7 +448,9 @@ def train(
     report = None
     try:
         with _stopping() as stop:
-            job = trainer.assemble(source, found, settings, made, rows, tokenizer, folder, stop)
+            job = trainer.assemble(
+                source, found, settings, made, rows, tokenizer, folder, stop, forecast.predicted(cost, made)
+            )
             for event in trainer.recorded(job, trainer.run(job)):
                 view.on(event)
                 report = event if isinstance(event, TrainReport) else report
@@ -483,7 +529,7 @@ def evaluate(
     """
     from lorafit import show
     from lorafit.events import EvalReport, Sample
-    from lorafit.survey import load_model, load_tokenizer, without_collecting
+    from lorafit.survey import load_model, load_tokenizer, pick_device, without_collecting
 
     with without_collecting():
         from lorafit import adapter
@@ -498,7 +544,7 @@ def evaluate(
     for other in adapters[1:]:
         if model is None and adapter.base_of(other) != adapter.base_of(adapters[0]):
             raise RequestError(f"`{other}` has another base than `{adapters[0]}`", "evaluate them one by one")
-    where = trainer.pick_device(device or "auto")
+    where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
     if not data and (format or max_length):
         raise RequestError(
@@ -611,45 +657,6 @@ def _resolve(found: ModelMap, preset: Any, settings: RunConfig) -> Plan:
         stack=settings.stack,
         strict=settings.strict,
     )
-
-
-def _shape(settings: RunConfig, found: ModelMap) -> Any:
-    from lorafit.cost import Shape
-
-    dtype = found.dtype if settings.dtype == "auto" else settings.dtype
-    return Shape(settings.batch_size or 1, settings.max_length or 1, dtype, settings.gradient_checkpointing)
-
-
-def _matrix(found: ModelMap, settings: RunConfig) -> list[dict[str, Any]]:
-    """Every strategy × band, each with what it trains and costs; an error where it cannot be."""
-    from dataclasses import replace
-
-    from lorafit.cost import estimate
-    from lorafit.presets import load, names
-
-    cells = []
-    for name in names():
-        preset = load(name)
-        lora = replace(preset.lora, r=settings.rank, alpha=settings.alpha, dropout=settings.dropout)
-        for band in ("low", "mid", "high", "all"):
-            cell: dict[str, Any] = {"preset": name, "layers": band}
-            try:
-                made = _resolve(found, replace(preset, lora=lora), replace(settings, layers=band))
-            except RequestError as error:
-                cells.append({**cell, "error": error.message})
-                continue
-            cost = estimate(made, found, _shape(settings, found))
-            cells.append(
-                {
-                    **cell,
-                    "modules": len(made.slots),
-                    "trainable_params": made.trainable_params,
-                    "adapter_bytes": made.adapter_bytes,
-                    "peak_memory": cost.memory.peak,
-                    "flops_per_token": cost.flops_per_token,
-                }
-            )
-    return cells
 
 
 def _train_command(flags: dict[str, Any], settings: RunConfig, file: str | None) -> str:

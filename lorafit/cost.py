@@ -1,29 +1,39 @@
-"""What a plan costs: memory by named terms, and FLOPs a token, each with its source.
+"""What a plan costs: memory by named terms, FLOPs a token, seconds, and where the prefix is kept.
 
-Weights, adapter, gradients and optimizer are exact. Activations and logits follow the
-formulas below, which count what autograd keeps and leave out the allocator's own waste.
+Weights, adapter, gradients and optimizer are exact. Activations, logits and FLOPs come from a
+simulated step (simulate.py makes the `Profile`), or where a model's code cannot be simulated from
+the formulas below; seconds from a probe (a `Timing`), or from a stated rate.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lorafit.modelmap import ModelMap, Slot, jsonable
 from lorafit.plan import ADAPTER_ITEMSIZE, Plan
 from lorafit.roles import Part
+from lorafit.units import bytes_text, percent, short
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a training step is shaped like: rows in a micro-batch, tokens a row, the base's dtype."""
+    """What a micro-batch is shaped like: its rows, tokens a row, the base's dtype; how many of them make
+    a step, and the share of the tokens that is supervised."""
 
     batch: int
     length: int
     dtype: str = "float32"
     checkpointing: bool = False
+    accumulate: int = 1
+    supervised: float = 1.0
 
     @property
     def tokens(self) -> int:
@@ -59,19 +69,77 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Floating-point operations a token, a multiply and an add counted as two."""
+    """Floating-point operations a token, a multiply and an add counted as two; `prefix` is the part of
+    `forward` below the cut, which a replay does not do."""
 
     forward: int
     backward: int
+    prefix: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A step of one micro-batch: bytes at its highest moment, and FLOPs a token."""
+
+    activations: int
+    logits: int
+    workspace: int
+    forward: int
+    backward: int
+    prefix: int
+    simulated: bool
+    refusal: str = ""  # why the prefix cannot be replayed exactly; empty where it can
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds a token of a micro-batch, with all layers and with the prefix replayed; of the optimizer
+    a step; and what they were taken from."""
+
+    token: float
+    token_replayed: float
+    step: float
+    source: str
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What a run goes over: tokens and micro-batches of an epoch, how often, rows held out."""
+
+    tokens: int
+    steps: int
+    epochs: int
+    held_out_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where the prefix's states are kept, `memory`, `disk` or `off`, and why."""
+
+    where: str
+    reason: str
+    bytes: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The cost of a plan at a shape, and what was assumed."""
+    """The cost of a plan at a shape, and what was assumed.
+
+    `seconds_per_epoch` is of a pass that runs every layer, `seconds_per_epoch_replayed` of one that
+    replays the prefix (None where there is none to replay), `seconds` of all epochs as `train` would
+    run them.
+    """
 
     shape: Shape
     memory: Memory
     flops_per_token: Flops
+    tokens_per_epoch: int | None
+    epochs: int | None
+    seconds_per_epoch: float | None
+    seconds_per_epoch_replayed: float | None
+    seconds: float | None
+    tokens_per_second: float
+    prefix_cache: Choice
     assumptions: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
@@ -80,10 +148,51 @@ class Estimate:
         return {**jsonable(self), "memory": memory}
 
 
-def estimate(plan: Plan, model_map: ModelMap, shape: Shape) -> Estimate:
-    """Peak memory of a training step, in bytes, and FLOPs a token."""
+# FLOPs a second that are assumed where nothing is timed.
+ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
+
+
+def estimate(
+    plan: Plan,
+    model_map: ModelMap,
+    shape: Shape,
+    profile: Profile | None = None,
+    timing: Timing | None = None,
+    work: Work | None = None,
+    *,
+    device: str = "cpu",
+    replay: bool = True,
+    prefix_cache: str = "auto",
+    free: int = 0,
+    free_on_disk: int = 0,
+    notes: Sequence[str] = (),
+) -> Estimate:
+    """Peak memory of a training step, in bytes, FLOPs a token, and seconds.
+
+    Without a profile the formulas stand in; without a timing the ASSUMED_RATE of the device.
+    `replay` says that the prefix may be replayed exactly; then `prefix_cache`, `free` memory and
+    `free_on_disk` decide where it is kept.
+    """
     item = ITEMSIZE.get(shape.dtype, 4)
+    profile = profile or by_formula(plan, model_map, shape)
     adapter = plan.adapter_bytes
+    size = 0
+    cache = Choice("off", "nothing is frozen below the band" if not replay else "the rows are not known")
+    if work and replay:
+        size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens)
+        cache = choose(prefix_cache, work.epochs, size, free, free_on_disk, False)
+    rate = ASSUMED_RATE.get(device, 1e11)
+    if timing is None:
+        flops = profile.forward + profile.backward
+        timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, "")
+    whole = replayed = total = None
+    if work:
+        steps = work.steps * timing.step
+        whole = work.tokens * timing.token + steps
+        replayed = work.tokens * timing.token_replayed + steps if replay else None
+        later = replayed if replayed is not None and cache.where != "off" else whole
+        total = whole + (work.epochs - 1) * later
+    source = f"seconds: {timing.source}" if timing.source else f"seconds: {short(rate)} FLOP/s assumed"
     return Estimate(
         shape=shape,
         memory=Memory(
@@ -91,17 +200,99 @@ def estimate(plan: Plan, model_map: ModelMap, shape: Shape) -> Estimate:
             adapter=adapter,
             gradients=adapter,
             optimizer=2 * adapter,  # AdamW: two moments, in the adapter's own float32
-            activations=activation_bytes(plan, model_map, shape),
-            logits=logit_bytes(model_map, shape),
-            workspace=shape.tokens * widest(model_map) * item * 2,
+            activations=profile.activations,
+            logits=profile.logits,
+            workspace=profile.workspace,
+            prefix_cache=size if cache.where == "memory" else 0,
         ),
-        flops_per_token=flops_per_token(plan, model_map, shape),
+        flops_per_token=Flops(profile.forward, profile.backward, profile.prefix),
+        tokens_per_epoch=work.tokens if work else None,
+        epochs=work.epochs if work else None,
+        seconds_per_epoch=whole,
+        seconds_per_epoch_replayed=replayed,
+        seconds=total,
+        tokens_per_second=1 / timing.token if timing.token else 0.0,
+        prefix_cache=replace(cache, bytes=size),
         assumptions=(
-            f"micro-batch of {shape.batch} rows of {shape.length} tokens, {shape.dtype} base weights",
+            f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
+            f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
             "AdamW with float32 adapters",
-            "a fused attention kernel: no score matrix is kept",
+            "memory: a simulated step" if profile.simulated else "memory: formulas",
+            source,
+            *notes,
         ),
     )
+
+
+def by_formula(plan: Plan, model_map: ModelMap, shape: Shape) -> Profile:
+    """A profile without a simulation."""
+    flops = flops_per_token(plan, model_map, shape, supervised=shape.supervised)
+    replayed = flops_per_token(plan, model_map, shape, replayed=True, supervised=shape.supervised)
+    item = ITEMSIZE.get(shape.dtype, 4)
+    return Profile(
+        activations=activation_bytes(plan, model_map, shape),
+        logits=logit_bytes(model_map, shape),
+        workspace=shape.tokens * widest(model_map) * item * 2,
+        forward=flops.forward,
+        backward=flops.backward,
+        prefix=flops.forward - replayed.forward,
+        simulated=False,
+        refusal="the model's code cannot be simulated",
+    )
+
+
+# -- where the prefix is kept ---------------------------------------------------------------
+
+COMFORTABLE = 0.25  # of the memory that is free: what the cache may take of it
+ROOM_LEFT = 1_000_000_000  # bytes that stay free on the disk
+
+
+def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored: bool) -> Choice:
+    """Where to keep states of `size` bytes that may be kept exactly.
+
+    `passes` over the rows are planned; `memory` and `disk` are what is free; `stored` says that a
+    whole cache of them lies on the disk.
+    """
+    if asked == "off":
+        return Choice("off", "--prefix-cache off")
+    if asked in ("memory", "disk"):
+        return Choice(asked, f"--prefix-cache {asked}", size)
+    if stored:
+        return Choice("disk", "filled by an earlier run", size)
+    if passes <= 1:
+        return Choice("off", "the rows are gone over once only")
+    if size <= COMFORTABLE * memory:
+        return Choice("memory", f"{bytes_text(size)} of {bytes_text(memory)} that are free", size)
+    if size + ROOM_LEFT <= disk:
+        return Choice("disk", f"{bytes_text(size)} are much for {bytes_text(memory)} of memory", size)
+    return Choice(
+        "off", f"{bytes_text(size)} fit neither in {bytes_text(memory)} of memory nor on the disk", size
+    )
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that are free for use."""
+    with suppress(OSError, IndexError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def free_disk(place: Path) -> int:
+    """Bytes that are free on the disk of a folder that need not be there yet."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return 0
+
+
+# -- formulas -------------------------------------------------------------------------------
 
 
 def widest(model_map: ModelMap) -> int:

@@ -38,6 +38,16 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True)
+class Predicted:
+    """What was said of a run before it: bytes at the peak (weights and all, without what Python and
+    the libraries hold), seconds in its training steps."""
+
+    peak_memory_bytes: int
+    seconds: float
+    trainable_params: int
+
+
+@dataclass(frozen=True, slots=True)
 class PrefixCache:
     """What becomes of the `layers` below the cut: kept in `memory` or on `disk` after the first pass,
     or run every time (`off`); why; and the bytes of it."""
@@ -113,6 +123,8 @@ class TrainReport:
     peak_memory_bytes: int
     eval: dict[str, Loss] = field(default_factory=dict)
     prefix_cache: PrefixCache | None = None
+    memory_growth_bytes: int = 0  # the peak less what the process held before the model was loaded
+    predicted: Predicted | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +193,7 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
-Event = Started | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+Event = Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
 
 
 def record(event: Event) -> dict[str, Any]:

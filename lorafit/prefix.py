@@ -27,10 +27,7 @@ from lorafit.data import Batch
 from lorafit.errors import RequestError
 from lorafit.modelmap import ModelMap, cache_folder, installed
 from lorafit.plan import Plan
-from lorafit.units import bytes_text
 
-COMFORTABLE = 0.25  # of the memory that is free: what the cache may take of it
-ROOM_LEFT = 1_000_000_000  # bytes that stay free on the disk
 FORMAT = 1
 FILLING = ".filling-"
 
@@ -54,7 +51,8 @@ def refusal(found: ModelMap, plan: Plan, model: torch.nn.Module) -> str:
         return "the adapted layers are shared, or not of the text"
     if cut == 0:
         return "the band begins at layer 0: nothing is frozen below it"
-    above = tuple(f"{path}.{layer}." for layer in range(cut, found.stack(path).depth))
+    depth = len(list(model.get_submodule(path).children()))
+    above = tuple(f"{path}.{layer}." for layer in range(cut, depth))
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith(above):
             return f"`{name}` is trained, and does not lie in the adapted layers"
@@ -398,64 +396,6 @@ def remove(key: str) -> int:
         raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")
     shutil.rmtree(found[0].path)
     return found[0].bytes
-
-
-# -- which one ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """Where the states are kept, `memory`, `disk` or `off`, and why."""
-
-    where: str
-    reason: str
-    bytes: int = 0
-
-
-def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored: bool) -> Choice:
-    """Where to keep states of `size` bytes that may be kept exactly.
-
-    `passes` over the rows are planned; `memory` and `disk` are what is free; `stored` says that a
-    whole cache of them lies on the disk.
-    """
-    if asked == "off":
-        return Choice("off", "--prefix-cache off")
-    if asked in ("memory", "disk"):
-        return Choice(asked, f"--prefix-cache {asked}", size)
-    if stored:
-        return Choice("disk", "filled by an earlier run", size)
-    if passes <= 1:
-        return Choice("off", "the rows are gone over once only")
-    if size <= COMFORTABLE * memory:
-        return Choice("memory", f"{bytes_text(size)} of {bytes_text(memory)} that are free", size)
-    if size + ROOM_LEFT <= disk:
-        return Choice("disk", f"{bytes_text(size)} are much for {bytes_text(memory)} of memory", size)
-    return Choice(
-        "off", f"{bytes_text(size)} fit neither in {bytes_text(memory)} of memory nor on the disk", size
-    )
-
-
-def free_memory() -> int:
-    """Bytes of the host's memory that are free for use."""
-    with suppress(OSError, IndexError, ValueError):
-        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 0
-
-
-def free_disk() -> int:
-    """Bytes that are free where the caches lie."""
-    place = folder()
-    while not place.exists() and place != place.parent:
-        place = place.parent
-    try:
-        return shutil.disk_usage(place).free
-    except OSError:
-        return 0
 
 
 def key_of(base: torch.nn.Module, stack: str, cut: int, rows: Iterable[str]) -> str:

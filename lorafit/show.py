@@ -39,12 +39,14 @@ from lorafit.events import (
     Event,
     Loss,
     MergeReport,
+    Predicted,
     PrefixCache,
     Saved,
     Started,
     Stepped,
     TrainReport,
 )
+from lorafit.forecast import Fit
 from lorafit.modelmap import ModelMap, Slot, Stack, jsonable, sum_params
 from lorafit.plan import Plan, lora_params
 from lorafit.presets import Preset
@@ -370,7 +372,14 @@ def _uncovered_table(found: ModelMap) -> Table:
 # -- plan -----------------------------------------------------------------------------------
 
 
-def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | None, command: str) -> None:
+def show_plan(
+    screen: Screen,
+    plan: Plan,
+    found: ModelMap,
+    estimate: Estimate | None,
+    fit: Fit | None,
+    command: str,
+) -> None:
     """What would be adapted, in PEFT's words, and what it costs; `command` is the one that does it."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
@@ -381,8 +390,14 @@ def show_plan(screen: Screen, plan: Plan, found: ModelMap, estimate: Estimate | 
     screen.answer()
     if estimate is not None:
         screen.section("memory at the peak of a step", _memory_table(estimate))
+        if fit is not None:
+            screen.line("fits" if fit.fits else "too big", _fit_text(fit, estimate), answer=True)
+        screen.line("time", _time_text(estimate), answer=True)
         for assumption in estimate.assumptions:
             screen.note(assumption, answer=True)
+        if fit is not None and not fit.fits:
+            screen.answer()
+            _show_alternatives(screen, fit, estimate)
     for note in plan.notes:
         screen.note(note, answer=True)
     screen.line("next", command, answer=True)
@@ -444,6 +459,38 @@ def _plan_table(plan: Plan) -> Table:
     return table
 
 
+def _fit_text(fit: Fit, estimate: Estimate) -> str:
+    return f"{bytes_text(estimate.memory.peak)} of the {bytes_text(fit.free)} that are free on {fit.device}"
+
+
+def _time_text(estimate: Estimate) -> str:
+    """`3 epochs, 4.1 M tokens, about 52 min on this machine, 31 min with the prefix cache`."""
+    speed = f"{short(estimate.tokens_per_second)} tok/s"
+    if estimate.tokens_per_epoch is None or estimate.seconds_per_epoch is None or estimate.epochs is None:
+        return f"{speed}; name --data to have the time of an epoch"
+    epochs = f"{estimate.epochs} epoch{'s' if estimate.epochs > 1 else ''}"
+    text = f"{epochs}, {short(estimate.tokens_per_epoch * estimate.epochs)} tokens, about "
+    plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
+    if estimate.prefix_cache.where == "off" or estimate.seconds is None:
+        return f"{text}{plain} at {speed}"
+    return f"{text}{seconds_text(estimate.seconds)} with the prefix replayed, {plain} without"
+
+
+def _show_alternatives(screen: Screen, fit: Fit, estimate: Estimate) -> None:
+    """The nearest settings that fit, the fastest first."""
+    if not fit.alternatives:
+        screen.note(
+            "nothing that `lorafit train` can do today makes it fit: a smaller model, or a larger device",
+            answer=True,
+        )
+        return
+    table = _table("what fits", "peak", "tok/s", right=2)
+    for option in fit.alternatives:
+        table.add_row(f"  {option.flags}", bytes_text(option.peak), short(option.tokens_per_second))
+    screen.answer(table)
+    screen.answer()
+
+
 def _memory_table(estimate: Estimate) -> Table:
     table = _table("what", "bytes", right=1, fold=9)
     memory = jsonable(estimate.memory)
@@ -454,24 +501,40 @@ def _memory_table(estimate: Estimate) -> Table:
     return table
 
 
-def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]]) -> None:
-    """Strategy × band: one row a strategy, one column a band."""
-    bands = list(dict.fromkeys(cell["layers"] for cell in cells))
-    table = _table("preset", *bands, right=len(bands))
-    for preset in dict.fromkeys(cell["preset"] for cell in cells):
-        row = []
-        for band in bands:
-            cell = next(c for c in cells if c["preset"] == preset and c["layers"] == band)
-            if "error" in cell:
-                row.append("—")
-            else:
-                row.append(f"{short(cell['trainable_params'])}\n[dim]{bytes_text(cell['peak_memory'])}[/]")
-        table.add_row(f"  {preset}", *row)
-    screen.answer(f"[bold]{escape(model)}[/]  trainable parameters, and the peak memory of a step below them")
+def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], free: int) -> None:
+    """Strategy × band: what each trains, holds and takes; what does not fit is dim."""
+    timed = any(cell.get("seconds_per_epoch") for cell in cells)
+    last = "epoch" if timed else "tok/s"
+    table = _table(
+        "preset", "layers", "trainable", "adapter", "peak", last, "replayed" if timed else "", right=5
+    )
+    errors = []
+    before = ""
+    for cell in cells:
+        name = cell["preset"] if cell["preset"] != before else ""
+        before = cell["preset"]
+        if "error" in cell:
+            errors.append(cell["error"])
+            table.add_row(f"  {name}", cell["layers"], "—")
+            continue
+        whole, replayed = cell["seconds_per_epoch"], cell["seconds_per_epoch_replayed"]
+        row = [
+            cell["layers"],
+            short(cell["trainable_params"]),
+            bytes_text(cell["adapter_bytes"]),
+            bytes_text(cell["peak_memory"]),
+            seconds_text(whole) if whole else short(cell["tokens_per_second"]),
+            seconds_text(replayed) if replayed else "",
+        ]
+        if cell["peak_memory"] > free:
+            row = [f"[dim]{text}[/]" for text in row]
+        table.add_row(f"  {name}", *row)
+    screen.answer(f"[bold]{escape(model)}[/]  every strategy in every band, against {bytes_text(free)} free")
     screen.answer()
     screen.answer(table)
-    errors = {cell["error"] for cell in cells if "error" in cell}
-    for error in sorted(errors):
+    if any("error" not in cell and cell["peak_memory"] > free for cell in cells):
+        screen.note(f"dim: more than the {bytes_text(free)} that are free", answer=True)
+    for error in sorted(set(errors)):
         screen.note(error, answer=True)
 
 
@@ -554,6 +617,12 @@ class TrainView:
         match event:
             case Started():
                 self._started(event)
+            case Predicted():
+                self.screen.line(
+                    "predicted",
+                    f"about {seconds_text(event.seconds)} of training steps, "
+                    f"{bytes_text(event.peak_memory_bytes)} at the peak",
+                )
             case PrefixCache():
                 self.screen.line("prefix", _prefix_text(event))
             case Evaluated(step=0):
@@ -649,6 +718,15 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         f"{count(report.trainable_params)} trainable parameters, peak {bytes_text(report.peak_memory_bytes)}",
         answer=True,
     )
+    if report.predicted is not None:
+        said = report.predicted
+        screen.line(
+            "predicted",
+            f"{seconds_text(said.seconds)}: {_ratio(said.seconds, report.seconds)} of what it took; "
+            f"{bytes_text(said.peak_memory_bytes)}: {_ratio(said.peak_memory_bytes, report.memory_growth_bytes)} "
+            f"of the {bytes_text(report.memory_growth_bytes)} that the process grew by",
+            answer=True,
+        )
     screen.line("saved", report.output, answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.line("next", f"lorafit eval {report.output}", answer=True)
@@ -676,6 +754,10 @@ def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
 def show_removed(screen: Screen, number: int, freed: int) -> None:
     """What was removed."""
     screen.line("removed", f"{number} cache{'' if number == 1 else 's'}, {bytes_text(freed)}", answer=True)
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "–"
 
 
 # -- eval, merge ----------------------------------------------------------------------------

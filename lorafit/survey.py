@@ -770,6 +770,34 @@ def _reinterpreted(kind: str, slots: list[Slot]) -> tuple[str, ...]:
 # -- the real thing -------------------------------------------------------------------------
 
 
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU when there is one. Raises RequestError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise RequestError(f"there is no device `{name}` here", "--device cpu, or auto") from None
+    if device.type == "meta":
+        raise RequestError("the meta device holds no weights to train", "--device cpu, or auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights; `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
 def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
     """The model with its weights, all of them frozen, in `eval` mode.
 

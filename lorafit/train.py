@@ -21,7 +21,7 @@ from lorafit import adapter, checkpoint
 from lorafit import prefix as prefixes
 from lorafit.checkpoint import RunFolder
 from lorafit.config import RunConfig
-from lorafit.cost import Shape, flops_per_token
+from lorafit.cost import Shape, choose, flops_per_token, free_disk, free_memory
 from lorafit.data import Batch, Rows, collate, mask_tokens
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.evaluate import Evaluator, mask_id
@@ -30,6 +30,7 @@ from lorafit.events import (
     Evaluated,
     Event,
     Loss,
+    Predicted,
     PrefixCache,
     Saved,
     Started,
@@ -42,7 +43,7 @@ from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, refusal
 from lorafit.step import Forward, base_of, checkpoint_activations
-from lorafit.survey import Source, load_model
+from lorafit.survey import Source, load_model, pick_device, pick_dtype
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -63,6 +64,8 @@ class Job:
     device: torch.device
     folder: RunFolder
     stop: Callable[[], int] = lambda: 0  # the signal that asks for an end, or 0
+    predicted: Predicted | None = None
+    memory_before: int = 0  # bytes that the process held before the model was loaded
     parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
     batches: list[tuple[Part, ...]] = field(default_factory=list)
 
@@ -114,30 +117,6 @@ class Job:
         return [f"train {n}.{part}" for n, batch in enumerate(self.batches) for part in range(len(batch))]
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of that name; `auto` is a GPU when there is one. Raises RequestError."""
-    if name == "auto":
-        if torch.cuda.is_available():
-            return torch.device("cuda")
-        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError):
-        raise RequestError(f"there is no device `{name}` here", "--device cpu, or auto") from None
-    if device.type == "meta":
-        raise RequestError("the meta device holds no weights to train", "--device cpu, or auto")
-    return device
-
-
-def pick_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The dtype of the base weights; `auto` is bfloat16 on a GPU that computes in it, else float32."""
-    if name != "auto":
-        return getattr(torch, name)
-    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if fast else torch.float32
-
-
 def assemble(
     source: Source,
     found: ModelMap,
@@ -147,17 +126,24 @@ def assemble(
     tokenizer: PreTrainedTokenizerBase,
     folder: RunFolder,
     stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
 ) -> Job:
-    """Load the model, put the planned adapter in, and hold the two against each other."""
+    """Load the model, put the planned adapter in, and hold the two against each other.
+
+    `predicted` is what was said of the run before; it is reported beside what is measured.
+    """
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
+    before = peak_memory(device)
     torch.manual_seed(config.seed)
     model = load_model(source, pick_dtype(config.dtype, device), device)
     peft_model = adapter.inject(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, _frozen_blocks(model, plan))
-    return Job(peft_model, found.task, config, plan, rows, tokenizer, found, device, folder, stop)
+    return Job(
+        peft_model, found.task, config, plan, rows, tokenizer, found, device, folder, stop, predicted, before
+    )
 
 
 def _frozen_blocks(model: torch.nn.Module, plan: Plan) -> tuple[torch.nn.Module, ...]:
@@ -197,12 +183,12 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     keys = frozenset([*job.keys, *held_out.keys])
     composition = [job.rows.train_digest, job.rows.held_out_digest, json.dumps([job.batches, held_out.parts])]
     place = prefixes.folder() / prefixes.key_of(base, stack, cut, composition)
-    choice = prefixes.choose(
+    choice = choose(
         asked,
         job.steps / job.steps_per_epoch,
         size,
-        prefixes.free_memory(),
-        prefixes.free_disk(),
+        free_memory(),
+        free_disk(prefixes.folder()),
         place.exists(),
     )
     if choice.where == "off":
@@ -313,6 +299,8 @@ def _steps(
         supervised_tokens=job.rows.supervised,
         resumed_at=state.step,
     )
+    if job.predicted is not None:
+        yield job.predicted
     yield caching
     if state.before is None:
         state.before = _held_out_loss(job, held_out)
@@ -568,6 +556,8 @@ def _report(job: Job, state: _State, after: Loss) -> TrainReport:
         tokens_per_second=state.tokens / max(1e-9, state.seconds),
         epochs=tuple(state.epochs),
         peak_memory_bytes=peak_memory(job.device),
+        memory_growth_bytes=peak_memory(job.device) - (0 if job.device.type == "cuda" else job.memory_before),
+        predicted=job.predicted,
         eval={"before": state.before, "after": after},
     )
 

@@ -5,6 +5,7 @@ Three significant figures, a thin scale (`k`, `M`, `G`, `T`), decimal bytes (1 M
 
 from __future__ import annotations
 
+import re
 from math import isfinite
 
 SCALES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
@@ -47,6 +48,18 @@ def bytes_text(number: float) -> str:
     """A size: `15.0 MB`, `141 GB`, `512 B`."""
     text, letter = scaled(number)
     return f"{text} {letter}B"
+
+
+def parse_bytes(text: str) -> int:
+    """`24GB`, `24 GiB`, `512MB`, `80G` as bytes: powers of ten, of two with an `i`.
+
+    Raises ValueError for anything else.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
+    if match is None or (match[3] and not match[2]):
+        raise ValueError(text)
+    power = " KMGT".index(match[2].upper() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def seconds_text(seconds: float) -> str:

@@ -29,6 +29,8 @@ STREET = [
     "prefix",
     "checkpoint",
     "step",
+    "simulate",
+    "forecast",
     "evaluate",
     "train",
     "merge",

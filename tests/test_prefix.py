@@ -13,6 +13,7 @@ from test_train import events_of, job_for, losses
 
 from lorafit import prefix, train
 from lorafit.adapter import WEIGHTS
+from lorafit.cost import choose
 from lorafit.errors import RequestError
 from lorafit.events import EpochDone, PrefixCache, TrainReport
 
@@ -224,7 +225,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, 
     ],
 )
 def test_where_it_is_kept(asked, passes, size, memory, disk, stored, where):
-    choice = prefix.choose(asked, passes, size, memory, disk, stored)
+    choice = choose(asked, passes, size, memory, disk, stored)
     assert choice.where == where and choice.reason
 
 

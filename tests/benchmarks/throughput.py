@@ -216,7 +216,8 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
                 return Order()
 
         data = [
-            {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * half + ids[half:])} for ids in rows
+            {"input_ids": torch.tensor(ids), "labels": torch.tensor([-100] * half + ids[half:])}
+            for ids in rows
         ]
         trainer = Ordered(model, TrainingArguments(**common), train_dataset=data, callbacks=[clock])
     else:
@@ -272,7 +273,10 @@ def drive(cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder
                 command = [sys.executable, __file__, "--one", contender, "--folder", str(folder)]
                 started = time.perf_counter()
                 made = subprocess.run(
-                    [*command, "--cell", json.dumps(asdict(cell))], capture_output=True, text=True, check=False
+                    [*command, "--cell", json.dumps(asdict(cell))],
+                    capture_output=True,
+                    text=True,
+                    check=False,
                 )
                 seconds = time.perf_counter() - started
                 line = next((x for x in made.stdout.splitlines() if x.startswith('{"epochs"')), None)
@@ -297,7 +301,9 @@ def show(output: Path) -> None:
     for row in results(output):
         groups.setdefault(row["cell"], {}).setdefault(row["contender"], []).append(row)
     tokens = ROWS * LENGTH
-    print(f"{'tokens/s by epoch':>50}{'job':>9}{'peak':>9}{'less cache':>12}{'last loss':>11}{'MFU':>6}  later epochs")
+    print(
+        f"{'tokens/s by epoch':>50}{'job':>9}{'peak':>9}{'less cache':>12}{'last loss':>11}{'MFU':>6}  later epochs"
+    )
     for cell, contenders in groups.items():
         print(cell)
         speed = {}
@@ -316,7 +322,9 @@ def show(output: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--output", type=Path, default=Path("throughput.jsonl"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorafit-throughput")
     parser.add_argument("--rounds", type=int, default=3)
@@ -333,9 +341,11 @@ def main() -> None:
     main_cells = [(Cell("12x768", *c), [*OURS, *PEERS]) for c in reversed(MAIN)]
     main_cells.append((Cell("24x768-little-head", "ffn", "high"), [*OURS, "peft-trainer"]))
     other_cells = [(Cell("12x768", *c, epochs=2), ["lorafit", "peft-trainer"]) for c in OTHER]
-    loss_cells = [(Cell("12x768", *c, dtype="float32"), ["lorafit", "peft-trainer", "trl-best"]) for c in MAIN]
+    loss_cells = [
+        (Cell("12x768", *c, dtype="float32"), ["lorafit", "peft-trainer", "trl-best"]) for c in MAIN
+    ]
     cells = {"main": main_cells, "other": other_cells, "losses": loss_cells}
-    chosen = sum(cells.values(), []) if options.cells == "all" else cells[options.cells]
+    chosen = [*main_cells, *loss_cells, *other_cells] if options.cells == "all" else cells[options.cells]
     if not options.show:
         drive(chosen, options.rounds, options.output, options.folder)
     show(options.output)

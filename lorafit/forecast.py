@@ -1,0 +1,475 @@
+"""What a run will cost, before it: one estimate, the settings that fit, the whole matrix.
+
+torch is imported only where something must be simulated, timed or read; what was found is kept,
+and a plan that was asked for before is answered without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lorafit import __version__
+from lorafit.config import RunConfig, derive_from_rows
+from lorafit.cost import (
+    ITEMSIZE,
+    Estimate,
+    Profile,
+    Shape,
+    Timing,
+    Work,
+    by_formula,
+    estimate,
+    free_disk,
+    free_memory,
+)
+from lorafit.errors import RequestError
+from lorafit.events import Predicted
+from lorafit.modelmap import ModelMap, cache_folder, installed, jsonable
+from lorafit.plan import Plan, resolve
+from lorafit.presets import Preset
+from lorafit.survey import Source, pick_device, without_collecting
+from lorafit.units import parse_bytes
+
+PACKAGES = ("torch", "transformers", "peft")
+MASKED = 0.15  # the share that data.mask_tokens hides
+# A change in these makes what was kept stale.
+DECIDING = ("simulate.py", "step.py", "cost.py", "prefix.py", "adapter.py")
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Settings beside those that were asked for, and what they cost."""
+
+    flags: str
+    peak: int
+    seconds_per_epoch: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a plan fits in the free memory of a device, and where not, the nearest that do."""
+
+    device: str
+    free: int
+    fits: bool
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(slots=True)
+class Kept:
+    """Profiles, timings and counts of rows, as JSON under the cache folder."""
+
+    folder: Path = field(default_factory=lambda: cache_folder() / "forecasts")
+
+    def get(self, kind: Any, facts: Any) -> Any:
+        """What was kept of that kind under these facts; None when nothing was, or it is damaged."""
+        try:
+            return kind(**json.loads(self._path(kind, facts).read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def put(self, value: Any, facts: Any) -> None:
+        """Keep a value; a cache that cannot be written is no reason to stop."""
+        path = self._path(type(value), facts)
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.{os.getpid()}")
+            beside.write_text(json.dumps(asdict(value)), encoding="utf-8")
+            beside.replace(path)
+        except OSError:
+            return
+
+    def _path(self, kind: type, facts: Any) -> Path:
+        here = Path(__file__).parent
+        code = hashlib.sha256(b"".join((here / name).read_bytes() for name in DECIDING)).hexdigest()
+        versions = [__version__, code, *(installed(name) for name in PACKAGES)]
+        text = json.dumps([versions, jsonable(facts)], sort_keys=True, default=str)
+        return self.folder / f"{kind.__name__.lower()}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def device_of(name: str, elsewhere: bool) -> str:
+    """The kind of device that is planned for: `cpu`, `cuda` or `mps`.
+
+    `elsewhere` plans for one that is not here. Raises RequestError for one that is not here and
+    should be, or that there is none of.
+    """
+    kind = name.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda", "mps"):
+        raise RequestError(f"there is no device `{name}`", "--device cpu, cuda or mps")
+    if elsewhere:
+        return "cuda" if kind == "auto" else kind
+    if kind == "auto":
+        if Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists():
+            return str(_torch_device(name).type)
+        return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+    return kind if kind == "cpu" else str(_torch_device(name).type)
+
+
+def _torch_device(name: str) -> Any:
+    with without_collecting():
+        return pick_device(name)
+
+
+def dtype_of(config: RunConfig, device: str) -> str:
+    """The dtype that `train` would compute in: `auto` is bfloat16 on a GPU, else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def free_on(device: str) -> int:
+    """Bytes that are free on a device that is here."""
+    if device != "cuda":
+        return free_memory()
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
+@dataclass(slots=True)
+class Forecast:
+    """One model, one run's settings, one device: what plans on it cost.
+
+    `probing` times the device; `work` is what the run goes over, where its data are known.
+    """
+
+    source: Source
+    found: ModelMap
+    config: RunConfig
+    device: str
+    probing: bool = True
+    work: Work | None = None
+    shape: Shape = field(default_factory=lambda: Shape(1, 1))
+    typical: int = 0  # tokens of a row as a batch has them on the average; 0: as the longest
+    seconds: float = 5.0  # that the probe may take
+    kept: Kept = field(default_factory=Kept)
+    notes: list[str] = field(default_factory=list)
+
+    def profile(self, plan: Plan, shape: Shape) -> Profile:
+        """The simulated step, or the formulas where the model's code cannot be simulated."""
+        facts = [*self._facts(plan, shape), self.device]
+        found = self.kept.get(Profile, facts)
+        if found is None:
+            with without_collecting():
+                from lorafit import simulate
+            made = simulate.simulated(
+                self.source, self.found, plan, shape, self.device, self.config.head_chunk or 0
+            )
+            if isinstance(made, str):
+                self.notes.append(f"this model's code cannot be simulated ({made}): formulas stand in")
+                return by_formula(plan, self.found, shape)
+            found = made
+            self.kept.put(found, facts)
+        return found
+
+    def timing(self, plan: Plan) -> Timing | None:
+        """The probe's answer for this plan on this device; None where none may be had."""
+        if not self.probing:
+            return None
+        shape = self._typical(self.shape)
+        machine = [platform.node(), platform.processor(), os.cpu_count(), self.device]
+        facts = [*self._facts(plan, shape), machine]
+        found = self.kept.get(Timing, facts)
+        if found is None:
+            with without_collecting():
+                from lorafit import simulate
+            try:
+                found = simulate.probe(
+                    self.source, self.found, plan, shape, _torch_device(self.device), self.seconds
+                )
+            except simulate.NotSimulated as error:
+                self.notes.append(f"nothing was timed: {error}")
+                return None
+            self.kept.put(found, facts)
+        return found
+
+    def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
+        """What a plan costs at this forecast's shape. A timing of another plan is scaled by FLOPs."""
+        profile = self.profile(plan, self.shape)
+        typical = self.profile(plan, self._typical(self.shape))
+        profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
+        return estimate(
+            plan,
+            self.found,
+            self.shape,
+            profile,
+            timing,
+            self.work,
+            device=self.device,
+            replay=not profile.refusal,
+            prefix_cache=self.config.prefix_cache,
+            free=free_memory(),
+            free_on_disk=free_disk(cache_folder()),
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def scaled(self, timing: Timing | None, of: Plan, to: Plan, shape: Shape) -> Timing | None:
+        """A timing of one plan as one of another, or of another shape, by the FLOPs of both."""
+        if timing is None:
+            return None
+        was, now = self.profile(of, self._typical(self.shape)), self.profile(to, self._typical(shape))
+        rate = timing.token / max(1, was.forward + was.backward)
+        return replace(
+            timing,
+            token=rate * (now.forward + now.backward),
+            token_replayed=rate * (now.forward + now.backward - now.prefix),
+            step=timing.step * to.trainable_params / max(1, of.trainable_params),
+        )
+
+    def fit(self, plan: Plan, preset: Preset, found: Estimate, timing: Timing | None, free: int) -> Fit:
+        """Whether the plan fits in `free` bytes; where not, the nearest settings that do."""
+        if found.memory.peak <= free:
+            return Fit(self.device, free, True)
+        options: list[Alternative] = []
+        for single in self._changes():
+            single = [change for change in single if self._fixed(plan, change[1]) < free]
+            for flags, shape, layers in single:  # from the mildest on
+                other = self._alternative(plan, preset, timing, flags, shape, layers)
+                if other is not None and other.peak <= free:
+                    options.append(other)
+                    break
+        return Fit(self.device, free, False, tuple(sorted(options, key=lambda o: -o.tokens_per_second)))
+
+    def _fixed(self, plan: Plan, shape: Shape) -> int:
+        """Bytes that are there before a step: no change of its shape makes them less."""
+        return self.found.total_params * ITEMSIZE.get(shape.dtype, 4) + 3 * plan.adapter_bytes
+
+    def _alternative(
+        self,
+        plan: Plan,
+        preset: Preset,
+        timing: Timing | None,
+        flags: str,
+        shape: Shape,
+        layers: str | None,
+    ) -> Alternative | None:
+        made = plan
+        if layers is not None:
+            try:
+                made = self.resolve(preset, layers)
+            except RequestError:
+                return None
+        other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
+        cost = other.estimate(made, self.scaled(timing, plan, made, shape))
+        return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
+
+    def _changes(self) -> Iterator[list[tuple[str, Shape, str | None]]]:
+        """Lists of changes, each from the mildest to the strongest: what `train` can do today."""
+        shape, layers = self.shape, self.config.layers
+        halves = []
+        size = shape.batch // 2
+        while size >= 1:
+            accumulate = shape.accumulate * -(-shape.batch // size)
+            halves.append(
+                (
+                    f"--batch-size {size} --accumulate {accumulate}",
+                    replace(shape, batch=size, accumulate=accumulate),
+                )
+            )
+            size //= 2
+        least = halves[-1] if halves else ("", shape)
+        yield [(flags, small, None) for flags, small in halves]
+        again = (
+            [] if shape.checkpointing else [("--gradient-checkpointing", replace(shape, checkpointing=True))]
+        )
+        yield [(flags, other, None) for flags, other in again]
+        yield [("--layers high", shape, "high")] if layers != "high" else []
+        shorter = [shape.length // 2, shape.length // 4]
+        yield [(f"--max-length {n}", replace(shape, length=n), None) for n in shorter if n >= 64]
+        if shape.dtype == "float32":
+            yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
+        both = replace(least[1], checkpointing=True)
+        flags = f"{least[0]} --gradient-checkpointing".strip()
+        together: list[tuple[str, Shape, str | None]] = [
+            (flags, both, None),
+            (f"{flags} --layers high", both, "high"),
+        ]
+        if shape.dtype == "float32":
+            half = replace(both, dtype="bfloat16")
+            together += [(f"{flags} --dtype bfloat16", half, None)]
+            together += [(f"{flags} --dtype bfloat16 --layers high", half, "high")]
+        yield together
+
+    def matrix(self, presets: Sequence[Preset], bands: Sequence[str]) -> list[dict[str, Any]]:
+        """Every strategy × band, each with what it trains and costs; an error where it cannot be."""
+        cells: list[dict[str, Any]] = []
+        timed: tuple[Plan, Timing | None] | None = None
+        for preset in presets:
+            for band in bands:
+                cell: dict[str, Any] = {"preset": preset.name, "layers": band}
+                try:
+                    made = self.resolve(preset, band)
+                except RequestError as error:
+                    cells.append({**cell, "error": error.message})
+                    continue
+                timed = timed or (made, self.timing(made))
+                cost = self.estimate(made, self.scaled(timed[1], timed[0], made, self.shape))
+                cells.append(
+                    {
+                        **cell,
+                        "modules": len(made.slots),
+                        "trainable_params": made.trainable_params,
+                        "adapter_bytes": made.adapter_bytes,
+                        "peak_memory": cost.memory.peak,
+                        "flops_per_token": cost.flops_per_token,
+                        "tokens_per_second": cost.tokens_per_second,
+                        "seconds_per_epoch": cost.seconds_per_epoch,
+                        "seconds_per_epoch_replayed": cost.seconds_per_epoch_replayed,
+                    }
+                )
+        return cells
+
+    def resolve(self, preset: Preset, layers: str | None) -> Plan:
+        """The plan of another preset or band, with this run's other settings."""
+        config = self.config
+        return resolve(
+            self.found,
+            preset,
+            layers,
+            include=config.include,
+            exclude=config.exclude,
+            stack=config.stack,
+            strict=config.strict,
+        )
+
+    def _typical(self, shape: Shape) -> Shape:
+        return replace(shape, length=min(shape.length, self.typical or shape.length))
+
+    def _facts(self, plan: Plan, shape: Shape) -> list[Any]:
+        plain = replace(shape, accumulate=1, supervised=round(shape.supervised, 2))
+        return [self.source.config, plan.modules, plan.lora, plain, self.config.head_chunk]
+
+
+@dataclass(frozen=True, slots=True)
+class RowFacts:
+    """What a run's rows are like: how many, their tokens, the longest, the supervised share.
+
+    `typical` is the length that a token of them finds itself in: sum of n^2 / sum of n.
+    """
+
+    rows: int
+    tokens: int
+    held_out_tokens: int
+    longest: int
+    typical: int
+    supervised: float
+
+    @property
+    def mean(self) -> float:
+        return self.tokens / self.rows
+
+
+def row_facts(source: Source, found: ModelMap, config: RunConfig, kept: Kept) -> RowFacts | None:
+    """What the rows are like that `train` would go over; None where no data are named.
+
+    Files are read anew when their size or their time of change differs. Raises RequestError as
+    `train` would for data that cannot be read.
+    """
+    if not config.data and config.model != "demo":
+        return None
+    names = ("data", "eval_data", "holdout", "format", "max_length", "seed")
+    facts = [
+        source.place,
+        *(getattr(config, name) for name in names),
+        *map(_stamp, [*config.data, *config.eval_data]),
+    ]
+    if known := kept.get(RowFacts, facts):
+        return known if isinstance(known, RowFacts) else None
+    with without_collecting():
+        from lorafit import data
+        from lorafit.survey import load_tokenizer
+    tokenizer = load_tokenizer(source.place, source.name)
+    rows = data.load(config, tokenizer, found.task, found.vocab_size)
+    made = facts_of(rows)
+    kept.put(made, facts)
+    return made
+
+
+def facts_of(rows: Any) -> RowFacts:
+    """What those rows (data.Rows) are like."""
+    lengths = [len(row.ids) for row in rows.train]
+    return RowFacts(
+        rows=len(lengths),
+        tokens=rows.tokens,
+        held_out_tokens=sum(len(row.ids) for row in rows.held_out),
+        longest=max(lengths),
+        typical=round(sum(n * n for n in lengths) / sum(lengths)),
+        supervised=rows.supervised / rows.tokens,
+    )
+
+
+def _stamp(spec: str) -> list[Any]:
+    try:
+        found = Path(spec).expanduser().stat()
+    except OSError:
+        return [spec]
+    return [spec, found.st_size, found.st_mtime_ns]
+
+
+def prepare(
+    config: RunConfig,
+    source: Source,
+    found: ModelMap,
+    *,
+    probing: bool = True,
+    elsewhere: bool = False,
+    facts: RowFacts | None = None,
+    seconds: float = 5.0,
+) -> tuple[Forecast, RunConfig]:
+    """The forecast of a run, and its settings with what follows from its rows.
+
+    `config` has what follows from the model. `facts` are those of rows that are read already.
+    """
+    device = device_of(config.device, elsewhere)
+    kept = Kept()
+    facts = facts or row_facts(source, found, config, kept)
+    length = config.max_length or 1
+    if facts is None:
+        config = derive_from_rows(config, length)
+        work, longest, typical, supervised = None, length, length, 1.0
+    else:
+        config = derive_from_rows(config, facts.mean, facts.rows)
+        batch = config.batch_size or 1
+        steps = ceil(ceil(facts.rows / batch) / config.accumulate)
+        epochs = config.epochs or 1
+        if config.max_steps:
+            epochs = min(epochs, ceil(config.max_steps / steps))
+        work = Work(facts.tokens, steps, epochs, facts.held_out_tokens)
+        longest, typical, supervised = facts.longest, facts.typical, facts.supervised
+    if found.task == "masked":
+        supervised *= MASKED  # of the tokens that may be learned so many are hidden
+    shape = Shape(
+        config.batch_size or 1,
+        longest,
+        dtype_of(config, device),
+        config.gradient_checkpointing,
+        config.accumulate,
+        supervised,
+    )
+    made = Forecast(
+        source, found, config, device, probing and not elsewhere, work, shape, typical, seconds, kept
+    )
+    return made, config
+
+
+def predicted(cost: Estimate, plan: Plan) -> Predicted:
+    """An estimate as a run keeps it, to be held against what it measures."""
+    return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params)
+
+
+def parse_size(text: str) -> int:
+    """`24GB` as bytes. Raises RequestError for what is no size."""
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise RequestError(f"--fit is `{text}`: it takes a size", "as 24GB, 24GiB or 800MB") from None

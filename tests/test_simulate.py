@@ -1,0 +1,138 @@
+"""A simulated step against a real one, and what is extended against what is not."""
+
+import gc
+from dataclasses import replace
+
+import pytest
+import torch
+from families import FAMILIES, build_config
+from test_train import job_for
+
+from lorafit import simulate
+from lorafit.cost import Shape
+from lorafit.plan import resolve
+from lorafit.presets import load
+from lorafit.step import Forward
+from lorafit.survey import Source, find, survey
+from lorafit.train import _frozen_blocks
+
+
+def peak(profile):
+    return profile.activations + profile.logits + profile.workspace
+
+
+def named(config, name="model"):
+    return Source(name, name, config.to_dict())
+
+
+def test_the_tracker_follows_storages_from_their_making_to_their_end():
+    tracker = simulate.Tracker()
+    known = torch.nn.Linear(10, 10)
+    tracker.know(known)
+    with tracker:
+        one = torch.zeros(1000)
+        view = one.view(10, 100)
+        tracker.phase = "head"
+        two = view * 2
+        del one, view
+        three = torch.zeros(500)
+        del two, three
+        _ = known.weight.t()
+    gc.collect()
+    peaks = tracker.peaks(set())
+    assert peaks["body"] == {"body": 4000}
+    assert peaks["head"] == {"body": 4000, "head": 4000}
+    assert sum(size for _, size, _ in tracker.log) == 0
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_simulated_step_holds_what_a_real_one_holds(tiny, pairs, tmp_path, family):
+    """The same tracker over the model on meta and over the model with its weights: peak and FLOPs."""
+    job = job_for(
+        tiny(family), tmp_path / "run", data=(str(pairs),), preset="all", layers="last:2", batch_size=4,
+        max_length=100, dropout=0.0,
+    )  # fmt: skip
+    source = find(str(tiny(family)))
+    shape = Shape(4, 64, supervised=0.5)
+    batch = simulate.meta_batch(shape, job.task, "cpu")
+    batch = replace(batch, inputs={**batch.inputs, "input_ids": torch.randint(3, 800, (4, 64))})
+    forward = Forward.of(job.model, job.task)
+    below = list(_frozen_blocks(job.model.get_base_model(), job.plan))
+    job.model.train()
+    real = simulate._profile(simulate.track(job.model, forward, batch, below, "cpu"), shape, "cpu", "")
+    found = simulate.simulate(source, job.found, job.plan, shape, "cpu", whole_depth=True)
+    assert peak(found) == pytest.approx(peak(real), rel=0.005)
+    assert (found.forward, found.backward) == pytest.approx((real.forward, real.backward), rel=0.005)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "qwen3_next"])
+@pytest.mark.parametrize("band", ["low", "mid", "high", "all"])
+def test_what_is_extended_agrees_with_the_whole_depth(family, band):
+    kinds = ["linear_attention", "full_attention"] * 8
+    config = build_config(
+        family, num_hidden_layers=16, **({"layer_types": kinds} if family == "qwen3_next" else {})
+    )
+    source = named(config)
+    found = survey(source)
+    parts = ["feed-forward", "shared-experts"] if found.reinterpreted else []
+    plan = resolve(found, load("all"), band, exclude=parts)
+    for shape in (Shape(2, 64), Shape(2, 64, "bfloat16", checkpointing=True)):
+        short = simulate.simulate(source, found, plan, shape, "cpu")
+        whole = simulate.simulate(source, found, plan, shape, "cpu", whole_depth=True)
+        assert (short.forward, short.backward, short.prefix) == pytest.approx(
+            (whole.forward, whole.backward, whole.prefix), rel=1e-6, abs=2
+        )
+        assert peak(short) == pytest.approx(peak(whole), rel=0.05)
+
+
+def test_flops_are_those_of_the_hand_formula():
+    """Per token: two a weight forward, twice the attention's square; backward the same for the inputs
+    at and above the cut, the adapters' own four, and attention's five products for two."""
+    layers, hidden, inner, vocabulary, length = 8, 64, 128, 896, 32
+    config = build_config(
+        "llama", num_hidden_layers=layers, hidden_size=hidden, intermediate_size=inner, num_attention_heads=4,
+        num_key_value_heads=4, head_dim=16,
+    )  # fmt: skip
+    source = named(config)
+    found = survey(source)
+    plan = resolve(found, load("all"), "all")
+    profile = simulate.simulate(source, found, plan, Shape(2, length), "cpu", whole_depth=True)
+    block = 2 * (4 * hidden * hidden + 3 * hidden * inner)
+    attention = 4 * length * hidden
+    lora = 2 * plan.trainable_params
+    head = 2 * hidden * vocabulary
+    assert profile.forward == layers * (block + attention) + lora + head
+    # the lowest block's q, k, v need no gradient of their input through the base weights
+    # but through what stands below them nothing is trained: that part of backward is left out
+    whole = layers * (block + attention * 5 // 2) + 2 * lora + head
+    lowest = 2 * 3 * hidden * hidden + plan.lora.r * 2 * 3 * hidden
+    assert profile.backward == whole - lowest
+
+
+def test_the_prefix_is_the_part_of_forward_below_the_cut():
+    source = named(build_config("llama", num_hidden_layers=12))
+    found = survey(source)
+    shapes = Shape(2, 64)
+    high = simulate.simulate(source, found, resolve(found, load("ffn"), "high"), shapes, "cpu")
+    low = simulate.simulate(source, found, resolve(found, load("ffn"), "low"), shapes, "cpu")
+    assert low.prefix == 0 and high.prefix * 3 > high.forward > high.prefix
+    assert high.backward < low.backward and not high.refusal and "layer 0" in low.refusal
+
+
+def test_checkpointing_holds_less_and_computes_more():
+    source = named(build_config("llama", num_hidden_layers=12))
+    found = survey(source)
+    plan = resolve(found, load("all"), "all")
+    plain = simulate.simulate(source, found, plan, Shape(2, 128), "cpu")
+    again = simulate.simulate(source, found, plan, Shape(2, 128, checkpointing=True), "cpu")
+    assert peak(again) < 0.5 * peak(plain) and again.backward > 1.3 * plain.backward
+
+
+def test_the_probe_times_a_step(tiny):
+    source = find(str(tiny("llama")))
+    found = survey(source)
+    for band, replays in (("last:1", True), ("all", False)):
+        plan = resolve(found, load("ffn"), band)
+        timing = simulate.probe(source, found, plan, Shape(4, 64), torch.device("cpu"), 0.5)
+        assert 0 < timing.token_replayed <= timing.token < 1 and timing.step > 0
+        assert (timing.token_replayed < timing.token) is replays
