@@ -31,7 +31,7 @@ from lorafit.errors import LorafitError
 from lorafit.modelmap import ModelMap, Slot
 from lorafit.plan import Plan, Target, lora_params
 from lorafit.prefix import refusal
-from lorafit.step import Forward, base_of, checkpoint_activations, chunk_for
+from lorafit.step import Forward, base_of, checkpoint_activations, chunk_for, keep_freed_memory
 from lorafit.survey import Source, config_of, model_class, on_meta
 
 CUBLAS_WORKSPACE = 8_519_680  # bytes that PyTorch gives cuBLAS: 2 of 4 MiB and 8 of 16 KiB
@@ -494,24 +494,31 @@ def probe(
     forward = Forward.of(model, found.task, 0)
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type != "mps")
-    rows, spent, started = 1, 0.0, time.perf_counter()
-    best: tuple[float, float, float] | None = None
-    while True:  # more rows while there is time: small products run slower than large ones
-        small = replace(shape, batch=rows)
-        batch = meta_batch(small, found.task, str(device))
-        once = min(
-            (_timed(model, forward, batch, optimizer, blocks, len(below), times, device) for _ in range(2)),
-            key=lambda t: t[0],
-        )
-        best = (once[0] / small.tokens, once[1] / small.tokens, once[2])
-        spent = time.perf_counter() - started
-        if rows >= shape.batch or spent * 3 > seconds:
-            break
-        rows = min(shape.batch, rows * 2)
-    assert best is not None
+
+    def once(rows: int) -> tuple[float, float, float]:
+        batch = meta_batch(replace(shape, batch=rows), found.task, str(device))
+        return _timed(model, forward, batch, optimizer, blocks, len(below), times, device)
+
+    if device.type == "cpu":
+        keep_freed_memory()
+    started = time.perf_counter()
+    once(1)  # the first pays for what is made once
+    began = time.perf_counter()
+    once(1)
+    alone = time.perf_counter() - began
+    # as many rows as there is time for: small products run slower than large ones
+    rows = max(1, min(shape.batch, int((seconds - (began - started)) / (3 * alone))))
+    taken: list[tuple[float, float, float]] = []
+    while len(taken) < 2 or (time.perf_counter() - started < seconds and len(taken) < 9):
+        taken.append(once(rows))
+    token, replayed, step = sorted(taken)[len(taken) // 2]
     share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
+    tokens = rows * shape.length
     return Timing(
-        best[0], best[1], best[2] * share, f"{rows} × {shape.length} tokens through one block of each kind"
+        token / tokens,
+        replayed / tokens,
+        step * share,
+        f"{rows} × {shape.length} tokens through one block of each kind",
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import resource
@@ -42,7 +41,7 @@ from lorafit.modelmap import ModelMap, jsonable
 from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, refusal
-from lorafit.step import Forward, base_of, checkpoint_activations
+from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 
 if TYPE_CHECKING:
@@ -135,7 +134,7 @@ def assemble(
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed_memory()
-    before = peak_memory(device)
+    before = memory_before(device)
     torch.manual_seed(config.seed)
     model = load_model(source, pick_dtype(config.dtype, device), device)
     peft_model = adapter.inject(model, plan, found.task)
@@ -232,22 +231,33 @@ def matrix_rate(job: Job, seconds: float = 0.15) -> float:
     return 2 * 2048 * hidden * inner / best
 
 
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next ones of their size: a step frees and
-    takes the same sizes over and over, and each new page costs a fault. glibc only; no effect elsewhere."""
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.mallopt(mmap_threshold, 32 * 1024 * 1024)  # the most that it takes
-        libc.mallopt(trim_threshold, 2**31 - 1)
-
-
 def peak_memory(device: torch.device) -> int:
     """Bytes at the highest mark: of the device's allocator on CUDA, of the process elsewhere."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
+    if found := _status("VmHWM"):
+        return found
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_before(device: torch.device) -> int:
+    """Bytes held now, before a model is loaded; on Linux the highest mark begins anew."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return torch.cuda.memory_allocated(device)
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    return _status("VmRSS") or peak_memory(device)
+
+
+def _status(name: str) -> int:
+    """A size in Linux's `/proc/self/status`, in bytes; 0 where there is none."""
+    with suppress(OSError, ValueError):
+        for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
+            if line.startswith(f"{name}:"):
+                return int(line.split()[1]) * 1024
+    return 0
 
 
 def run(job: Job) -> Iterator[Event]:
@@ -556,7 +566,7 @@ def _report(job: Job, state: _State, after: Loss) -> TrainReport:
         tokens_per_second=state.tokens / max(1e-9, state.seconds),
         epochs=tuple(state.epochs),
         peak_memory_bytes=peak_memory(job.device),
-        memory_growth_bytes=peak_memory(job.device) - (0 if job.device.type == "cuda" else job.memory_before),
+        memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,
         eval={"before": state.before, "after": after},
     )
