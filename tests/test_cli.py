@@ -170,6 +170,8 @@ def test_train_ends_with_one_document(trained):
         "epochs",
         "peak_memory_bytes",
         "eval",
+        "prefix_cache",
+        "predicted",
     ]:
         assert key in report
     assert report["steps"] == 8 and set(report["epochs"][0]) == {
@@ -178,7 +180,12 @@ def test_train_ends_with_one_document(trained):
         "tokens",
         "seconds",
         "tokens_per_second",
+        "supervised_tokens",
+        "mfu",
+        "replayed",
     }
+    assert report["predicted"]["trainable_params"] == report["trainable_params"]
+    assert report["predicted"]["peak_memory_bytes"] > 0 and report["predicted"]["seconds"] > 0
     assert (
         set(report["eval"]["before"]) == {"loss", "tokens"}
         and report["eval"]["after"]["loss"] < report["eval"]["before"]["loss"]

@@ -1,0 +1,132 @@
+"""What `plan` says of memory and time: its terms, its fit, its matrix, its errors."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from lorafit import forecast
+from lorafit.units import parse_bytes
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("512MB", 512 * 10**6), ("1.5k", 1500), ("800", 800)],
+)
+def test_sizes_are_read(text, size):
+    assert parse_bytes(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "GB", "24XB", "-3GB", "1e9", "3i", "24 G B"])
+def test_what_is_no_size_is_refused(text):
+    with pytest.raises(ValueError):
+        parse_bytes(text)
+
+
+def test_the_estimate_has_its_terms(run):
+    found = run("plan", "demo", "--preset", "ffn", "--layers", "high", "--json").document["estimate"]
+    memory = found["memory"]
+    assert set(memory) == {
+        "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "prefix_cache", "peak",
+    }  # fmt: skip
+    assert memory["peak"] == sum(size for name, size in memory.items() if name != "peak")
+    assert memory["weights"] == 4 * 2_525_952 and memory["adapter"] == memory["gradients"] == 4 * 69_120
+    assert memory["optimizer"] == 8 * 69_120
+    assert found["flops_per_token"]["forward"] > found["flops_per_token"]["prefix"] > 0
+    assert found["tokens_per_epoch"] == 39_957 and found["epochs"] == 3
+    assert 0 < found["seconds_per_epoch_replayed"] < found["seconds_per_epoch"]
+    assert found["prefix_cache"]["where"] == "memory" and memory["prefix_cache"] > 0
+    assert any("simulated step" in line for line in found["assumptions"])
+
+
+def test_without_a_probe_a_stated_rate_is_assumed(run):
+    found = run("plan", "demo", "--no-probe", "--json").document["estimate"]
+    assert any("FLOP/s assumed" in line for line in found["assumptions"])
+    flops = found["flops_per_token"]["forward"] + found["flops_per_token"]["backward"]
+    assert found["seconds_per_epoch"] == pytest.approx(39_957 * flops / 1e11)
+
+
+def test_data_that_are_named_are_counted(run, tiny, pairs, tmp_path):
+    pairs = shutil.copy(pairs, tmp_path / "own.jsonl")
+    plain = run("plan", tiny("llama"), "--no-probe", "--json").document["estimate"]
+    assert plain["tokens_per_epoch"] is None and plain["seconds_per_epoch"] is None
+    given = run("plan", tiny("llama"), "--data", pairs, "--no-probe", "--max-length", 100, "--json").document
+    assert 500 < given["estimate"]["tokens_per_epoch"] < 4000
+    with pairs.open("a") as file:
+        file.write(json.dumps({"prompt": "one more", "completion": "row"}) + "\n")
+    again = run("plan", tiny("llama"), "--data", pairs, "--no-probe", "--max-length", 100, "--json").document
+    assert again["estimate"]["tokens_per_epoch"] != given["estimate"]["tokens_per_epoch"]
+
+
+def test_what_does_not_fit_comes_with_what_does(run):
+    common = ("plan", "demo", "--preset", "all", "--layers", "all", "--batch-size", 8, "--no-probe", "--json")
+    roomy = run(*common, "--fit", "24GB").document
+    assert roomy["fit"]["fits"] and not roomy["fit"]["alternatives"]
+    tight = run(*common, "--fit", "40MB").document
+    peak = tight["estimate"]["memory"]["peak"]
+    assert peak > 40e6 and not tight["fit"]["fits"] and tight["fit"]["alternatives"]
+    assert all(option["peak"] <= 40e6 for option in tight["fit"]["alternatives"])
+    # each is what the plan itself says of these settings
+    option = tight["fit"]["alternatives"][0]
+    said = run("plan", "demo", "--preset", "all", "--layers", "all", "--no-probe", "--json", "--fit", "40MB",
+               *(option["flags"].split() if "--batch-size" in option["flags"]
+                 else ["--batch-size", "8", *option["flags"].split()]))  # fmt: skip
+    layers = "high" if "--layers high" in option["flags"] else "all"
+    assert said.document["layers"]["spec"] == layers
+    assert said.document["estimate"]["memory"]["peak"] == pytest.approx(option["peak"], rel=0.02)
+    nothing = run(*common, "--fit", "5MB").document
+    assert not nothing["fit"]["alternatives"]
+
+
+def test_the_matrix_has_memory_and_time(run):
+    found = run("plan", "demo", "--matrix", "--no-probe", "--json").document
+    cells = {(c["preset"], c["layers"]): c for c in found["cells"]}
+    assert len(cells) == 20 and found["free"] > 0
+    assert cells["all", "all"]["peak_memory"] > cells["all", "high"]["peak_memory"]
+    assert cells["ffn", "high"]["seconds_per_epoch"] < cells["ffn", "low"]["seconds_per_epoch"]
+    assert cells["ffn", "low"]["seconds_per_epoch_replayed"] is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--fit", "24XB"], "takes a size"),
+        (["--batch-size", 0], "--batch-size is 0"),
+        (["--max-length", 99999], "beyond the 512 positions"),
+        (["--device", "tpu"], "no device `tpu`"),
+        (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
+    ],
+)
+def test_a_wrong_request_is_told_so(run, arguments, words):
+    result = run("plan", "demo", *arguments)
+    assert result.code == 2 and words in result.err
+
+
+def test_a_plan_that_was_asked_for_before_needs_no_torch(tmp_path):
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
+    program = (
+        "import sys; from lorafit.cli import app\n"
+        "try: app(['plan', 'demo', '--no-probe', '--json'])\n"
+        "except SystemExit: pass\n"
+        "print('torch' in sys.modules, file=sys.stderr)"
+    )
+    answers = [
+        subprocess.run(
+            [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+        )
+        for _ in range(2)
+    ]
+    assert [a.stderr.strip().splitlines()[-1] for a in answers] == ["True", "False"]
+    assert answers[0].stdout == answers[1].stdout or "free" in answers[0].stdout
+
+
+def test_a_damaged_cache_is_made_again(tmp_path):
+    kept = forecast.Kept(tmp_path)
+    kept.put(forecast.RowFacts(1, 2, 3, 4, 5, 0.5), ["facts"])
+    assert kept.get(forecast.RowFacts, ["facts"]) == forecast.RowFacts(1, 2, 3, 4, 5, 0.5)
+    (path,) = tmp_path.glob("*.json")
+    path.write_text("{half")
+    assert kept.get(forecast.RowFacts, ["facts"]) is None
