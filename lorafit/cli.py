@@ -12,7 +12,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
@@ -775,9 +775,10 @@ def main() -> NoReturn:
         app()
     except SystemExit as end:
         code = end.code
-    atexit._run_exitfuncs()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    atexit._run_exitfuncs()  # what libraries asked to be done still is
+    with suppress(BrokenPipeError):  # the reader has had enough: `lorafit presets | true`
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code if isinstance(code, int) else DONE)
 
 

@@ -29,6 +29,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
 TOKENS_PER_STEP = 2048
 ENOUGH_STEPS, MOST_EPOCHS = 250, 3
 LONGEST_ROW = 1024
+MASKED_SHARE = 0.15  # of the tokens that a masked model may learn, those that are hidden
 
 
 @dataclass(frozen=True, slots=True)

@@ -94,11 +94,12 @@ class Profile:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds a token of a micro-batch, with all layers and with the prefix replayed; of the optimizer
-    a step; and what they were taken from."""
+    a step; the tokens a row, and in words what they were taken from."""
 
     token: float
     token_replayed: float
     step: float
+    length: int
     source: str
 
 
@@ -184,7 +185,7 @@ def estimate(
     rate = ASSUMED_RATE.get(device, 1e11)
     if timing is None:
         flops = profile.forward + profile.backward
-        timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, "")
+        timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
     whole = replayed = total = None
     if work:
         steps = work.steps * timing.step

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafit import demo
-from lorafit.config import RunConfig
+from lorafit.config import MASKED_SHARE, RunConfig
 from lorafit.errors import RequestError
 from lorafit.packing import held_out
 from lorafit.survey import HUB_ID
@@ -632,7 +632,7 @@ def _padded(sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
 
 
 def mask_tokens(
-    batch: Batch, mask_id: int, vocab_size: int, generator: torch.Generator, share: float = 0.15
+    batch: Batch, mask_id: int, vocab_size: int, generator: torch.Generator, share: float = MASKED_SHARE
 ) -> Batch:
     """A batch with tokens hidden for a masked model: of those that may be learned 15 %, at least one
     a row; 80 % become the mask token, 10 % a random one, 10 % stay (arXiv:1810.04805, sec. 3.1).

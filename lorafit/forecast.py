@@ -12,13 +12,13 @@ import os
 import platform
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
 from typing import Any
 
 from lorafit import __version__
-from lorafit.config import RunConfig, derive_from_rows
+from lorafit.config import MASKED_SHARE, RunConfig, derive_from_rows
 from lorafit.cost import (
     ITEMSIZE,
     Estimate,
@@ -31,18 +31,21 @@ from lorafit.cost import (
     free_disk,
     free_memory,
 )
-from lorafit.errors import RequestError
+from lorafit.errors import LorafitError, RequestError
 from lorafit.events import Predicted
-from lorafit.modelmap import ModelMap, cache_folder, installed, jsonable
+from lorafit.modelmap import ModelMap, cache_folder, installed, jsonable, keep
 from lorafit.plan import Plan, resolve
 from lorafit.presets import Preset
 from lorafit.survey import Source, pick_device, without_collecting
 from lorafit.units import parse_bytes
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 PACKAGES = ("torch", "transformers", "peft")
-MASKED = 0.15  # the share that data.mask_tokens hides
 # A change in these makes what was kept stale.
-DECIDING = ("simulate.py", "step.py", "cost.py", "prefix.py", "adapter.py")
+DECIDING = (
+    "adapter.py", "cost.py", "data.py", "forecast.py", "packing.py", "prefix.py", "simulate.py", "step.py",
+    "survey.py",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,15 +82,8 @@ class Kept:
             return None
 
     def put(self, value: Any, facts: Any) -> None:
-        """Keep a value; a cache that cannot be written is no reason to stop."""
-        path = self._path(type(value), facts)
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            beside = path.with_name(f".{path.name}.{os.getpid()}")
-            beside.write_text(json.dumps(asdict(value)), encoding="utf-8")
-            beside.replace(path)
-        except OSError:
-            return
+        """Keep a value under these facts."""
+        keep(self._path(type(value), facts), value)
 
     def _path(self, kind: type, facts: Any) -> Path:
         here = Path(__file__).parent
@@ -162,13 +158,18 @@ class Forecast:
         if found is None:
             with without_collecting():
                 from lorafit import simulate
-            made = simulate.simulated(
-                self.source, self.found, plan, shape, self.device, self.config.head_chunk or 0
-            )
-            if isinstance(made, str):
-                self.notes.append(f"this model's code cannot be simulated ({made}): formulas stand in")
+            try:
+                found = simulate.simulate(
+                    self.source,
+                    self.found,
+                    plan,
+                    shape,
+                    self.device,
+                    head_chunk=self.config.head_chunk or 0,
+                )
+            except LorafitError as error:
+                self.notes.append(f"no step was simulated, formulas stand in: {error.message}")
                 return by_formula(plan, self.found, shape)
-            found = made
             self.kept.put(found, facts)
         return found
 
@@ -187,10 +188,12 @@ class Forecast:
                 found = simulate.probe(
                     self.source, self.found, plan, shape, _torch_device(self.device), self.seconds
                 )
-            except simulate.NotSimulated as error:
-                self.notes.append(f"nothing was timed: {error}")
+            except LorafitError as error:
+                self.notes.append(f"nothing was timed: {error.message}")
                 return None
             self.kept.put(found, facts)
+        if found.length < shape.length:  # what there was no time for: longer rows cost more a token
+            found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
         return found
 
     def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
@@ -217,7 +220,10 @@ class Forecast:
         """A timing of one plan as one of another, or of another shape, by the FLOPs of both."""
         if timing is None:
             return None
-        was, now = self.profile(of, self._typical(self.shape)), self.profile(to, self._typical(shape))
+        return self._scaled(timing, of, self._typical(self.shape), to, self._typical(shape))
+
+    def _scaled(self, timing: Timing, of: Plan, was_of: Shape, to: Plan, shape: Shape) -> Timing:
+        was, now = self.profile(of, was_of), self.profile(to, shape)
         rate = timing.token / max(1, was.forward + was.backward)
         return replace(
             timing,
@@ -382,6 +388,7 @@ def row_facts(source: Source, found: ModelMap, config: RunConfig, kept: Kept) ->
         source.place,
         *(getattr(config, name) for name in names),
         *map(_stamp, [*config.data, *config.eval_data]),
+        *(_stamp(str(Path(source.place) / name)) for name in TOKENIZER_FILES),
     ]
     if known := kept.get(RowFacts, facts):
         return known if isinstance(known, RowFacts) else None
@@ -447,7 +454,7 @@ def prepare(
         work = Work(facts.tokens, steps, epochs, facts.held_out_tokens)
         longest, typical, supervised = facts.longest, facts.typical, facts.supervised
     if found.task == "masked":
-        supervised *= MASKED  # of the tokens that may be learned so many are hidden
+        supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden
     shape = Shape(
         config.batch_size or 1,
         longest,

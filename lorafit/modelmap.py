@@ -177,6 +177,18 @@ def installed(package: str) -> str:
         return "none"
 
 
+def keep(path: Path, value: Any) -> None:
+    """Write a value as JSON beside its file and rename it; a cache that cannot be written is no
+    reason to stop."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        beside.write_text(json.dumps(jsonable(value)), encoding="utf-8")
+        beside.replace(path)
+    except OSError:
+        return
+
+
 @dataclass(frozen=True, slots=True)
 class MapCache:
     """Maps seen before, by the content of their config and the versions that read it."""
@@ -200,14 +212,8 @@ class MapCache:
             return None
 
     def put(self, key: str, found: ModelMap) -> None:
-        """Keep a map; a cache that cannot be written is no reason to stop."""
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self.folder / f".{key}.{os.getpid()}"
-            beside.write_text(json.dumps(jsonable(found)), encoding="utf-8")
-            beside.replace(self.folder / f"{key}.json")
-        except OSError:
-            return
+        """Keep a map."""
+        keep(self.folder / f"{key}.json", found)
 
 
 def _source_digest() -> str:

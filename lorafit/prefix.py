@@ -63,6 +63,14 @@ def refusal(found: ModelMap, plan: Plan, model: torch.nn.Module) -> str:
     return ""
 
 
+def blocks_below(model: torch.nn.Module, plan: Plan) -> tuple[torch.nn.Module, ...]:
+    """The blocks of a base model below the cut of the one stack that is adapted; none where several are."""
+    if len(plan.cut) != 1:
+        return ()
+    ((path, cut),) = plan.cut.items()
+    return tuple(model.get_submodule(path).children())[:cut]
+
+
 def _noise_below(model: torch.nn.Module, above: tuple[str, ...]) -> str:
     """A dropout or jitter that is active in training below the cut, as a reason."""
     for name, module in model.named_modules():
@@ -334,24 +342,22 @@ def _sweep(folder: Path) -> None:
     """Remove what killed runs left half filled."""
     for path in folder.glob(f"*{FILLING}*"):
         pid = path.name.rpartition("-")[2]
-        if not pid.isdigit() or not Path(f"/proc/{pid}").exists():
-            if pid.isdigit() and not Path("/proc").exists() and _alive(int(pid)):
-                continue
+        if not pid.isdigit() or not _alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
+    except (ProcessLookupError, OverflowError):
         return False
-    except OSError:
+    except PermissionError:  # it is another user's, and there
         return True
     return True
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class Stored:
     """A cache on disk, as `lorafit cache` lists it."""
 
     key: str
@@ -368,14 +374,14 @@ def folder() -> Path:
     return cache_folder() / "prefix"
 
 
-def kept() -> list[Kept]:
+def kept() -> list[Stored]:
     """The whole caches on this machine, the newest first."""
     found = []
     for path in folder().glob("*"):
         index = _index(path) if FILLING not in path.name else None
         if index is not None:
             found.append(
-                Kept(
+                Stored(
                     path.name,
                     str(index.get("model", "")),
                     int(index.get("layers", 0)),

@@ -13,7 +13,7 @@ import math
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -25,21 +25,27 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorafit import adapter
-from lorafit.cost import Profile, Shape, Timing
+from lorafit.cost import Profile, Shape, Timing, free_memory
 from lorafit.data import Batch
 from lorafit.errors import LorafitError
 from lorafit.modelmap import ModelMap, Slot
 from lorafit.plan import Plan, Target, lora_params
-from lorafit.prefix import refusal
+from lorafit.prefix import blocks_below, refusal
 from lorafit.step import Forward, base_of, checkpoint_activations, chunk_for, keep_freed_memory
 from lorafit.survey import Source, config_of, model_class, on_meta
+from lorafit.units import bytes_text
 
 CUBLAS_WORKSPACE = 8_519_680  # bytes that PyTorch gives cuBLAS: 2 of 4 MiB and 8 of 16 KiB
+# What configs call their depth.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
+FEW = 64  # tokens that the probe begins with
+ROOM = 0.5  # of the memory that is free: what the probe's blocks may take
 aten = torch.ops.aten
 
 
-class NotSimulated(Exception):
-    """The model's own code cannot run on tensors without bytes; the message says where."""
+class NotSimulated(LorafitError):
+    """The model's own code does not run on tensors without bytes, or its blocks do not fit the probe;
+    the message says which."""
 
 
 # -- following storages ---------------------------------------------------------------------
@@ -269,7 +275,7 @@ def meta_batch(shape: Shape, task: str, device: str = "meta") -> Batch:
 
 
 def track(
-    model: torch.nn.Module, forward: Forward, batch: Batch, below: list[torch.nn.Module], device: str
+    model: torch.nn.Module, forward: Forward, batch: Batch, below: Sequence[torch.nn.Module], device: str
 ) -> _Run:
     """Forward and backward of one micro-batch under a tracker; on a real model, a real step."""
     tracker = Tracker()
@@ -352,7 +358,7 @@ def _profile(run: _Run, shape: Shape, device: str, reason: str) -> Profile:
 
 def planned_model(
     source: Source, found: ModelMap, plan: Plan, shape: Shape, kept: list[int] | None
-) -> tuple[Any, list[torch.nn.Module], Plan]:
+) -> tuple[Any, tuple[torch.nn.Module, ...], Plan]:
     """The model on meta with the plan's adapter in it, as it trains; the blocks below the cut; the plan.
 
     With `kept`, its stack holds these of its layers only, and the plan is that of these.
@@ -372,12 +378,9 @@ def planned_model(
         plan = _plan_of(plan, path, kept)
     model = model.to(getattr(torch, shape.dtype)).requires_grad_(False)
     peft_model = adapter.inject(model, plan, found.task)
-    below: list[torch.nn.Module] = []
-    if len(plan.cut) == 1:
-        ((path, cut),) = plan.cut.items()
-        below = list(model.get_submodule(path).children())[:cut]
+    below = blocks_below(model, plan)
     if shape.checkpointing:
-        checkpoint_activations(peft_model, tuple(below))
+        checkpoint_activations(peft_model, below)
     return peft_model.train(), below, plan
 
 
@@ -443,9 +446,6 @@ def _uniform(found: ModelMap, path: str) -> bool:
     return len({tuple(sorted(weights)) for weights in layers.values()}) == 1
 
 
-DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
-
-
 def _plan_of(plan: Plan, path: str, kept: list[int]) -> Plan:
     """The same plan over a stack that holds only these of its layers."""
     number = {layer: at for at, layer in enumerate(kept)}
@@ -481,11 +481,9 @@ def probe(
     kept = sorted(layers[0] for layers in groups.values()) if groups else None
     counts = {layers[0]: len(layers) for layers in groups.values()}
     model, below, _ = planned_model(source, found, plan, shape, kept)
-    try:
-        model = model.to_empty(device=device)
-        _fill(model)
-    except (RuntimeError, MemoryError) as error:
-        raise NotSimulated(f"a block does not fit on {device}: {str(error).splitlines()[0][:120]}") from None
+    _check_room(model, device)
+    model = model.to_empty(device=device)
+    _fill(model)
     blocks: list[torch.nn.Module] = []
     if len(plan.cut) == 1:
         ((path, _),) = plan.cut.items()
@@ -495,31 +493,47 @@ def probe(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type != "mps")
 
-    def once(rows: int) -> tuple[float, float, float]:
-        batch = meta_batch(replace(shape, batch=rows), found.task, str(device))
+    def once(rows: int, length: int) -> tuple[float, float, float]:
+        batch = meta_batch(replace(shape, batch=rows, length=length), found.task, str(device))
         return _timed(model, forward, batch, optimizer, blocks, len(below), times, device)
 
     if device.type == "cpu":
         keep_freed_memory()
     started = time.perf_counter()
-    once(1)  # the first pays for what is made once
-    began = time.perf_counter()
-    once(1)
-    alone = time.perf_counter() - began
-    # as many rows as there is time for: small products run slower than large ones
-    rows = max(1, min(shape.batch, int((seconds - (began - started)) / (3 * alone))))
     taken: list[tuple[float, float, float]] = []
-    while len(taken) < 2 or (time.perf_counter() - started < seconds and len(taken) < 9):
-        taken.append(once(rows))
+    rows, length = 1, min(FEW, shape.length)
+    try:
+        once(rows, length)  # the first pays for what is made once
+        began = time.perf_counter()
+        once(rows, length)
+        alone = (time.perf_counter() - began) / length
+        # as many tokens as there is time for three times: small products run slower than large ones
+        tokens = int((seconds - (began - started)) / (3 * alone))
+        length = min(shape.length, max(length, tokens))
+        rows = max(1, min(shape.batch, tokens // length))
+        while len(taken) < 2 or (time.perf_counter() - started < seconds and len(taken) < 9):
+            taken.append(once(rows, length))
+    except Exception as error:  # any model's code may fail over random weights, as memory may run out
+        raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
     token, replayed, step = sorted(taken)[len(taken) // 2]
     share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
-    tokens = rows * shape.length
     return Timing(
-        token / tokens,
-        replayed / tokens,
+        token / (rows * length),
+        replayed / (rows * length),
         step * share,
-        f"{rows} × {shape.length} tokens through one block of each kind",
+        length,
+        f"{rows} × {length} tokens through one block of each kind",
     )
+
+
+def _check_room(model: torch.nn.Module, device: torch.device) -> None:
+    """Raises NotSimulated when the probe's blocks would take more than half of the memory that is free."""
+    if device.type not in ("cpu", "cuda"):
+        return
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if size > ROOM * room:
+        raise NotSimulated(f"a block of each kind takes {bytes_text(size)}, and {bytes_text(room)} are free")
 
 
 def _fill(model: torch.nn.Module) -> None:
@@ -585,13 +599,3 @@ def _timed(
     whole = rest + sum(n * (f + b) for n, f, b in zip(times, forwards, backwards, strict=True))
     prefix = sum(n * f for n, f in zip(times[:below], forwards[:below], strict=True))
     return whole, whole - prefix, stepped
-
-
-def simulated(
-    source: Source, found: ModelMap, plan: Plan, shape: Shape, device: str, head_chunk: int = 0
-) -> Profile | str:
-    """The profile, or why there is none."""
-    try:
-        return simulate(source, found, plan, shape, device, head_chunk=head_chunk)
-    except (NotSimulated, LorafitError) as error:
-        return str(error)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import ctypes
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
@@ -319,7 +319,7 @@ def shifted_right(model: torch.nn.Module, labels_BS: torch.Tensor) -> torch.Tens
     return shifted.masked_fill(shifted == IGNORED, pad)
 
 
-def checkpoint_activations(model: torch.nn.Module, frozen: tuple[torch.nn.Module, ...] = ()) -> None:
+def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Module] = ()) -> None:
     """Recompute activations in the backward pass, and keep it from running below the lowest adapter.
 
     transformers makes the embeddings' output require a gradient for its reentrant kind of

@@ -585,10 +585,7 @@ def _why_unplaced(slot: Slot) -> str:
 
 def _head_path(tree: _Tree) -> str:
     """The module that makes the logits, or empty."""
-    try:
-        head = tree.model.get_output_embeddings()
-    except (AttributeError, NotImplementedError):  # classes without a head, or that do not say which it is
-        return ""
+    head = tree.model.get_output_embeddings()
     return next((path for path, module in tree.modules.items() if module is head and path), "")
 
 
@@ -702,12 +699,16 @@ def _sizes(
 
 
 def _embedding_shape(tree: _Tree) -> tuple[int, ...]:
-    """(vocabulary, hidden) of the input embedding; (0, 0) where the model does not say which it is."""
+    """(vocabulary, hidden) of the input embedding; (0, 0) where there is not one, or the model does
+    not say which it is."""
     try:
-        weight = tree.model.get_input_embeddings().weight
-    except (AttributeError, NotImplementedError):  # PPFormulaNet, Dia, Qwen2.5-Omni do not say it
+        embedding = tree.model.get_input_embeddings()
+    # transformers' only way to say that a class names none (Dia, PPFormulaNet, the Qwen Omnis in 5.23);
+    # such a model still has a map, whose sizes come from its config
+    except NotImplementedError:
         return (0, 0)
-    return tuple(weight.shape)
+    weight = getattr(embedding, "weight", None)  # Musicgen has a list of them
+    return tuple(weight.shape) if weight is not None else (0, 0)
 
 
 def _max_positions(tree: _Tree, text: PreTrainedConfig) -> int:

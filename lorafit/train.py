@@ -40,7 +40,7 @@ from lorafit.events import (
 from lorafit.modelmap import ModelMap, jsonable
 from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
-from lorafit.prefix import DiskStore, Prefix, refusal
+from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal
 from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 
@@ -139,18 +139,10 @@ def assemble(
     model = load_model(source, pick_dtype(config.dtype, device), device)
     peft_model = adapter.inject(model, plan, found.task)
     if config.gradient_checkpointing:
-        checkpoint_activations(peft_model, _frozen_blocks(model, plan))
+        checkpoint_activations(peft_model, blocks_below(model, plan))
     return Job(
         peft_model, found.task, config, plan, rows, tokenizer, found, device, folder, stop, predicted, before
     )
-
-
-def _frozen_blocks(model: torch.nn.Module, plan: Plan) -> tuple[torch.nn.Module, ...]:
-    """The blocks below the cut, where one stack is adapted."""
-    if len(plan.cut) != 1:
-        return ()
-    ((path, cut),) = plan.cut.items()
-    return tuple(model.get_submodule(path).children())[:cut]
 
 
 def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
@@ -158,21 +150,18 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
 
     Raises RequestError when the cache was asked for by name and would not be exact.
     """
-    asked = job.config.prefix_cache
-    base = base_of(job.model)
+    asked, base = job.config.prefix_cache, base_of(job.model)
+    if asked == "off":
+        return Prefix(), PrefixCache("off", "--prefix-cache off")
     reason = refusal(job.found, job.plan, base)
-    if reason or asked == "off":
-        if reason and asked in ("memory", "disk"):
-            raise RequestError(
-                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
-            )
-        return Prefix(), PrefixCache("off", reason or "--prefix-cache off")
-    ((stack, cut),) = job.plan.cut.items()
-    prefix = Prefix.below(base, stack, cut)
-    first = job.micro_batch(0, 0).to(job.device)
-    job.model.eval()
-    if reason := prefix.differs(first, lambda batch: forward.logits(job.model, batch)):
-        if asked in ("memory", "disk"):
+    if not reason:
+        ((stack, cut),) = job.plan.cut.items()
+        prefix = Prefix.below(base, stack, cut)
+        first = job.micro_batch(0, 0).to(job.device)
+        job.model.eval()
+        reason = prefix.differs(first, lambda batch: forward.logits(job.model, batch))
+    if reason:
+        if asked != "auto":
             raise RequestError(
                 f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
             )

@@ -120,7 +120,10 @@ def test_a_plan_that_was_asked_for_before_needs_no_torch(tmp_path):
         for _ in range(2)
     ]
     assert [a.stderr.strip().splitlines()[-1] for a in answers] == ["True", "False"]
-    assert answers[0].stdout == answers[1].stdout or "free" in answers[0].stdout
+    first, second = (json.loads(answer.stdout) for answer in answers)
+    for found in (first, second):  # how much memory is free changes from one moment to the next
+        del found["fit"]["free"], found["estimate"]["prefix_cache"]["reason"]
+    assert first == second
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):

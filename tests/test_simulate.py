@@ -11,10 +11,10 @@ from test_train import job_for
 from lorafit import simulate
 from lorafit.cost import Shape
 from lorafit.plan import resolve
+from lorafit.prefix import blocks_below
 from lorafit.presets import load
 from lorafit.step import Forward
 from lorafit.survey import Source, find, survey
-from lorafit.train import _frozen_blocks
 
 
 def peak(profile):
@@ -57,7 +57,7 @@ def test_a_simulated_step_holds_what_a_real_one_holds(tiny, pairs, tmp_path, fam
     batch = simulate.meta_batch(shape, job.task, "cpu")
     batch = replace(batch, inputs={**batch.inputs, "input_ids": torch.randint(3, 800, (4, 64))})
     forward = Forward.of(job.model, job.task)
-    below = list(_frozen_blocks(job.model.get_base_model(), job.plan))
+    below = blocks_below(job.model.get_base_model(), job.plan)
     job.model.train()
     real = simulate._profile(simulate.track(job.model, forward, batch, below, "cpu"), shape, "cpu", "")
     found = simulate.simulate(source, job.found, job.plan, shape, "cpu", whole_depth=True)
@@ -135,4 +135,22 @@ def test_the_probe_times_a_step(tiny):
         plan = resolve(found, load("ffn"), band)
         timing = simulate.probe(source, found, plan, Shape(4, 64), torch.device("cpu"), 0.5)
         assert 0 < timing.token_replayed <= timing.token < 1 and timing.step > 0
-        assert (timing.token_replayed < timing.token) is replays
+        assert (timing.token_replayed < timing.token) is replays and timing.length == 64
+
+
+def test_the_probe_cuts_the_row_where_there_is_no_time_for_it(tiny):
+    source = find(str(tiny("llama")))
+    found = survey(source)
+    plan = resolve(found, load("ffn"), "last:1")
+    timing = simulate.probe(source, found, plan, Shape(4, 128), torch.device("cpu"), 0.0)
+    assert timing.length == simulate.FEW and "1 × 64 tokens" in timing.source
+
+
+def test_blocks_that_do_not_fit_are_not_built(tiny, monkeypatch):
+    source = find(str(tiny("llama")))
+    found = survey(source)
+    monkeypatch.setattr(simulate, "free_memory", lambda: 1000)
+    with pytest.raises(simulate.NotSimulated, match="a block of each kind takes"):
+        simulate.probe(
+            source, found, resolve(found, load("ffn"), "last:1"), Shape(4, 64), torch.device("cpu")
+        )

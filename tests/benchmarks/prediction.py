@@ -81,9 +81,10 @@ def one(cell: Cell) -> dict[str, Any]:
     from lorafit.demo import MODEL
     from lorafit.events import EpochDone, TrainReport
     from lorafit.plan import resolve
+    from lorafit.prefix import blocks_below
     from lorafit.presets import load
     from lorafit.step import Forward
-    from lorafit.survey import find, load_model, load_tokenizer, survey
+    from lorafit.survey import find, load_tokenizer, survey
 
     folder = Path(tempfile.mkdtemp())
     name, arguments = SHAPES[cell.family]
@@ -126,14 +127,13 @@ def one(cell: Cell) -> dict[str, Any]:
     if job.device.type == "cpu":  # the tracker over a real step of a model of its own
         batch = job.micro_batch(0, 0)
         forward = Forward.of(job.model, found.task)
-        below = list(train._frozen_blocks(job.model.get_base_model(), plan))
+        below = blocks_below(job.model.get_base_model(), plan)
         job.model.train()
         tracked = simulate._profile(
             simulate.track(job.model, forward, batch, below, "cpu"), ahead.shape, "cpu", ""
         )
         fixed = cost.memory.weights + cost.memory.adapter + cost.memory.gradients + cost.memory.optimizer
         result["tracked_peak"] = fixed + tracked.activations + tracked.logits + tracked.workspace
-    del load_model
     return result
 
 
