@@ -105,12 +105,18 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run goes over: tokens and micro-batches of an epoch, how often, rows held out."""
+    """What a run goes over: tokens and optimizer steps of an epoch, the steps of the whole run, which
+    may end within an epoch, and the tokens held out."""
 
     tokens: int
+    epoch_steps: int
     steps: int
-    epochs: int
     held_out_tokens: int = 0
+
+    @property
+    def passes(self) -> float:
+        """How often the rows are gone over, a part of a pass counted as that."""
+        return self.steps / self.epoch_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,15 +133,16 @@ class Estimate:
     """The cost of a plan at a shape, and what was assumed.
 
     `seconds_per_epoch` is of a pass that runs every layer, `seconds_per_epoch_replayed` of one that
-    replays the prefix (None where there is none to replay), `seconds` of all epochs as `train` would
-    run them.
+    replays the prefix (None where there is none to replay), `seconds` of the whole run as `train` would
+    do it: `steps` optimizer steps, `epochs` passes over the rows, the last of which may be a part.
     """
 
     shape: Shape
     memory: Memory
     flops_per_token: Flops
     tokens_per_epoch: int | None
-    epochs: int | None
+    steps: int | None
+    epochs: float | None
     seconds_per_epoch: float | None
     seconds_per_epoch_replayed: float | None
     seconds: float | None
@@ -181,18 +188,18 @@ def estimate(
     cache = Choice("off", "nothing is frozen below the band" if not replay else "the rows are not known")
     if work and replay:
         size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens)
-        cache = choose(prefix_cache, work.epochs, size, free, free_on_disk, False)
+        cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
     rate = ASSUMED_RATE.get(device, 1e11)
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
     whole = replayed = total = None
     if work:
-        steps = work.steps * timing.step
+        steps = work.epoch_steps * timing.step
         whole = work.tokens * timing.token + steps
         replayed = work.tokens * timing.token_replayed + steps if replay else None
         later = replayed if replayed is not None and cache.where != "off" else whole
-        total = whole + (work.epochs - 1) * later
+        total = min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
     source = f"seconds: {timing.source}" if timing.source else f"seconds: {short(rate)} FLOP/s assumed"
     return Estimate(
         shape=shape,
@@ -208,7 +215,8 @@ def estimate(
         ),
         flops_per_token=Flops(profile.forward, profile.backward, profile.prefix),
         tokens_per_epoch=work.tokens if work else None,
-        epochs=work.epochs if work else None,
+        steps=work.steps if work else None,
+        epochs=work.passes if work else None,
         seconds_per_epoch=whole,
         seconds_per_epoch_replayed=replayed,
         seconds=total,

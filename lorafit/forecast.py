@@ -448,10 +448,8 @@ def prepare(
         config = derive_from_rows(config, facts.mean, facts.rows)
         batch = config.batch_size or 1
         steps = ceil(ceil(facts.rows / batch) / config.accumulate)
-        epochs = config.epochs or 1
-        if config.max_steps:
-            epochs = min(epochs, ceil(config.max_steps / steps))
-        work = Work(facts.tokens, steps, epochs, facts.held_out_tokens)
+        every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
+        work = Work(facts.tokens, steps, every, facts.held_out_tokens)
         longest, typical, supervised = facts.longest, facts.typical, facts.supervised
     if found.task == "masked":
         supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden

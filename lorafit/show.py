@@ -468,8 +468,9 @@ def _time_text(estimate: Estimate) -> str:
     speed = f"{short(estimate.tokens_per_second)} tok/s"
     if estimate.tokens_per_epoch is None or estimate.seconds_per_epoch is None or estimate.epochs is None:
         return f"{speed}; name --data to have the time of an epoch"
-    epochs = f"{estimate.epochs} epoch{'s' if estimate.epochs > 1 else ''}"
-    text = f"{epochs}, {short(estimate.tokens_per_epoch * estimate.epochs)} tokens, about "
+    passes = f"{round(estimate.epochs, 2):g}"
+    text = f"{passes} epoch{'s' if estimate.epochs != 1 else ''}, "
+    text += f"{short(estimate.tokens_per_epoch * estimate.epochs)} tokens, about "
     plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
     if estimate.prefix_cache.where == "off" or estimate.seconds is None:
         return f"{text}{plain} at {speed}"

@@ -49,6 +49,14 @@ def test_without_a_probe_a_stated_rate_is_assumed(run):
     assert found["seconds_per_epoch"] == pytest.approx(39_957 * flops / 1e11)
 
 
+def test_a_run_that_ends_early_is_timed_as_such(run):
+    common = ("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe", "--json")
+    whole, part = (run(*common, *more).document["estimate"] for more in ((), ("--max-steps", 10)))
+    assert (whole["steps"], whole["epochs"], part["steps"]) == (87, 3, 10)
+    assert part["seconds"] == pytest.approx(part["seconds_per_epoch"] * 10 / 29)
+    assert part["prefix_cache"]["where"] == "off" and whole["seconds"] < 3 * whole["seconds_per_epoch"]
+
+
 def test_data_that_are_named_are_counted(run, tiny, pairs, tmp_path):
     pairs = shutil.copy(pairs, tmp_path / "own.jsonl")
     plain = run("plan", tiny("llama"), "--no-probe", "--json").document["estimate"]
