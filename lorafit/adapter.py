@@ -18,14 +18,16 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError, safe_open
 
+from lorafit import seals
 from lorafit.errors import RequestError, RunError
 from lorafit.plan import Plan
 from lorafit.spelling import pattern_value
+from lorafit.tensorfiles import fingerprint
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}  # a masked model has no task type in PEFT
 
 
@@ -150,6 +152,7 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         raise RequestError(f"`{folder}` is no adapter: there is no {CONFIG} in it")
     if not (path / WEIGHTS).is_file():
         raise RequestError(f"`{folder}` is no whole adapter: there is no {WEIGHTS} in it")
+    seals.check(path)
     try:
         data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -158,6 +161,36 @@ def read_config(folder: str | Path) -> dict[str, Any]:
         kind = data.get("peft_type") if isinstance(data, dict) else None
         raise RequestError(f"`{folder}` is an adapter of type `{kind}`; lorafit reads LoRA")
     return data
+
+
+def write_base(folder: Path, name: str, fingerprint: str) -> None:
+    """Keep what an adapter was trained on beside it: `base.json`."""
+    text = json.dumps({"model": name, "fingerprint": fingerprint}, indent=1)
+    (folder / BASE).write_text(text + "\n", encoding="utf-8")
+
+
+def check_base(folder: str | Path, place: str) -> None:
+    """Hold a base's weights against those that an adapter of ours was trained on.
+
+    Raises RequestError when they are other ones.
+    """
+    try:
+        wanted = json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))["fingerprint"]
+    except (OSError, ValueError, KeyError, TypeError):  # not of ours: what it was trained on is not known
+        return
+    found = fingerprint(place)
+    if wanted and found and wanted != found:
+        raise RequestError(
+            f"`{folder}` was not trained on `{place}`: its weights are other ones, or have changed since",
+            "--model names the base it was trained on",
+        )
+
+
+def run_of(folder: str | Path) -> Path:
+    """The run that an adapter belongs to: its own folder, or that of the run whose checkpoint it is."""
+    path = Path(folder).expanduser()
+    inside = re.fullmatch(r"checkpoint-[0-9]+|last-good", path.name) and (path.parent / BASE).is_file()
+    return path.parent if inside else path
 
 
 def base_of(folder: str | Path) -> str:

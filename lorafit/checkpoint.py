@@ -2,33 +2,50 @@
 
 A run writes into `NAME.partial` beside its target and renames it at the end, so a folder of
 the target's name is always a finished run. In it lie `checkpoint-N` folders, each written
-beside its name and renamed. No pickle: tensors are safetensors, the rest is JSON.
+beside its name, sealed (seals.py) and renamed; each is an adapter that `lorafit eval` and
+`lorafit merge` take too. No pickle: tensors are safetensors, the rest is JSON. A lock on the
+working folder dies with the process that holds it.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lorafit.errors import RequestError
+from lorafit import adapter, seals
+from lorafit.errors import RequestError, RunError
 
-PARTIAL, RUNS = ".partial", "runs"
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs into one folder are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
+EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class RunFolder:
     """Where a run will stand, and where it is written until it is whole."""
 
     target: Path
+    lock: int | None = None  # the descriptor of the working folder while this process has it
 
     @property
     def work(self) -> Path:
@@ -36,49 +53,114 @@ class RunFolder:
 
     @property
     def checkpoints(self) -> list[Path]:
-        """The whole checkpoints of an unfinished run, the oldest first."""
-        found = [
-            p
-            for p in self.work.glob("checkpoint-*")
-            if re.fullmatch(r"checkpoint-[0-9]+", p.name) and (p / "state.json").is_file()
-        ]
-        return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+        """The checkpoints of an unfinished run, the oldest first."""
+        return _checkpoints(self.work)
 
     def open(self, overwrite: bool, resume: bool) -> None:
-        """Make the working folder.
+        """Make the working folder, and take its lock.
 
-        Raises RequestError when the target is there and may not be replaced, or when an
-        unfinished run lies there and is neither resumed nor replaced.
+        Raises RequestError when the target is there and may not be replaced, when another run is
+        writing there, or when an unfinished run lies there and is neither resumed nor replaced.
         """
         check_target(self.target, overwrite)
+        if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
+            raise RequestError(f"`{self.work}` is no folder", "another -o")
+        there = self.work.is_dir()
         try:
-            if overwrite and not resume and self.work.exists():
-                shutil.rmtree(self.work)
-            self.work.mkdir(parents=True, exist_ok=resume)
-        except FileExistsError:
-            if not self.work.is_dir():
-                raise RequestError(f"`{self.work}` is a file", "another -o") from None
-            raise RequestError(
-                f"an unfinished run lies in `{self.work}`, or one is being written",
-                "--resume to go on with it, --overwrite to start anew",
-            ) from None
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(self.work)
         except OSError as error:
-            raise RequestError(f"cannot write `{self.work}`: {error.strerror}") from None
+            raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "another -o") from None
+        if self.lock is None and fcntl is not None:
+            raise RequestError(f"another run is writing `{self.work}`", "another -o, or wait for its end")
+        if there and not resume and not overwrite:
+            self.release()
+            raise RequestError(
+                f"an unfinished run lies in `{self.work}`",
+                "--resume to go on with it, --overwrite to start anew",
+            )
+        if there and not resume:
+            for path in self.work.iterdir():  # the folder itself keeps the lock
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
-    def finish(self) -> None:
-        """Put the finished run in its place; what stood there goes only then."""
+    def release(self) -> None:
+        """Give the lock back."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def prune(self, keep: int, best: int | None) -> None:
+        """Remove all checkpoints but the last `keep` and the one of step `best`."""
+        for path in self.checkpoints[:-keep]:
+            if path.name != f"checkpoint-{best}":
+                shutil.rmtree(path)
+
+    def finish(self, keep: int, best: int | None) -> None:
+        """Seal the finished run and put it in its place; what stood there goes only then.
+
+        Of the checkpoints the last `keep` stay, and the one of step `best`. The run file is not sealed:
+        it is there to be edited.
+        """
+        kept = {f"checkpoint-{best}", *(p.name for p in self.checkpoints[len(self.checkpoints) - keep :])}
+        seals.seal(self.work, but=(EVENTS, RUN_FILE))
         put_in_place(self.work, self.target)
-        for checkpoint in self.target.glob("checkpoint-*"):
-            shutil.rmtree(checkpoint)
+        self.release()
+        for path in _checkpoints(self.target):
+            if path.name not in kept:
+                shutil.rmtree(path)
 
     def abandon(self) -> None:
-        """Leave nothing behind of a run that kept nothing worth going on from."""
-        if self.checkpoints or (self.work / "adapter_model.safetensors").is_file():
-            return
-        shutil.rmtree(self.work, ignore_errors=True)
-        if self.work.parent.name == RUNS:
-            with suppress(OSError):  # it holds other runs
-                self.work.parent.rmdir()
+        """Leave nothing behind of a run that kept nothing worth going on from; give the lock back."""
+        if self.lock is not None and not any(
+            (self.checkpoints, (self.work / adapter.WEIGHTS).is_file(), (self.work / LAST_GOOD).is_dir())
+        ):
+            shutil.rmtree(self.work, ignore_errors=True)
+            if self.work.parent.name == RUNS:
+                with suppress(OSError):  # it holds other runs
+                    self.work.parent.rmdir()
+        self.release()
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [
+        p
+        for p in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-[0-9]+", p.name) and (p / seals.SEAL).is_file()
+    ]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None when another process has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the run that had it may have been finished, and its folder renamed, in between
+        if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
+            return descriptor
+    except BlockingIOError:
+        pass
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+@contextmanager
+def writing(folder: Path) -> Iterator[None]:
+    """What goes wrong where a run is written, as RunError: what was saved before is whole."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        number = getattr(error, "errno", None)
+        full = number in FULL or "os error 28" in str(error) or "os error 27" in str(error)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(
+            f"`{folder}` cannot be written: {why}; what was saved before is whole",
+            "make room, then the same command with --resume" if full else "look at the disk, then --resume",
+        ) from error
 
 
 def check_target(target: Path, overwrite: bool, kept: Sequence[Path] = ()) -> None:
@@ -108,13 +190,29 @@ def check_target(target: Path, overwrite: bool, kept: Sequence[Path] = ()) -> No
 def put_in_place(work: Path, target: Path) -> None:
     """Rename a finished folder to its target; an older one there is moved aside first, then removed."""
     old = target.with_name(target.name + ".old")
-    if target.exists():
-        if old.exists():
-            shutil.rmtree(old)
+    if target.exists() or target.is_symlink():
+        _remove(old)
         target.rename(old)
     work.rename(target)
-    if old.exists():
-        shutil.rmtree(old)
+    _sync(target.parent)
+    _remove(old)
+
+
+def _remove(path: Path) -> None:
+    """A folder with all in it; of a link only the link."""
+    if path.is_symlink():
+        path.unlink()
+    elif path.exists():
+        shutil.rmtree(path)
+
+
+def _sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def claim(stem: str) -> RunFolder:
@@ -134,41 +232,81 @@ def claim(stem: str) -> RunFolder:
 def save(
     folder: Path,
     step: int,
-    parameters: dict[str, torch.nn.Parameter],
+    model: PeftModel,
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
-    """Write `checkpoint-STEP`: adapters, AdamW's moments, random state, and the loop's own `state`."""
+    """Write `checkpoint-STEP`: the adapter, AdamW's moments, random state, and the loop's own `state`.
+
+    The adapter stands there twice: in PEFT's words for everyone, and by the parameters' own names,
+    from which it comes back to the bit. Raises OSError or SafetensorError where the disk is full.
+    """
     beside = folder / f".checkpoint-{step}"
     shutil.rmtree(beside, ignore_errors=True)
     beside.mkdir(parents=True)
-    save_file(
-        {name: p.detach().contiguous() for name, p in parameters.items()}, beside / "adapter.safetensors"
-    )
-    moments = {
-        f"{name}/{key}": value.detach().contiguous() if torch.is_tensor(value) else torch.tensor(value)
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
-    save_file(moments, beside / "optimizer.safetensors")
-    random = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        random |= {f"cuda:{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
-    save_file(random, beside / "random.safetensors")
-    (beside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
-    target = folder / f"checkpoint-{step}"
-    put_in_place(beside, target)
+    parameters = trainable(model)
+    try:
+        adapter.save(model, beside)
+        save_file(
+            {name: p.detach().contiguous() for name, p in parameters.items()},
+            beside / "parameters.safetensors",
+        )
+        moments = {
+            f"{name}/{key}": value.detach().contiguous() if torch.is_tensor(value) else torch.tensor(value)
+            for name, p in parameters.items()
+            for key, value in optimizer.state.get(p, {}).items()
+        }
+        save_file(moments, beside / "optimizer.safetensors")
+        random = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            random |= {f"cuda:{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
+        save_file(random, beside / "random.safetensors")
+        (beside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        seals.seal(beside)
+        for path in (*beside.iterdir(), beside):
+            _sync(path)
+        target = folder / f"checkpoint-{step}"
+        put_in_place(beside, target)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
     return target
 
 
-def restore(
-    folder: Path, parameters: dict[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
-) -> dict[str, Any]:
-    """Put a checkpoint back into adapters, optimizer and random state; returns the loop's state.
+def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
+    """The parameters that are trained, by name."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad}
+
+
+def last_whole(folder: RunFolder) -> tuple[Path | None, list[str]]:
+    """The last checkpoint that is what was written, and what is wrong with those after it.
+
+    Raises RequestError when there are some and all of them are damaged.
+    """
+    wrong = []
+    for path in reversed(folder.checkpoints):
+        try:
+            seals.check(path)
+        except RequestError as error:
+            wrong.append(error.message)
+            continue
+        return path, wrong
+    if wrong:
+        raise RequestError(f"no checkpoint is whole: {wrong[0]}", "--overwrite to start anew")
+    return None, []
+
+
+def state_of(folder: Path) -> dict[str, Any]:
+    """The loop's own state in a checkpoint."""
+    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint back into adapters and optimizer.
 
     Raises RequestError when it does not fit this run.
     """
-    saved = load_file(folder / "adapter.safetensors")
+    parameters = trainable(model)
+    saved = load_file(folder / "parameters.safetensors")
     if saved.keys() != parameters.keys():
         raise RequestError(
             f"`{folder}` holds other adapters than this run plans", "resume with the options it began with"
@@ -182,15 +320,37 @@ def restore(
                 )
             parameter.copy_(saved[name])
     moments = load_file(folder / "optimizer.safetensors")
-    for name, parameter in parameters.items():
-        for key, value in moments.items():
-            owner, _, kind = key.rpartition("/")
-            if owner == name:
-                optimizer.state[parameter][kind] = value.to(parameter.device)
+    for key, value in moments.items():
+        owner, _, kind = key.rpartition("/")
+        parameter = parameters[owner]
+        optimizer.state[parameter][kind] = value.to(parameter.device)
+
+
+def restore_random(folder: Path) -> None:
+    """Put a checkpoint's random state back: the last thing before the run goes on."""
     random = load_file(folder / "random.safetensors")
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):
             if f"cuda:{number}" in random:
                 torch.cuda.set_rng_state(random[f"cuda:{number}"], number)
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+
+
+def rewind(events: Path, step: int) -> None:
+    """Cut a run's events to those up to its checkpoint of that step: the rest is done again."""
+    if not events.is_file():
+        return
+    kept, end = [], 0
+    for raw in events.read_bytes().splitlines(keepends=True):
+        try:
+            event = json.loads(raw)
+        except ValueError:  # the line that a killed run was writing
+            break
+        if event.get("event") in ("step", "evaluated", "saved"):
+            if event["step"] > step:
+                break
+            end = len(kept) + 1
+        kept.append(raw)
+    beside = events.with_name(f".{events.name}")
+    beside.write_bytes(b"".join(kept[: end if step else 0]))
+    beside.replace(events)

@@ -21,7 +21,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorafit import __version__
-from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
+from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
 from lorafit.options import OPTIONS
 
 if TYPE_CHECKING:
@@ -141,10 +141,16 @@ Data = Annotated[Optional[list[str]], _option("data", DATA)]
 EvalData = Annotated[Optional[list[str]], _option("eval_data", DATA)]
 Holdout = Annotated[Optional[float], _option("holdout", DATA)]
 Format = Annotated[Optional[str], _option("format", DATA)]
+Map = Annotated[Optional[str], _option("map", DATA)]
+ChatTemplate = Annotated[Optional[str], _option("chat_template", DATA)]
+LossOn = Annotated[Optional[str], _option("loss_on", DATA)]
+Overflow = Annotated[Optional[str], _option("overflow", DATA)]
 MaxLength = Annotated[Optional[int], _option("max_length", DATA)]
 Epochs = Annotated[Optional[int], _option("epochs", TRAINING)]
 MaxSteps = Annotated[Optional[int], _option("max_steps", TRAINING)]
 SaveSteps = Annotated[Optional[int], _option("save_steps", TRAINING)]
+SaveMinutes = Annotated[Optional[float], _option("save_minutes", TRAINING)]
+Keep = Annotated[Optional[int], _option("keep", TRAINING)]
 EvalSteps = Annotated[Optional[int], _option("eval_steps", TRAINING)]
 BatchSize = Annotated[Optional[int], _option("batch_size", TRAINING)]
 Accumulate = Annotated[Optional[int], _option("accumulate", TRAINING)]
@@ -266,6 +272,10 @@ def plan(
     eval_data: EvalData = None,
     holdout: Holdout = None,
     format: Format = None,
+    map: Map = None,
+    chat_template: ChatTemplate = None,
+    loss_on: LossOn = None,
+    overflow: Overflow = None,
     max_length: MaxLength = None,
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
@@ -321,6 +331,7 @@ def plan(
     from lorafit.config import derive_from_model, settle
     from lorafit.presets import load, names
     from lorafit.survey import find, survey
+    from lorafit.units import bytes_text
 
     flags = _given(locals())
     settings, chosen = settle(flags, config)
@@ -332,11 +343,14 @@ def plan(
     made = None if matrix else _resolve(found, chosen, settings)
     if made is not None and not estimate:
         if json:
-            screen.document({**made.as_json(), "estimate": None, "fit": None})
+            screen.document({**made.as_json(), "data": None, "estimate": None, "fit": None})
         else:
-            show.show_plan(screen, made, found, None, None, _train_command(flags, settings, config))
+            show.show_plan(screen, made, found, None, None, None, _train_command(flags, settings, config))
         return
-    ahead, settings = forecast.prepare(settings, source, found, probing=probe, elsewhere=room is not None)
+    with screen.bar("reading", bytes_text) as tick:
+        ahead, settings = forecast.prepare(
+            settings, source, found, probing=probe, elsewhere=room is not None, tick=tick
+        )
     free = forecast.free_on(ahead.device) if room is None else room
     if made is None:
         lora = {"r": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
@@ -352,9 +366,12 @@ def plan(
     cost = ahead.estimate(made, timing)
     fitting = ahead.fit(made, chosen, cost, timing, free)
     if json:
-        screen.document({**made.as_json(), "estimate": cost.as_json(), "fit": fitting})
+        screen.document({**made.as_json(), "data": ahead.look, "estimate": cost.as_json(), "fit": fitting})
     else:
-        show.show_plan(screen, made, found, cost, fitting, _train_command(flags, settings, config))
+        look = (
+            ahead.look if settings.data else None
+        )  # the demo's own rows are shown where they are trained on
+        show.show_plan(screen, made, found, cost, fitting, look, _train_command(flags, settings, config))
 
 
 @app.command()
@@ -374,6 +391,10 @@ def train(
     eval_data: EvalData = None,
     holdout: Holdout = None,
     format: Format = None,
+    map: Map = None,
+    chat_template: ChatTemplate = None,
+    loss_on: LossOn = None,
+    overflow: Overflow = None,
     max_length: MaxLength = None,
     epochs: Epochs = None,
     max_steps: MaxSteps = None,
@@ -391,6 +412,8 @@ def train(
     prefix_cache: PrefixCacheOption = None,
     head_chunk: HeadChunk = None,
     save_steps: SaveSteps = None,
+    save_minutes: SaveMinutes = None,
+    keep: Keep = None,
     eval_steps: EvalSteps = None,
     output: Output = None,
     overwrite: Overwrite = None,
@@ -408,6 +431,7 @@ def train(
     from lorafit.config import derive_from_model, settle
     from lorafit.events import TrainReport
     from lorafit.survey import find, load_tokenizer, pick_device, survey, without_collecting
+    from lorafit.units import bytes_text
 
     with without_collecting():
         from lorafit import data as rows_of
@@ -436,10 +460,11 @@ def train(
 
     pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
-    rows = rows_of.load(settings, tokenizer, found.task, found.vocab_size)
-    ahead, settings = forecast.prepare(settings, source, found, facts=forecast.facts_of(rows), seconds=1.0)
+    with screen.bar("reading", bytes_text) as tick:
+        rows = rows_of.load(settings, tokenizer, found.task, found.vocab_size, tick)
+    ahead, settings = forecast.prepare(settings, source, found, look=rows.look, seconds=1.0)
     cost = ahead.estimate(made, ahead.timing(made))
-    show.show_data(screen, settings, rows)
+    show.show_data(screen, settings, rows.look)
     if folder is None:
         folder = claim(_stem(found, made))
     else:
@@ -454,10 +479,15 @@ def train(
             for event in trainer.recorded(job, trainer.run(job)):
                 view.on(event)
                 report = event if isinstance(event, TrainReport) else report
-    except BaseException:
-        folder.abandon()
+    except OutOfMemory as error:
+        free = min(forecast.free_on(ahead.device), cost.memory.peak - 1)
+        nearest = ahead.fit(made, chosen, cost, ahead.timing(made), free).alternatives
+        if nearest:
+            said = f"{bytes_text(nearest[0].peak)} by the plan, where this run was to take {bytes_text(cost.memory.peak)}"
+            error.hint = f"{nearest[0].flags}: {said}"
         raise
     finally:
+        folder.abandon()
         view.close()
     assert report is not None
     if json:
@@ -475,27 +505,24 @@ def cache(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """The prefix caches on this disk: what the frozen layers made of a data set, for later runs."""
-    from lorafit import show
-    from lorafit.survey import without_collecting
-
-    with without_collecting():
-        from lorafit import prefix
+    """What is kept on this disk for later runs: large data sets' rows, what the frozen layers made of them."""
+    from lorafit import caches, show
+    from lorafit.modelmap import cache_folder
 
     screen = show.Screen(json)
     if remove:
-        keys = [found.key for found in prefix.kept()] if remove == "all" else [remove]
-        freed = sum(prefix.remove(key) for key in keys)
+        keys = [found.key for found in caches.kept()] if remove == "all" else [remove]
+        freed = sum(caches.remove(key) for key in keys)
         if json:
             screen.document({"removed": len(keys), "bytes": freed})
         else:
             show.show_removed(screen, len(keys), freed)
         return
-    found = prefix.kept()
+    found = caches.kept()
     if json:
-        screen.document({"folder": str(prefix.folder()), "caches": found})
+        screen.document({"folder": str(cache_folder()), "caches": found})
     else:
-        show.show_caches(screen, str(prefix.folder()), found)
+        show.show_caches(screen, str(cache_folder()), found)
 
 
 @app.command(name="eval")
@@ -508,6 +535,9 @@ def evaluate(
     ],
     data: Data = None,
     format: Format = None,
+    map: Map = None,
+    loss_on: LossOn = None,
+    overflow: Overflow = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
     samples: Annotated[
@@ -539,26 +569,30 @@ def evaluate(
         from lorafit.step import Forward
 
     screen = show.Screen(json, quiet)
-    _check_options({"format": format, "max_length": max_length, "batch_size": batch_size, "dtype": dtype})
+    about_data = {
+        "format": format, "map": map, "loss_on": loss_on, "overflow": overflow, "max_length": max_length,
+    }  # fmt: skip
+    _check_options({**about_data, "batch_size": batch_size, "dtype": dtype})
     source, found = _base(adapters[0], model)
     for other in adapters[1:]:
         if model is None and adapter.base_of(other) != adapter.base_of(adapters[0]):
             raise RequestError(f"`{other}` has another base than `{adapters[0]}`", "evaluate them one by one")
     where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
-    if not data and (format or max_length):
+    given = {name: value for name, value in about_data.items() if value is not None}
+    if given and not data:
         raise RequestError(
-            "--format and --max-length are about --data, and none is named", "name a file with --data"
+            f"{OPTIONS[next(iter(given))].flag} is about --data, and none is named", "name a file with --data"
         )
     if data:
-        length = max_length or _stored_length(adapters[0], found)
-        rows = rows_of.read_eval_rows(data, format or "auto", tokenizer, found.task, length, found.vocab_size)
+        settings = replace(_stored_settings(adapters[0], found), format="auto", map=None, **given)
+        rows = rows_of.read_eval_rows(data, settings, tokenizer, found.task, found.vocab_size)
     else:
         rows = _held_out(adapters[0], tokenizer, found)
     kind = trainer.pick_dtype(dtype or "auto", where)
     base = load_model(source, kind, where)
     forward = Forward.of(base, found.task)
-    evaluator = scoring.Evaluator(tuple(rows), forward, batch_size or 8, tokenizer, found.vocab_size, where)
+    evaluator = scoring.Evaluator(rows, forward, batch_size or 8, tokenizer, found.vocab_size, where)
     results, said = [], []
     with screen.bar("evaluating") as tick:
         count = _counter(tick, len(rows) * (1 + len(adapters)))
@@ -616,7 +650,7 @@ def merge(
     try:
         rows = _held_out(adapter, tokenizer, found)
     except RequestError:  # its data are not at hand: the proof reads texts of lorafit's own
-        rows = []
+        rows = ()
     with screen.bar("merging", bytes_text) as tick:
         report = merging.merge(
             Path(adapter), source, found, Path(output), bool(overwrite), rows, tokenizer, tick
@@ -686,7 +720,7 @@ def _stem(found: ModelMap, made: Plan) -> str:
 
 
 def _base(adapter: str, model: str | None) -> tuple[Any, ModelMap]:
-    from lorafit.adapter import base_of, read_config
+    from lorafit.adapter import base_of, check_base, read_config
     from lorafit.survey import find, survey
 
     read_config(adapter)
@@ -699,35 +733,42 @@ def _base(adapter: str, model: str | None) -> tuple[Any, ModelMap]:
         raise RequestError(
             f"the base of `{adapter}` is not there: {error.message}", "name it with --model"
         ) from None
+    check_base(adapter, source.place)
     return source, survey(source)
 
 
 def _tokenizer_of(adapter: str, base: str) -> str:
     """The adapter's own tokenizer where it has one, else the base's."""
+    from lorafit.adapter import run_of
+
     names = ("tokenizer.json", "tokenizer_config.json")
-    return adapter if any((Path(adapter) / name).is_file() for name in names) else base
+    own = run_of(adapter)
+    return str(own) if any((own / name).is_file() for name in names) else base
 
 
-def _stored_length(adapter: str, found: ModelMap) -> int:
+def _stored_settings(adapter: str, found: ModelMap) -> RunConfig:
+    """The settings an adapter was trained with; the usual ones where it is no run of ours. Its tokenizer
+    holds its chat template."""
+    from lorafit.adapter import run_of
     from lorafit.config import as_recorded, derive_from_model, settle
 
-    path = Path(adapter) / "run.yaml"
+    path = run_of(adapter) / "run.yaml"
     settings = as_recorded(str(path)) if path.is_file() else settle({})[0]
-    return derive_from_model(settings, found).max_length or 1
+    return derive_from_model(replace(settings, chat_template=None), found)
 
 
 def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
     """The rows that a run held out, made again from its data and checked to be the same."""
     from lorafit import data, train
-    from lorafit.config import as_recorded
+    from lorafit.adapter import run_of
 
-    path = Path(adapter) / "run.yaml"
-    if not path.is_file():
+    run = run_of(adapter)
+    if not (run / "run.yaml").is_file():
         raise RequestError(
             f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data"
         )
-    rows = data.load(as_recorded(str(path)), tokenizer, found.task, found.vocab_size)
-    if rows.held_out_digest != train.held_out_digest(Path(adapter)):
+    rows = data.load(_stored_settings(adapter, found), tokenizer, found.task, found.vocab_size)
+    if rows.held_out.digest != train.held_out_digest(run):
         raise RequestError(
             f"the data of `{adapter}` changed since it was trained: its held-out rows are other ones",
             "name data with --data",

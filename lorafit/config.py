@@ -15,17 +15,23 @@ from typing import Any
 
 from lorafit.errors import RequestError, closest
 from lorafit.modelmap import ModelMap
-from lorafit.options import OPTIONS
+from lorafit.options import OPTIONS, weighted
 from lorafit.presets import Preset, load, read_yaml
 from lorafit.units import figures
 
 # What each derived value was derived from: a flag that sets one of these derives it anew.
 SOURCES: dict[str, tuple[str, ...]] = {
     "learning_rate": ("model",),
-    "max_length": ("model", "data", "format"),
-    "batch_size": ("model", "data", "eval_data", "holdout", "format", "max_length", "accumulate"),
-    "epochs": ("model", "data", "format", "max_length", "batch_size", "accumulate", "max_steps"),
-}
+    "max_length": ("model", "data", "format", "map", "chat_template"),
+    "batch_size": (
+        "model", "data", "eval_data", "holdout", "format", "map", "chat_template", "overflow", "max_length",
+        "accumulate",
+    ),
+    "epochs": (
+        "model", "data", "format", "map", "chat_template", "overflow", "max_length", "batch_size", "accumulate",
+        "max_steps",
+    ),
+}  # fmt: skip
 TOKENS_PER_STEP = 2048
 ENOUGH_STEPS, MOST_EPOCHS = 250, 3
 LONGEST_ROW = 1024
@@ -55,9 +61,15 @@ class RunConfig:
     eval_data: tuple[str, ...]
     holdout: float
     format: str
+    map: str | None
+    chat_template: str | None
+    loss_on: str
+    overflow: str
     epochs: int | None
     max_steps: int | None
     save_steps: int | None
+    save_minutes: float
+    keep: int | None
     eval_steps: int | None
     batch_size: int | None
     accumulate: int
@@ -99,13 +111,18 @@ class RunConfig:
         values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
         for name in ("data", "eval_data"):
             values[name] = [_lasting(spec) for spec in values[name]]
+        if self.chat_template:
+            values["chat_template"] = _lasting(self.chat_template)
         plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
         return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
 
 
 def _lasting(name: str) -> str:
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    plain, weight = weighted(name)
+    path = Path(plain).expanduser()
+    if not path.parent.exists() or not (path.exists() or any(c in path.name for c in "*?[")):
+        return name
+    return str(path.parent.resolve() / path.name) + (f"={weight:g}" if weight != 1 else "")
 
 
 def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:

@@ -41,6 +41,10 @@ class RunError(LorafitError):
     exit_code = FAILED
 
 
+class OutOfMemory(RunError):
+    """Memory ran out in a run; whoever planned it knows what would have fit."""
+
+
 class Interrupted(LorafitError):
     """A run was stopped from outside; what it had is kept, and the hint says how to go on."""
 

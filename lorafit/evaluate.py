@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from math import sqrt
@@ -9,11 +10,12 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data import IGNORED, Batch, Row, collate, mask_tokens, plain
+from lorafit.batch import Batch, collate, mask_tokens
 from lorafit.errors import RequestError
 from lorafit.events import AdapterScore, Loss, Score
 from lorafit.packing import Part, in_order
 from lorafit.prefix import Prefix
+from lorafit.rows import IGNORED, Row, RowSet
 from lorafit.step import Forward, base_of
 
 if TYPE_CHECKING:
@@ -35,7 +37,7 @@ class RowScore:
 class Evaluator:
     """Rows and how to put them to a model: the same batches, with the same masks, each time."""
 
-    rows: tuple[Row, ...]
+    rows: RowSet
     forward: Forward
     batch_size: int
     tokenizer: PreTrainedTokenizerBase
@@ -46,7 +48,7 @@ class Evaluator:
     @property
     def parts(self) -> list[Part]:
         """The rows' numbers as they are run together, in one fixed order."""
-        return in_order([len(row.ids) for row in self.rows], self.batch_size)
+        return in_order(self.rows.lengths.tolist(), self.batch_size)
 
     @property
     def keys(self) -> list[str]:
@@ -56,7 +58,8 @@ class Evaluator:
     @property
     def processed(self) -> int:
         """Tokens that a pass over the rows runs, padding with them."""
-        return sum(len(part) * max(len(self.rows[n].ids) for n in part) for part in self.parts)
+        lengths = self.rows.lengths
+        return int(sum(len(part) * lengths[list(part)].max() for part in self.parts))
 
     def batches(self) -> Iterator[tuple[Part, Batch]]:
         """(row numbers, batch) in one fixed order, on the device."""
@@ -202,3 +205,8 @@ def _filled(model: Any, evaluator: Evaluator, count: int) -> list[str]:
         words = [plain(evaluator.tokenizer.decode([t])) for t in logits_NV.argmax(-1).tolist()]
         found.append(" · ".join(words))
     return found
+
+
+def plain(text: str) -> str:
+    """A text on one line, for a table."""
+    return re.sub(r"\s+", " ", text).strip()

@@ -24,6 +24,82 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
+class ReadSource:
+    """One `--data`: its name, the format it was read in, its examples, how often it comes in an epoch."""
+
+    name: str
+    format: str
+    examples: int
+    weight: float = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Rendered:
+    """A row as the model sees it: its text in pieces, each learned or only read."""
+
+    where: str
+    tokens: int
+    supervised_tokens: int
+    pieces: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What a run's rows are like, and what was done to get them.
+
+    `lengths` are quantiles in tokens (min, p50, p90, p99, max); `typical` is the length that a token
+    of them finds itself in, sum of n^2 / sum of n. Of the examples, `cut` were cut to length, `split`
+    into several rows, `too_long` dropped for their length, `unsupervised` for having nothing to learn
+    (`unsupervised_at` is the first such), `cut_away` for having nothing left to learn once cut. Of the
+    training rows, `duplicates` are the same as another, `no_end` end with no end token; `overlap` of
+    the held-out rows are training rows too.
+    """
+
+    sources: tuple[ReadSource, ...]
+    rows: int
+    tokens: int
+    supervised_tokens: int
+    held_out_rows: int
+    held_out_tokens: int
+    held_out_name: str
+    lengths: dict[str, int]
+    typical: int
+    cut: int = 0
+    split: int = 0
+    too_long: int = 0
+    unsupervised: int = 0
+    unsupervised_at: str = ""
+    cut_away: int = 0
+    duplicates: int = 0
+    overlap: int = 0
+    no_end: int = 0
+    samples: tuple[Rendered, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def mean(self) -> float:
+        """Tokens of a row."""
+        return self.tokens / self.rows
+
+    @property
+    def share(self) -> float:
+        """The part of the tokens that is learned."""
+        return self.supervised_tokens / self.tokens
+
+    @staticmethod
+    def of(data: dict[str, Any]) -> Look:
+        """The look that was written as that JSON. Raises TypeError or KeyError for what is none."""
+        samples = (
+            Rendered(**{**row, "pieces": tuple((str(t), bool(b)) for t, b in row["pieces"])})
+            for row in data["samples"]
+        )
+        rows = (ReadSource(**row) for row in data["sources"])
+        return Look(
+            **{**data, "sources": tuple(rows), "samples": tuple(samples), "notes": tuple(data["notes"])}
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Started:
     """The run is set up: how many steps, rows and tokens there are to do."""
 
@@ -35,6 +111,7 @@ class Started:
     supervised_tokens: int
     held_out_digest: str = ""
     resumed_at: int = 0
+    damaged: tuple[str, ...] = ()  # what was wrong with the checkpoints after that step
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,10 +179,11 @@ class EpochDone:
 
 @dataclass(frozen=True, slots=True)
 class Saved:
-    """A checkpoint is whole on disk."""
+    """A checkpoint is whole on disk; `best` has the lowest held-out loss so far."""
 
     step: int
     path: str
+    best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +203,7 @@ class TrainReport:
     prefix_cache: PrefixCache | None = None
     memory_growth_bytes: int = 0  # the peak less what the process held before the model was loaded
     predicted: Predicted | None = None
+    best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,11 +272,17 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
-Event = Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+Event = Look | Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
 
 
 def record(event: Event) -> dict[str, Any]:
     """An event as a line of `events.jsonl`: its kind and its fields."""
-    names = {"TrainReport": "report", "EpochDone": "epoch", "Stepped": "step", "PrefixCache": "prefix"}
+    names = {
+        "TrainReport": "report",
+        "EpochDone": "epoch",
+        "Stepped": "step",
+        "PrefixCache": "prefix",
+        "Look": "data",
+    }
     kind = type(event).__name__
     return {"event": names.get(kind, kind.lower()), **jsonable(event)}

@@ -11,7 +11,8 @@ import json
 import os
 import platform
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import ceil
 from pathlib import Path
@@ -32,8 +33,9 @@ from lorafit.cost import (
     free_memory,
 )
 from lorafit.errors import LorafitError, RequestError
-from lorafit.events import Predicted
+from lorafit.events import Look, Predicted
 from lorafit.modelmap import ModelMap, cache_folder, installed, jsonable, keep
+from lorafit.options import weighted
 from lorafit.plan import Plan, resolve
 from lorafit.presets import Preset
 from lorafit.survey import Source, pick_device, without_collecting
@@ -43,9 +45,10 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 PACKAGES = ("torch", "transformers", "peft")
 # A change in these makes what was kept stale.
 DECIDING = (
-    "adapter.py", "cost.py", "data.py", "forecast.py", "packing.py", "prefix.py", "simulate.py", "step.py",
-    "survey.py",
+    "adapter.py", "batch.py", "cost.py", "data.py", "examples.py", "forecast.py", "packing.py", "prefix.py",
+    "rows.py", "simulate.py", "step.py", "survey.py",
 )  # fmt: skip
+Tick = Callable[[float, float], None]  # (bytes read, in all)
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,15 +73,16 @@ class Fit:
 
 @dataclass(slots=True)
 class Kept:
-    """Profiles, timings and counts of rows, as JSON under the cache folder."""
+    """Profiles, timings and looks at data, as JSON under the cache folder."""
 
     folder: Path = field(default_factory=lambda: cache_folder() / "forecasts")
 
     def get(self, kind: Any, facts: Any) -> Any:
         """What was kept of that kind under these facts; None when nothing was, or it is damaged."""
         try:
-            return kind(**json.loads(self._path(kind, facts).read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError):
+            data = json.loads(self._path(kind, facts).read_text(encoding="utf-8"))
+            return Look.of(data) if kind is Look else kind(**data)
+        except (OSError, ValueError, TypeError, KeyError):
             return None
 
     def put(self, value: Any, facts: Any) -> None:
@@ -150,6 +154,7 @@ class Forecast:
     seconds: float = 5.0  # that the probe may take
     kept: Kept = field(default_factory=Kept)
     notes: list[str] = field(default_factory=list)
+    look: Look | None = None
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
@@ -356,71 +361,50 @@ class Forecast:
         return [self.source.config, plan.modules, plan.lora, plain, self.config.head_chunk]
 
 
-@dataclass(frozen=True, slots=True)
-class RowFacts:
-    """What a run's rows are like: how many, their tokens, the longest, the supervised share.
-
-    `typical` is the length that a token of them finds itself in: sum of n^2 / sum of n.
-    """
-
-    rows: int
-    tokens: int
-    held_out_tokens: int
-    longest: int
-    typical: int
-    supervised: float
-
-    @property
-    def mean(self) -> float:
-        return self.tokens / self.rows
-
-
-def row_facts(source: Source, found: ModelMap, config: RunConfig, kept: Kept) -> RowFacts | None:
-    """What the rows are like that `train` would go over; None where no data are named.
+def look_at(
+    source: Source, found: ModelMap, config: RunConfig, kept: Kept, tick: Tick = lambda done, total: None
+) -> Look | None:
+    """A look at the rows that `train` would go over; None where no data are named.
 
     Files are read anew when their size or their time of change differs. Raises RequestError as
     `train` would for data that cannot be read.
     """
     if not config.data and config.model != "demo":
         return None
-    names = ("data", "eval_data", "holdout", "format", "max_length", "seed")
+    names = (
+        "data", "eval_data", "holdout", "format", "map", "chat_template", "loss_on", "overflow", "max_length", "seed",
+    )  # fmt: skip
     facts = [
         source.place,
         *(getattr(config, name) for name in names),
-        *map(_stamp, [*config.data, *config.eval_data]),
+        *map(_stamp, [*config.data, *config.eval_data, config.chat_template or ""]),
         *(_stamp(str(Path(source.place) / name)) for name in TOKENIZER_FILES),
     ]
-    if known := kept.get(RowFacts, facts):
-        return known if isinstance(known, RowFacts) else None
+    if known := kept.get(Look, facts):
+        return known if isinstance(known, Look) else None
     with without_collecting():
         from lorafit import data
         from lorafit.survey import load_tokenizer
     tokenizer = load_tokenizer(source.place, source.name)
-    rows = data.load(config, tokenizer, found.task, found.vocab_size)
-    made = facts_of(rows)
-    kept.put(made, facts)
-    return made
-
-
-def facts_of(rows: Any) -> RowFacts:
-    """What those rows (data.Rows) are like."""
-    lengths = [len(row.ids) for row in rows.train]
-    return RowFacts(
-        rows=len(lengths),
-        tokens=rows.tokens,
-        held_out_tokens=sum(len(row.ids) for row in rows.held_out),
-        longest=max(lengths),
-        typical=round(sum(n * n for n in lengths) / sum(lengths)),
-        supervised=rows.supervised / rows.tokens,
-    )
+    look = data.load(config, tokenizer, found.task, found.vocab_size, tick).look
+    kept.put(look, facts)
+    return look
 
 
 def _stamp(spec: str) -> list[Any]:
-    try:
-        found = Path(spec).expanduser().stat()
-    except OSError:
+    """What changes when a file, or one of a folder's, does."""
+    path = Path(weighted(spec)[0]).expanduser()
+    if not spec or not (path.exists() or path.parent.is_dir()):
         return [spec]
-    return [spec, found.st_size, found.st_mtime_ns]
+    files = (
+        [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else path.parent.glob(path.name))
+    )
+    stamps = []
+    for file in files:
+        with suppress(OSError):  # removed since; a read of the data will say so
+            found = file.stat()
+            stamps.append([str(file), found.st_size, found.st_mtime_ns])
+    return [spec, stamps]
 
 
 def prepare(
@@ -430,27 +414,28 @@ def prepare(
     *,
     probing: bool = True,
     elsewhere: bool = False,
-    facts: RowFacts | None = None,
+    look: Look | None = None,
     seconds: float = 5.0,
+    tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
     """The forecast of a run, and its settings with what follows from its rows.
 
-    `config` has what follows from the model. `facts` are those of rows that are read already.
+    `config` has what follows from the model. `look` is that of rows which are read already.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
-    facts = facts or row_facts(source, found, config, kept)
+    look = look or look_at(source, found, config, kept, tick)
     length = config.max_length or 1
-    if facts is None:
+    if look is None:
         config = derive_from_rows(config, length)
         work, longest, typical, supervised = None, length, length, 1.0
     else:
-        config = derive_from_rows(config, facts.mean, facts.rows)
+        config = derive_from_rows(config, look.mean, look.rows)
         batch = config.batch_size or 1
-        steps = ceil(ceil(facts.rows / batch) / config.accumulate)
+        steps = ceil(ceil(look.rows / batch) / config.accumulate)
         every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
-        work = Work(facts.tokens, steps, every, facts.held_out_tokens)
-        longest, typical, supervised = facts.longest, facts.typical, facts.supervised
+        work = Work(look.tokens, steps, every, look.held_out_tokens)
+        longest, typical, supervised = look.lengths["max"], look.typical, look.share
     if found.task == "masked":
         supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden
     shape = Shape(
@@ -462,7 +447,17 @@ def prepare(
         supervised,
     )
     made = Forecast(
-        source, found, config, device, probing and not elsewhere, work, shape, typical, seconds, kept
+        source,
+        found,
+        config,
+        device,
+        probing and not elsewhere,
+        work,
+        shape,
+        typical,
+        seconds,
+        kept,
+        look=look,
     )
     return made, config
 

@@ -19,11 +19,13 @@ from typing import Any
 import torch
 
 from lorafit import adapter
+from lorafit.batch import collate
 from lorafit.checkpoint import check_target, put_in_place
-from lorafit.data import Row, collate, prepare
+from lorafit.data import prepare
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
 from lorafit.modelmap import ModelMap
+from lorafit.rows import Row
 from lorafit.spelling import pattern_value
 from lorafit.step import Forward
 from lorafit.survey import Source, load_model

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
@@ -82,7 +83,11 @@ def filled(v: Any) -> bool:
 SCHEDULERS = ("linear", "cosine", "constant")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
-FORMATS = ("auto", "messages", "prompt-completion", "text", "lines", "document")
+FORMATS = (
+    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document",
+)  # fmt: skip
+OVERFLOWS = ("truncate", "split", "drop", "error")
+LEARNED = ("completion", "last", "all")
 PARTS = "self-attention, feed-forward, shared-experts, experts, cross-attention, router, …"
 
 _TABLE: tuple[Option, ...] = (
@@ -132,15 +137,15 @@ _TABLE: tuple[Option, ...] = (
     Option(
         "data",
         filled,
-        "a file or a hub set",
-        "Training data: a file, or a hub set as `owner/name:config:split`. Repeats.",
+        "a file, a folder or a hub set",
+        "A file, a folder, or a hub set as `owner/name:config:split`; `=2` behind it: twice an epoch. Repeats.",
         (),
         many=True,
     ),
     Option(
         "eval_data",
         filled,
-        "a file or a hub set",
+        "a file, a folder or a hub set",
         "Held-out data, instead of a share of the training data. Repeats.",
         (),
         many=True,
@@ -156,8 +161,36 @@ _TABLE: tuple[Option, ...] = (
         "format",
         one_of(*FORMATS),
         "one of " + ", ".join(FORMATS),
-        "What the data look like; `auto` looks.",
+        "What a row looks like; `auto` looks.",
         "auto",
+    ),
+    Option(
+        "map",
+        filled,
+        "NAME=COLUMN pairs",
+        "Columns under other names, as `prompt=question,completion=answer`.",
+    ),
+    Option(
+        "chat_template",
+        filled,
+        "a file",
+        "A chat template to use instead of the tokenizer's; saved with the adapter.",
+    ),
+    Option(
+        "loss_on",
+        one_of(*LEARNED),
+        "one of " + ", ".join(LEARNED),
+        "What is learned: what the assistant says, only its last answer, or every token.",
+        "completion",
+        training=True,
+    ),
+    Option(
+        "overflow",
+        one_of(*OVERFLOWS),
+        "one of " + ", ".join(OVERFLOWS),
+        "What becomes of a row longer than --max-length.",
+        "truncate",
+        training=True,
     ),
     Option("epochs", whole(1), "a whole number from 1 on", "Passes over the data.", training=True),
     Option(
@@ -171,7 +204,22 @@ _TABLE: tuple[Option, ...] = (
         "save_steps",
         whole(1),
         "a whole number from 1 on",
-        "Keep a checkpoint every so many steps.",
+        "Save a checkpoint every so many steps.",
+        training=True,
+    ),
+    Option(
+        "save_minutes",
+        number(0, 1e6, above=True),
+        "a number above 0",
+        "Save a checkpoint every so many minutes.",
+        10.0,
+        training=True,
+    ),
+    Option(
+        "keep",
+        whole(1),
+        "a whole number from 1 on",
+        "Checkpoints to keep beside the best, in the finished run too; without it one, until it is finished.",
         training=True,
     ),
     Option(
@@ -200,7 +248,7 @@ _TABLE: tuple[Option, ...] = (
         "max_length",
         whole(2),
         "a whole number from 2 on",
-        "Longest row in tokens; what is longer is cut.",
+        "Longest row in tokens.",
         training=True,
     ),
     Option(
@@ -301,6 +349,25 @@ _TABLE: tuple[Option, ...] = (
     ),
 )
 OPTIONS: dict[str, Option] = {option.name: option for option in _TABLE}
+
+
+def weighted(spec: str) -> tuple[str, float]:
+    """A `--data` and how often it comes in an epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
+
+    Raises RequestError for a weight that is not above 0 or beyond 1,000.
+    """
+    name, equals, text = spec.rpartition("=")
+    if not equals or Path(spec).expanduser().exists():
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        return spec, 1.0
+    if not number(0, 1000, above=True)(weight):
+        raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"as {name}=2")
+    return name, weight
+
+
 # What a preset's `training` may say, in the shape that presets.py checks.
 TRAINING: dict[str, tuple[Check, str]] = {
     option.name: (option.check, option.takes) for option in _TABLE if option.training

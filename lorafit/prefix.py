@@ -13,23 +13,20 @@ import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 
-from lorafit import __version__
-from lorafit.data import Batch
-from lorafit.errors import RequestError
-from lorafit.modelmap import ModelMap, cache_folder, installed
+from lorafit import __version__, caches
+from lorafit.batch import Batch
+from lorafit.modelmap import ModelMap, installed
 from lorafit.plan import Plan
 
 FORMAT = 1
-FILLING = ".filling-"
 
 
 # -- is it exact? ---------------------------------------------------------------------------
@@ -253,11 +250,10 @@ class DiskStore:
     known_good: set[str] = field(default_factory=set)
     made_again: dict[str, torch.Tensor] = field(default_factory=dict)
     whole: bool = False
+    filling: Path | None = None
     file: Any = None
 
     def __post_init__(self) -> None:
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(self.folder.parent)
         found = _index(self.folder)
         if found is not None and set(found["entries"]) == self.expected:
             self.entries, self.whole = found["entries"], True
@@ -265,12 +261,8 @@ class DiskStore:
             return
         if self.folder.exists():  # of that name, and not whole: damaged
             shutil.rmtree(self.folder, ignore_errors=True)
-        self._filling.mkdir(exist_ok=True)
-        self.file = (self._filling / "states.bin").open("w+b")
-
-    @property
-    def _filling(self) -> Path:
-        return self.folder.with_name(f"{self.folder.name}{FILLING}{os.getpid()}")
+        self.filling = caches.filling(self.folder)
+        self.file = (self.filling / "states.bin").open("w+b")
 
     def get(self, key: str) -> torch.Tensor | None:
         entry = self.entries.get(key)
@@ -280,7 +272,7 @@ class DiskStore:
             return None
         raw = os.pread(self.file.fileno(), entry["bytes"], entry["offset"])
         if key not in self.known_good:
-            if _digest(raw) != entry["digest"]:
+            if caches.digest(raw) != entry["digest"]:
                 return None
             self.known_good.add(key)
         dtype = getattr(torch, entry["dtype"])
@@ -300,7 +292,7 @@ class DiskStore:
             "bytes": len(raw),
             "shape": list(state.shape),
             "dtype": str(state.dtype).removeprefix("torch."),
-            "digest": _digest(raw),
+            "digest": caches.digest(raw),
         }
         self.known_good.add(key)
         if set(self.entries) == self.expected:
@@ -309,99 +301,38 @@ class DiskStore:
     def _finish(self) -> None:
         os.fsync(self.file.fileno())
         size = self.file.seek(0, os.SEEK_END)
-        index = {**self.about, "format": FORMAT, "bytes": size, "made": time.time(), "entries": self.entries}
-        (self._filling / "index.json").write_text(json.dumps(index), encoding="utf-8")
+        index = {**self.about, "format": FORMAT, "bytes": size, "entries": self.entries}
+        assert self.filling is not None
+        caches.finish(self.filling, self.folder, index)
         self.whole = True
-        with suppress(OSError):  # another run was first: its states are the same
-            self._filling.rename(self.folder)
 
     def close(self) -> None:
         """A cache that is not whole, or in which a state was damaged, is removed."""
         self.file.close()
-        shutil.rmtree(self._filling, ignore_errors=True)
+        if self.filling is not None:
+            shutil.rmtree(self.filling, ignore_errors=True)
         if self.made_again:
             shutil.rmtree(self.folder, ignore_errors=True)
 
 
-def _digest(raw: bytes) -> str:
-    return hashlib.blake2b(raw, digest_size=16).hexdigest()
-
-
-def _index(folder: Path) -> dict[str, Any] | None:
+def _index(entry: Path) -> dict[str, Any] | None:
     """What a cache says of itself; None where there is none or its file is not as long as it says."""
+    found = caches.index_of(entry) or {}
     try:
-        found = json.loads((folder / "index.json").read_text(encoding="utf-8"))
-        size = (folder / "states.bin").stat().st_size
-        good = found["format"] == FORMAT and found["bytes"] == size and isinstance(found["entries"], dict)
-        return found if good else None
-    except (OSError, ValueError, KeyError, TypeError):
+        size = (entry / "states.bin").stat().st_size
+    except OSError:
         return None
-
-
-def _sweep(folder: Path) -> None:
-    """Remove what killed runs left half filled."""
-    for path in folder.glob(f"*{FILLING}*"):
-        pid = path.name.rpartition("-")[2]
-        if not pid.isdigit() or not _alive(int(pid)):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it is another user's, and there
-        return True
-    return True
-
-
-@dataclass(frozen=True, slots=True)
-class Stored:
-    """A cache on disk, as `lorafit cache` lists it."""
-
-    key: str
-    model: str
-    layers: int
-    tokens: int
-    bytes: int
-    made: float
-    path: str
+    good = (
+        found.get("format") == FORMAT
+        and found.get("bytes") == size
+        and isinstance(found.get("entries"), dict)
+    )
+    return found if good else None
 
 
 def folder() -> Path:
     """Where the caches lie."""
-    return cache_folder() / "prefix"
-
-
-def kept() -> list[Stored]:
-    """The whole caches on this machine, the newest first."""
-    found = []
-    for path in folder().glob("*"):
-        index = _index(path) if FILLING not in path.name else None
-        if index is not None:
-            found.append(
-                Stored(
-                    path.name,
-                    str(index.get("model", "")),
-                    int(index.get("layers", 0)),
-                    int(index.get("tokens", 0)),
-                    int(index["bytes"]),
-                    float(index.get("made", 0)),
-                    str(path),
-                )
-            )
-    return sorted(found, key=lambda cache: -cache.made)
-
-
-def remove(key: str) -> int:
-    """Remove the cache whose key begins so; the bytes it held. Raises RequestError for none or several."""
-    found = [cache for cache in kept() if key and cache.key.startswith(key)]
-    if len(found) != 1:
-        what = "no cache" if not found else f"{len(found)} caches"
-        raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")
-    shutil.rmtree(found[0].path)
-    return found[0].bytes
+    return caches.folder("prefix")
 
 
 def key_of(base: torch.nn.Module, stack: str, cut: int, rows: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import yaml
 
 from lorafit.bands import BANDS, Band, LayerChoice
 from lorafit.errors import RequestError, closest
-from lorafit.options import TRAINING
+from lorafit.options import TRAINING, whole
 from lorafit.roles import Role
 
 HERE = Path(__file__).resolve().parent
@@ -213,7 +213,7 @@ TOP: Schema = {
     "bands": (_mapping, "a mapping of names to a choice or to two fractions"),
 }
 LORA: Schema = {
-    "r": (_whole, "a whole number above 0"),
+    "r": (whole(1), "a whole number above 0"),
     "alpha": (_number, "a number above 0"),
     "dropout": (_share, "a number from 0 up to 1"),
     "use_rslora": (_flag, "true or false"),

@@ -37,6 +37,7 @@ from lorafit.events import (
     EvalReport,
     Evaluated,
     Event,
+    Look,
     Loss,
     MergeReport,
     Predicted,
@@ -53,6 +54,8 @@ from lorafit.presets import Preset
 from lorafit.roles import MEANING, Part, Role
 from lorafit.units import bytes_text, count, figures, index_ranges, percent, seconds_text, short
 
+# A row's text is data: what would move the cursor or ring is shown as a picture of itself.
+CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) != "\n"} | {0x7F: "\u2421", 0x9B: "�"}
 LABEL = 11  # columns of the word at the head of a line
 
 
@@ -378,9 +381,10 @@ def show_plan(
     found: ModelMap,
     estimate: Estimate | None,
     fit: Fit | None,
+    look: Look | None,
     command: str,
 ) -> None:
-    """What would be adapted, in PEFT's words, and what it costs; `command` is the one that does it."""
+    """What would be adapted, in PEFT's words, what on, and what it costs; `command` does it."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
@@ -388,6 +392,9 @@ def show_plan(
     screen.answer()
     screen.answer(_plan_table(plan))
     screen.answer()
+    if look is not None:
+        show_look(screen, look, answer=True)
+        screen.answer()
     if estimate is not None:
         screen.section("memory at the peak of a step", _memory_table(estimate))
         if fit is not None:
@@ -579,16 +586,9 @@ def show_header(screen: Screen, plan: Plan, found: ModelMap, config: RunConfig) 
         screen.note(note)
 
 
-def show_data(screen: Screen, config: RunConfig, rows: Any) -> None:
+def show_data(screen: Screen, config: RunConfig, look: Look) -> None:
     """The rows, and the settings derived from them."""
-    share = percent(rows.supervised, rows.tokens)
-    screen.line(
-        "data",
-        f"{', '.join(rows.sources)}: {count(len(rows.train))} rows, {count(rows.tokens)} tokens, "
-        f"{share} supervised; {count(len(rows.held_out))} rows held out ({rows.held_out_name})",
-    )
-    for note in rows.notes:
-        screen.note(note)
+    show_look(screen, look, answer=False)
     reason = config.why("learning_rate")
     why = f" ({reason})" if config.origin.get("learning_rate", "").startswith("derived") else ""
     batch = (
@@ -601,6 +601,85 @@ def show_data(screen: Screen, config: RunConfig, rows: Any) -> None:
     screen.line("step", f"{rows_text}{batch}, rows of up to {config.max_length} tokens")
 
 
+def show_look(screen: Screen, look: Look, answer: bool) -> None:
+    """What the rows are like, what was done to get them, and three of them."""
+    named = ", ".join(
+        f"{s.name} ({s.format}{f', {s.weight:g} times' if s.weight != 1 else ''})" for s in look.sources
+    )
+    screen.line(
+        "data",
+        f"{named}: {_rows(look.rows)}, {count(look.tokens)} tokens, "
+        f"{percent(look.supervised_tokens, look.tokens)} supervised; "
+        f"{_rows(look.held_out_rows)} held out ({look.held_out_name})",
+        answer,
+    )
+    at = look.lengths
+    screen.line(
+        "lengths",
+        f"{count(at['min'])} to {count(at['max'])} tokens; half of the rows up to {count(at['p50'])}, "
+        f"90 % up to {count(at['p90'])}, 99 % up to {count(at['p99'])}",
+        answer,
+    )
+    for text in _findings(look):
+        screen.note(text, answer)
+    for row in look.samples:
+        screen.line(
+            "row",
+            f"{row.where}: {count(row.tokens)} tokens, {count(row.supervised_tokens)} learned (┃)",
+            answer,
+        )
+        for text, learned in row.pieces:
+            _show_piece(screen, text, learned, answer)
+
+
+def _rows(number: int) -> str:
+    return f"{count(number)} row{'' if number == 1 else 's'}"
+
+
+def _findings(look: Look) -> Iterator[str]:
+    """What a person should know of the data before training on them."""
+    yield from look.notes
+    if look.cut:
+        yield f"{count(look.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
+    if look.split:
+        yield f"{count(look.split)} examples are longer than a row and split into several"
+    if look.too_long:
+        yield f"{count(look.too_long)} examples are longer than a row and dropped"
+    if look.unsupervised:
+        yield f"{count(look.unsupervised)} examples hold nothing to learn and are dropped, as {look.unsupervised_at}"
+    if look.cut_away:
+        yield f"{count(look.cut_away)} examples are dropped: nothing to learn is left of them once cut"
+    if look.duplicates:
+        yield f"{_rows(look.duplicates)} {'is' if look.duplicates == 1 else 'are'} the same as another"
+    if look.overlap:
+        yield (
+            f"{count(look.overlap)} of the {_rows(look.held_out_rows)} held out "
+            f"{'is' if look.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
+        )
+    if look.no_end:
+        yield (
+            f"what is learned of {_rows(look.no_end)} ends with no end token: the model is not taught where to stop"
+        )
+
+
+PIECE_LINES = 3  # of a piece of a row that are shown
+
+
+def _show_piece(screen: Screen, text: str, learned: bool, answer: bool) -> None:
+    """A piece of a row behind a bar, a heavy one where it is learned; a long piece without its middle."""
+    console = screen.out if answer else screen.talk
+    bar, style = ("┃ ", "bold") if learned else ("│ ", "dim")
+    room = max(20, console.width - LABEL - 4)
+    shown = text.translate(CONTROLS).replace("\n", "⏎")
+    lines = [shown[at : at + room] for at in range(0, len(shown), room)] or [""]
+    if len(lines) > PIECE_LINES:
+        lines = [*lines[: PIECE_LINES - 1], "…" + shown[-(room - 1) :]]
+    for line in lines:
+        row = Text.assemble(" " * (LABEL + 2), (bar, "" if learned else "dim"), (line, style))
+        row.no_wrap, row.overflow = True, "crop"
+        (screen.answer if answer else screen.say)(row)
+
+
 class TrainView:
     """A run as it is watched: a live bar on a terminal, a line an epoch elsewhere."""
 
@@ -611,7 +690,7 @@ class TrainView:
         self.task: Any = None
         self.epochs = 1
         self.loss = 0.0
-        self.speed: list[float] = []
+        self.recent: list[Stepped] = []
         self.headed = False  # the epochs' table has its head
 
     def on(self, event: Event) -> None:
@@ -639,7 +718,7 @@ class TrainView:
             case EpochDone() if not self.screen.quiet:
                 self._epoch(event)
             case Saved():
-                self.screen.line("saved", event.path)
+                self.screen.line("saved", f"{event.path}{', the best so far' if event.best else ''}")
             case TrainReport():
                 self.close()
             case _:
@@ -651,6 +730,8 @@ class TrainView:
         if event.resumed_at:
             plan += f", going on from step {count(event.resumed_at)}"
         self.screen.line("plan", plan)
+        for text in event.damaged:
+            self.screen.note(f"passed over: {text}")
 
     def _open(self) -> None:
         self.screen.say()
@@ -658,9 +739,9 @@ class TrainView:
             return
         self.progress = Progress(
             TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=24),
+            BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]} tok/s"),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
             TimeRemainingColumn(compact=True),
             console=self.screen.talk,
             transient=True,
@@ -672,9 +753,12 @@ class TrainView:
 
     def _stepped(self, event: Stepped) -> None:
         self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
-        self.speed = [*self.speed[-19:], event.tokens / max(1e-9, event.seconds)]
+        self.recent = [*self.recent[-19:], event]
         if self.progress is not None:
-            speed = short(sum(self.speed) / len(self.speed))
+            seconds = max(1e-9, sum(e.seconds for e in self.recent))
+            speed = short(sum(e.tokens for e in self.recent) / seconds)
+            learned = short(sum(e.supervised_tokens for e in self.recent) / seconds)
+            speed = f"{speed} tok/s, {learned} learned"
             self.progress.update(
                 self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed
             )
@@ -682,11 +766,13 @@ class TrainView:
     def _epoch(self, event: EpochDone) -> None:
         if not self.headed:
             self.headed = True
-            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}{'MFU':>7}")
+            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}{'learned/s':>11}{'MFU':>7}")
         share = f"{event.mfu:.0%}" if event.mfu is not None else ""
         note = "   prefix replayed" if event.replayed else ""
+        learned = short(event.supervised_tokens / max(1e-9, event.seconds))
         self.screen.say(
-            f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}{share:>7}{note}"
+            f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}{learned:>11}"
+            f"{share:>7}{note}"
         )
 
     def close(self) -> None:
@@ -728,6 +814,13 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
             f"of the {bytes_text(report.memory_growth_bytes)} that the process grew by",
             answer=True,
         )
+    if report.best is not None:
+        screen.line(
+            "best",
+            f"held-out loss {report.best.loss:.3f} after step {report.best.step}: "
+            f"{report.output}/checkpoint-{report.best.step}",
+            answer=True,
+        )
     screen.line("saved", report.output, answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.line("next", f"lorafit eval {report.output}", answer=True)
@@ -735,17 +828,21 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
 
 
 def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
-    """The prefix caches: a row each, and what they take together."""
+    """What is kept on disk: a row each, and what they take together."""
     if not caches:
-        screen.answer(f"no prefix cache in {escape(folder)}")
+        screen.answer(f"no cache in {escape(folder)}")
         screen.note("lorafit train --prefix-cache disk makes one", answer=True)
         return
-    table = _table("key", "model", "layers", "tokens", "bytes", "made", right=3)
+    table = _table("key", "of", "what", "tokens", "bytes", "made", right=3, fold=2)
     for kept in caches:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.made))
-        layers = f"0–{kept.layers - 1}" if kept.layers > 1 else "0"
         table.add_row(
-            f"  {kept.key[:8]}", escape(kept.model), layers, count(kept.tokens), bytes_text(kept.bytes), made
+            f"  {kept.key[:8]}",
+            kept.kind,
+            escape(kept.about),
+            count(kept.tokens),
+            bytes_text(kept.bytes),
+            made,
         )
     screen.answer(table)
     screen.line("together", f"{bytes_text(sum(kept.bytes for kept in caches))} in {folder}", answer=True)

@@ -25,8 +25,8 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from lorafit import adapter
+from lorafit.batch import Batch
 from lorafit.cost import Profile, Shape, Timing, free_memory
-from lorafit.data import Batch
 from lorafit.errors import LorafitError
 from lorafit.modelmap import ModelMap, Slot
 from lorafit.plan import Plan, Target, lora_params

@@ -16,7 +16,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from lorafit.data import IGNORED, Batch
+from lorafit.batch import Batch
+from lorafit.rows import IGNORED
 
 CHUNK_BYTES = {"cpu": 32e6, "cuda": 512e6}  # of a chunk's float32 logits
 

@@ -808,6 +808,8 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
     import torch
     from transformers.utils import logging
 
+    from lorafit.tensorfiles import open_file, shards
+
     config = config_of(source)
     cls = model_class(config)
     place = source.place
@@ -815,17 +817,20 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
         raise RequestError(
             f"`{place}` is a config without weights", "to train, name a folder that holds both"
         )
-    if Path(place).is_dir() and not any(
-        name.suffix in (".safetensors", ".bin") for name in Path(place).iterdir()
-    ):
-        raise RequestError(f"there are no weights in `{source.name}`: no .safetensors file")
+    if Path(place).is_dir():
+        files = shards(Path(place))
+        for path in files:
+            open_file(path)  # a file that is cut short or damaged is named
+        if not files and not any(path.suffix == ".bin" for path in Path(place).iterdir()):
+            raise RequestError(f"there are no weights in `{source.name}`: no .safetensors file")
     level = logging.get_verbosity()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local
-        )
+            place, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
         model = model.to(device)
     except torch.OutOfMemoryError:
         raise RunError(
@@ -838,6 +843,11 @@ def load_model(source: Source, dtype: torch.dtype, device: torch.device) -> PreT
         ) from error
     finally:
         logging.set_verbosity(level)
+    for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise RequestError(
+            f"`{name}` of `{source.name}` is {tuple(stored)}, and its config makes it {tuple(wanted)}",
+            "the weights belong to another config",
+        )
     lost = sorted(info["missing_keys"])
     if lost:
         more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""

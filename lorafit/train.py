@@ -5,24 +5,27 @@ from __future__ import annotations
 import json
 import math
 import resource
+import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
 
-from lorafit import adapter, checkpoint
+from lorafit import adapter, checkpoint, seals
 from lorafit import prefix as prefixes
+from lorafit.batch import Batch, collate, mask_tokens
 from lorafit.checkpoint import RunFolder
 from lorafit.config import RunConfig
 from lorafit.cost import Shape, choose, flops_per_token, free_disk, free_memory
-from lorafit.data import Batch, Rows, collate, mask_tokens
-from lorafit.errors import Interrupted, RequestError, RunError
+from lorafit.data import Rows
+from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
 from lorafit.evaluate import Evaluator, mask_id
 from lorafit.events import (
     EpochDone,
@@ -43,6 +46,7 @@ from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal
 from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
+from lorafit.tensorfiles import fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -64,15 +68,17 @@ class Job:
     folder: RunFolder
     stop: Callable[[], int] = lambda: 0  # the signal that asks for an end, or 0
     predicted: Predicted | None = None
+    fingerprint: str = ""  # of the base's weights
     memory_before: int = 0  # bytes that the process held before the model was loaded
-    parameters: dict[str, torch.nn.Parameter] = field(default_factory=dict)
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[Part, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        self.parameters = {n: p for n, p in self.model.named_parameters() if p.requires_grad}
-        both = self.task == "seq2seq"
-        lengths = [len(row.ids) + (len(row.labels) if both else 0) for row in self.rows.train]
-        self.batches = batches(lengths, self.batch_size, self.config.seed)
+        self.parameters = list(checkpoint.trainable(self.model).values())
+        lengths = self.rows.train.lengths
+        if self.task == "seq2seq":
+            lengths = lengths + self.rows.train.target_lengths
+        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed)
 
     @property
     def batch_size(self) -> int:
@@ -141,7 +147,19 @@ def assemble(
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
     return Job(
-        peft_model, found.task, config, plan, rows, tokenizer, found, device, folder, stop, predicted, before
+        peft_model,
+        found.task,
+        config,
+        plan,
+        rows,
+        tokenizer,
+        found,
+        device,
+        folder,
+        stop,
+        predicted,
+        fingerprint(source.place),
+        before,
     )
 
 
@@ -166,10 +184,11 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
                 f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
             )
         return Prefix(), PrefixCache("off", reason)
-    widths = [len(part) * max(len(job.rows.train[r].ids) for r in part) for b in job.batches for part in b]
-    size = prefix.bytes_per_token * (sum(widths) + held_out.processed)
+    lengths = job.rows.train.lengths
+    processed = sum(len(part) * int(lengths[list(part)].max()) for b in job.batches for part in b)
+    size = prefix.bytes_per_token * (processed + held_out.processed)
     keys = frozenset([*job.keys, *held_out.keys])
-    composition = [job.rows.train_digest, job.rows.held_out_digest, json.dumps([job.batches, held_out.parts])]
+    composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
     place = prefixes.folder() / prefixes.key_of(base, stack, cut, composition)
     choice = choose(
         asked,
@@ -182,7 +201,8 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     if choice.where == "off":
         return Prefix(), PrefixCache("off", choice.reason)
     if choice.where == "disk":
-        about = {"model": job.found.model, "layers": cut, "tokens": job.rows.tokens}
+        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
+        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, keys, about)
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)
 
@@ -250,14 +270,35 @@ def _status(name: str) -> int:
 
 
 def run(job: Job) -> Iterator[Event]:
-    """Train, saying what happens as it does; ends with the report, the run's folder in its place.
+    """Train, saying what happens as it does; ends with the report.
 
-    Raises RunError when the loss is no number or memory runs out, Interrupted when `job.stop`
-    asks for an end: the state is saved first. What was saved stays.
+    Raises RunError when the loss is no number or grows without end (the adapter as it was before is
+    kept), OutOfMemory when memory runs out, Interrupted when `job.stop` asks for an end: the state is
+    saved first. What was saved stays.
     """
+    try:
+        yield from _run(job)
+    except (RuntimeError, MemoryError) as error:
+        if not _of_memory(error):
+            raise
+        raise OutOfMemory(
+            f"{job.device} ran out of memory at micro-batches of {job.batch_size} rows",
+            f"--batch-size {max(1, job.batch_size // 2)} --accumulate {job.config.accumulate * 2}, "
+            "or --gradient-checkpointing",
+        ) from None
+
+
+def _of_memory(error: BaseException) -> bool:
+    """Whether memory ran out: an error of torch's own on a GPU, a plain one on the CPU."""
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(text in str(error) for text in ("can't allocate memory", "not enough memory", "out of memory"))
+
+
+def _run(job: Job) -> Iterator[Event]:
     config, model = job.config, job.model
     optimizer = torch.optim.AdamW(
-        job.parameters.values(),
+        job.parameters,
         lr=config.learning_rate,
         weight_decay=config.weight_decay,
         fused=job.device.type != "mps",
@@ -268,13 +309,20 @@ def run(job: Job) -> Iterator[Event]:
         job.rows.held_out, forward, job.batch_size, job.tokenizer, job.found.vocab_size, job.device
     )
     state = _State(rate=matrix_rate(job))
-    if config.resume and job.folder.checkpoints:
-        state.load(checkpoint.restore(job.folder.checkpoints[-1], job.parameters, optimizer), job)
+    last, damaged = checkpoint.last_whole(job.folder) if config.resume else (None, [])
+    if last is not None:
+        state.load(checkpoint.state_of(last), job)  # the same run, or nothing of it is touched
+        checkpoint.restore(last, model, optimizer)
         scaler.load_state_dict(state.scaler)
+        for path in job.folder.checkpoints:  # those after it are damaged: what they held is done again
+            if int(path.name.rpartition("-")[2]) > state.step:
+                shutil.rmtree(path)
     prefix, caching = prepare_prefix(job, forward, held_out)
     held_out = replace(held_out, prefix=prefix)
+    if last is not None:
+        checkpoint.restore_random(last)
     with closing(prefix):
-        yield from _steps(job, state, optimizer, scaler, forward, held_out, caching)
+        yield from _steps(job, state, optimizer, scaler, forward, held_out, caching, tuple(damaged))
 
 
 def _steps(
@@ -285,19 +333,23 @@ def _steps(
     forward: Forward,
     held_out: Evaluator,
     caching: PrefixCache,
+    damaged: tuple[str, ...],
 ) -> Iterator[Event]:
-    """The run itself, from the state it is in."""
+    """The run itself, from the state it is in; `damaged` is what was wrong with later checkpoints."""
     config, model, prefix = job.config, job.model, held_out.prefix
     yield Started(
         steps=job.steps,
         epochs=job.epochs,
         rows=len(job.rows.train),
         held_out_rows=len(job.rows.held_out),
-        held_out_digest=job.rows.held_out_digest,
-        tokens=job.rows.tokens,
-        supervised_tokens=job.rows.supervised,
+        held_out_digest=job.rows.held_out.digest,
+        tokens=job.rows.look.tokens,
+        supervised_tokens=job.rows.look.supervised_tokens,
         resumed_at=state.step,
+        damaged=damaged,
     )
+    if not state.step:
+        yield job.rows.look
     if job.predicted is not None:
         yield job.predicted
     yield caching
@@ -306,7 +358,8 @@ def _steps(
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
     model.train()
-    started = time.perf_counter()
+    good = _Good(job, state.before.loss)
+    saved_at = started = time.perf_counter()
     while state.step < job.steps:
         epoch = state.step // job.steps_per_epoch + 1
         done = state.step % job.steps_per_epoch
@@ -316,7 +369,9 @@ def _steps(
             if number < done:  # done before the run was resumed
                 continue
             rate = learning_rate(config, state.step + 1, job.steps)
-            loss, norm = _optimizer_step(job, forward, prefix, optimizer, scaler, group, rate)
+            loss, norm = _optimizer_step(
+                job, forward, prefix, optimizer, scaler, group, state.step + 1, rate, good
+            )
             stepped = Stepped(
                 step=state.step + 1,
                 epoch=epoch,
@@ -333,19 +388,22 @@ def _steps(
             if prefix.given_up and caching.where != "off":
                 caching = PrefixCache("off", prefix.given_up)
                 yield caching
+            best = False
             if config.eval_steps and state.step % config.eval_steps == 0 and state.step < job.steps:
                 found = _held_out_loss(job, held_out)
                 yield Evaluated(state.step, found.loss, found.tokens)
+                if best := state.best is None or found.loss < state.best.loss:
+                    state.best, state.best_step = found, state.step
                 started = time.perf_counter()
             asked_to_stop = job.stop()
             due = config.save_steps and state.step % config.save_steps == 0
-            if (due or asked_to_stop) and state.step < job.steps:
+            due = due or time.perf_counter() - saved_at >= 60 * config.save_minutes
+            if (due or best or asked_to_stop) and state.step < job.steps:
                 state.scaler = scaler.state_dict()
-                path = checkpoint.save(
-                    job.folder.work, state.step, job.parameters, optimizer, state.as_json(job)
-                )
-                yield Saved(state.step, str(path))
-                started = time.perf_counter()
+                path = checkpoint.save(job.folder.work, state.step, model, optimizer, state.as_json(job))
+                job.folder.prune(config.keep or 1, state.best_step)
+                yield Saved(state.step, str(path), best)
+                saved_at = started = time.perf_counter()
             if asked_to_stop and state.step < job.steps:
                 raise Interrupted(
                     f"interrupted after step {state.step} of {job.steps}; it is kept in `{job.folder.work}`",
@@ -361,16 +419,22 @@ def _steps(
     job.tokenizer.save_pretrained(job.folder.work)
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
+    if state.best is not None and after.loss <= state.best.loss:
+        state.best = state.best_step = None  # the end is the best there was
     yield replace(_report(job, state, after), prefix_cache=caching)
 
 
 def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
-    """The held-out loss. Raises RunError when it is no number, or memory runs out."""
-    try:
-        found = held_out.loss(job.model)
-    except torch.OutOfMemoryError:
-        raise _out_of_memory(job) from None
+    """The held-out loss. Raises RunError when it is no number, naming a weight of the base that is none."""
+    found = held_out.loss(job.model)
     if not math.isfinite(found.loss):
+        odd = next((n for n, p in job.model.named_parameters() if not p.isfinite().all()), "")
+        if odd and "lora_" not in odd:
+            name = odd.removeprefix("base_model.model.").replace(".base_layer", "")
+            raise RunError(
+                f"`{name}` of the base holds values that are no finite numbers",
+                "the checkpoint is damaged, or --dtype does not hold its values",
+            )
         raise RunError(
             f"the held-out loss is {found.loss} in {job.config.dtype}",
             "--dtype float32, or a lower --learning-rate",
@@ -378,12 +442,44 @@ def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
     return found
 
 
-def _out_of_memory(job: Job) -> RunError:
-    smaller = f"--batch-size {max(1, job.batch_size // 2)} --accumulate {job.config.accumulate * 2}"
-    return RunError(
-        f"{job.device} ran out of memory at micro-batches of {job.batch_size} rows",
-        f"{smaller}, or --gradient-checkpointing",
-    )
+RECENT = 10  # steps over which a loss that grows without end is told from a bad batch
+
+
+class _Good:
+    """The adapter as it was when the loss was last sound, and what is sound: up to one and a half times
+    the loss of guessing at random, or twice what the held-out rows lost before."""
+
+    def __init__(self, job: Job, before: float) -> None:
+        self.job = job
+        self.most = max(1.5 * math.log(max(2, job.found.vocab_size)), 2 * before)
+        self.copies = [p.detach().clone() for p in job.parameters]
+        self.recent = before
+        self.step = 0
+
+    def judge(self, loss: float, sound_gradient: bool, step: int, rate: float) -> None:
+        """Called before the update of `step`. Raises RunError when the run has left the good ground."""
+        if math.isfinite(loss):
+            self.recent += (loss - self.recent) / RECENT
+        if math.isfinite(loss) and sound_gradient and self.recent <= self.most:
+            if loss <= self.most:
+                torch._foreach_copy_(self.copies, self.job.parameters)
+                self.step = step - 1
+            return
+        what = f"the loss rose to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
+        if math.isfinite(loss) and not sound_gradient:
+            what = "the gradient is no finite number"
+        kept = ""
+        if self.step:
+            with torch.no_grad():
+                torch._foreach_copy_(self.job.parameters, self.copies)
+            folder = self.job.folder.work / checkpoint.LAST_GOOD
+            adapter.save(self.job.model, folder)
+            seals.seal(folder)
+            kept = f"; the adapter after step {self.step} is kept in `{folder}`"
+        raise RunError(
+            f"{what} at step {step}, learning rate {rate:.2g}{kept}",
+            f"a lower --learning-rate, as {rate / 4:.1g}, with --overwrite; or --dtype float32",
+        )
 
 
 def _optimizer_step(
@@ -393,7 +489,9 @@ def _optimizer_step(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     group: list[Batch],
+    step: int,
     rate: float,
+    good: _Good,
 ) -> tuple[float, float]:
     """One optimizer step over its micro-batches: (loss per supervised token, gradient norm).
 
@@ -404,31 +502,24 @@ def _optimizer_step(
         settings["lr"] = rate
     supervised = sum(batch.supervised for batch in group)
     losses = []
-    try:
-        for batch in group:
-            batch = batch.to(job.device)
-            with prefix.around(batch):
-                loss = forward.loss_sum(job.model, batch) / supervised
-            scaler.scale(loss).backward()
-            losses.append(loss.detach())
-        scaler.unscale_(optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(job.parameters.values(), job.config.max_grad_norm)
-    except torch.OutOfMemoryError:
-        raise _out_of_memory(job) from None
+    for batch in group:
+        batch = batch.to(job.device)
+        with prefix.around(batch):
+            loss = forward.loss_sum(job.model, batch) / supervised
+        scaler.scale(loss).backward()
+        losses.append(loss.detach())
+    scaler.unscale_(optimizer)
+    norm = torch.nn.utils.clip_grad_norm_(job.parameters, job.config.max_grad_norm)
     total = float(torch.stack(losses).sum())  # the one wait for the device in a step
     # under float16 a step whose gradients overflow is skipped by the scaler; elsewhere it is the end
-    if not math.isfinite(total) or not (scaler.is_enabled() or norm.isfinite()):
-        what = f"loss is {total}" if not math.isfinite(total) else f"gradient's norm is {float(norm)}"
-        raise RunError(
-            f"the {what} at learning rate {rate:.2g}",
-            f"a lower --learning-rate, as {rate / 4:.1g}; or --dtype float32",
-        )
+    good.judge(total, scaler.is_enabled() or bool(norm.isfinite()), step, rate)
     scaler.step(optimizer)
     scaler.update()
     optimizer.zero_grad(set_to_none=True)
     return total, float(norm)
 
 
+DIGESTS = ("training rows", "held-out rows", "base weights")
 OF_THE_PROCESS = ("rate", "captured_before")  # what a resumed run finds out anew
 
 
@@ -447,6 +538,8 @@ class _State:
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
+    best: Loss | None = None  # the lowest held-out loss on the way, and where
+    best_step: int | None = None
     rate: float = 0.0  # FLOPs a second of this device's matrix products
     captured_before: int = 0  # micro-batches that ran whole before this epoch
 
@@ -497,14 +590,18 @@ class _State:
         changed = [name for name in now if was.get(name) != now[name]]
         if changed:
             name = changed[0]
+            what = (
+                f"its {name} are other ones"
+                if name in DIGESTS
+                else f"{name} was {was.get(name)!r}, is {now[name]!r}"
+            )
             raise RequestError(
-                f"this is not the run that was saved: {name} was {was.get(name)!r}, is {now[name]!r}",
-                "resume with the options it began with, or --overwrite to start anew",
+                f"this is not the run that was saved: {what}",
+                "resume with the data, the model and the options it began with, or --overwrite to start anew",
             )
         for name, value in saved.items():
             setattr(self, name, value)
-        if isinstance(saved["before"], dict):
-            self.before = Loss(**saved["before"])
+        self.before, self.best = (Loss(**v) if v else None for v in (saved["before"], saved["best"]))
         self.epochs = [EpochDone(**row) for row in saved["epochs"]]
 
 
@@ -536,8 +633,9 @@ def _fingerprint(job: Job) -> dict[str, Any]:
         **found,
         "modules": len(job.plan.modules),
         "lora": jsonable(job.plan.lora),
-        "training rows": job.rows.train_digest,
-        "held-out rows": job.rows.held_out_digest,
+        "base weights": job.fingerprint,
+        "training rows": job.rows.train.digest,
+        "held-out rows": job.rows.held_out.digest,
     }
 
 
@@ -558,6 +656,9 @@ def _report(job: Job, state: _State, after: Loss) -> TrainReport:
         memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,
         eval={"before": state.before, "after": after},
+        best=None
+        if state.best is None
+        else Evaluated(state.best_step or 0, state.best.loss, state.best.tokens),
     )
 
 
@@ -587,24 +688,24 @@ def _event_of(folder: Path, kind: str) -> dict[str, Any]:
 def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
     """The same events, each written to `events.jsonl`; after the last, the folder is put in its place.
 
-    A run that fails before its first checkpoint leaves nothing behind.
+    A run that fails before its first checkpoint leaves nothing behind. Raises RunError where the
+    disk is full.
     """
     folder = job.folder
-    finished = False
+    log_file = folder.work / checkpoint.EVENTS
     try:
-        with (folder.work / "events.jsonl").open("a", encoding="utf-8") as log:
-            for event in events:
-                if isinstance(event, Started):  # by then a resumed run is known to be the same
-                    run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
-                    (folder.work / "run.yaml").write_text(run_file, encoding="utf-8")
-                log.write(json.dumps(record(event)) + "\n")
-                if isinstance(event, (Saved, TrainReport)):
-                    log.flush()
-                if isinstance(event, TrainReport):
-                    log.close()
-                    folder.finish()
-                    finished = True
-                yield event
+        with checkpoint.writing(folder.work):
+            first = next(events)  # Started: by then a resumed run is known to be the same
+            checkpoint.rewind(log_file, first.resumed_at if isinstance(first, Started) else 0)
+            run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
+            (folder.work / checkpoint.RUN_FILE).write_text(run_file, encoding="utf-8")
+            adapter.write_base(folder.work, job.found.model, job.fingerprint)
+            with closing(log_file.open("a", encoding="utf-8", buffering=1)) as log:
+                for event in chain([first], events):
+                    log.write(json.dumps(record(event)) + "\n")
+                    if isinstance(event, TrainReport):
+                        log.close()
+                        folder.finish(job.config.keep or 0, event.best.step if event.best else None)
+                    yield event
     finally:
-        if not finished:
-            folder.abandon()
+        folder.abandon()

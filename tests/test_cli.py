@@ -386,7 +386,7 @@ def test_a_model_too_shallow_and_a_role_that_is_missing(run, tmp_path):
 
 @pytest.mark.parametrize(
     "content, words",
-    [(b"", "is empty"), (b'{"text": 3}\n{"text": 4}\n', "no string"), (b"\xff\xfe\n", "not UTF-8")],
+    [(b"", "is empty"), (b'{"text": 3}\n{"text": 4}\n', "no string"), (b"\xff\xfe\n", "is UTF-16")],
 )
 def test_data_that_is_none(run, tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)
@@ -406,7 +406,7 @@ def test_a_folder_that_is_taken_or_cannot_be_written(run, tmp_path):
 def test_an_adapter_of_another_base(trained, tiny, run, pairs):
     output, _ = trained
     result = run("eval", output, "--model", tiny("gpt2"), "--data", pairs)
-    assert result.code == 2 and "does not fit its base" in result.err
+    assert result.code == 2 and "was not trained on" in result.err
     result = run("eval", output, "--model", "./gone", "--data", pairs)
     assert result.code == 2 and "no model at" in result.err
 

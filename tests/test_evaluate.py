@@ -4,14 +4,15 @@ import pytest
 import torch
 from families import FAMILIES, build_model, tokenizer
 
-from lorafit.data import IGNORED, Row, collate
+from lorafit.batch import collate
 from lorafit.evaluate import Evaluator, RowScore, completions, paired, prompts, summed
+from lorafit.rows import IGNORED, Row, RowSet
 from lorafit.step import Forward
 
 
 def evaluator(model, rows, task="causal", size=3):
     return Evaluator(
-        tuple(rows), Forward.of(model, task), size, tokenizer(task == "masked"), 896, torch.device("cpu")
+        RowSet.of(rows), Forward.of(model, task), size, tokenizer(task == "masked"), 896, torch.device("cpu")
     )
 
 

@@ -9,6 +9,7 @@ import sys
 import pytest
 
 from lorafit import forecast
+from lorafit.events import Look, ReadSource, Rendered
 from lorafit.units import parse_bytes
 
 
@@ -136,8 +137,20 @@ def test_a_plan_that_was_asked_for_before_needs_no_torch(tmp_path):
 
 def test_a_damaged_cache_is_made_again(tmp_path):
     kept = forecast.Kept(tmp_path)
-    kept.put(forecast.RowFacts(1, 2, 3, 4, 5, 0.5), ["facts"])
-    assert kept.get(forecast.RowFacts, ["facts"]) == forecast.RowFacts(1, 2, 3, 4, 5, 0.5)
+    look = Look(
+        (ReadSource("a", "text", 1),),
+        1,
+        2,
+        3,
+        4,
+        5,
+        "b",
+        {"max": 2},
+        2,
+        samples=(Rendered("a:1", 2, 1, (("c", True),)),),
+    )
+    kept.put(look, ["facts"])
+    assert kept.get(Look, ["facts"]) == look
     (path,) = tmp_path.glob("*.json")
     path.write_text("{half")
-    assert kept.get(forecast.RowFacts, ["facts"]) is None
+    assert kept.get(Look, ["facts"]) is None

@@ -11,7 +11,7 @@ from families import FAMILIES
 from safetensors.torch import load_file
 from test_train import events_of, job_for, losses
 
-from lorafit import prefix, train
+from lorafit import caches, prefix, train
 from lorafit.adapter import WEIGHTS
 from lorafit.cost import choose
 from lorafit.errors import RequestError
@@ -133,10 +133,12 @@ def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
     assert [e.replayed for e in again if isinstance(e, EpochDone)] == [True, True, True]
     assert next(e for e in same if isinstance(e, PrefixCache)).where == "disk"  # one pass, and it is there
     assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "first")
-    (kept,) = prefix.kept()
-    assert kept.layers == 2 and kept.tokens == job.rows.tokens
-    tokens = job.rows.tokens + sum(len(row.ids) for row in job.rows.held_out)
-    assert kept.bytes <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
+    (kept,) = caches.kept()
+    assert kept.about.endswith("layers 0–1") and kept.tokens == job.rows.look.tokens
+    tokens = kept.tokens + job.rows.look.held_out_tokens
+    assert (
+        prefix.folder() / kept.key / "states.bin"
+    ).stat().st_size <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
 
 
 def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, monkeypatch):
@@ -147,41 +149,40 @@ def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, m
     trained(tiny, other, tmp_path / "b", prefix_cache="disk")
     trained(tiny, pairs, tmp_path / "c", prefix_cache="disk", layers="last:1")
     trained(tiny, pairs, tmp_path / "d", "qwen3", prefix_cache="disk")
-    assert len(prefix.kept()) == 4
+    assert len(caches.kept()) == 4
 
 
 def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix.folder() / prefix.kept()[0].key / "states.bin"
+    path = prefix.folder() / caches.kept()[0].key / "states.bin"
     raw = bytearray(path.read_bytes())
     raw[1000] ^= 1
     path.write_bytes(raw)
     trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
     assert adapter_of(tmp_path / "first") == adapter_of(tmp_path / "again")
-    assert not prefix.kept()
+    assert not caches.kept()
 
 
 def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix.folder() / prefix.kept()[0].key / "states.bin"
+    path = prefix.folder() / caches.kept()[0].key / "states.bin"
     path.write_bytes(path.read_bytes()[:-8])
-    assert not prefix.kept()
     _, events = trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
     assert next(e for e in events if isinstance(e, EpochDone)).replayed is False
-    assert len(prefix.kept()) == 1
+    assert len(caches.kept()) == 1
 
 
 def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "short", prefix_cache="disk", max_steps=2)
-    assert not prefix.kept() and not list(prefix.folder().iterdir())
-    dead = prefix.folder() / f"{'0' * 32}{prefix.FILLING}999999999"  # of a process that was killed
+    assert not caches.kept() and not list(prefix.folder().iterdir())
+    dead = prefix.folder() / f"{'0' * 32}{caches.FILLING}999999999"  # of a process that was killed
     dead.mkdir()
     (dead / "states.bin").write_bytes(b"half")
     trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")
-    assert not dead.exists() and len(prefix.kept()) == 1
+    assert not dead.exists() and len(caches.kept()) == 1
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, monkeypatch):
@@ -208,7 +209,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, 
     assert load_file(job.folder.work / WEIGHTS).keys() and adapter_of(job.folder.work) == adapter_of(
         tmp_path / "off"
     )
-    assert not prefix.kept() and not list(prefix.folder().iterdir())
+    assert not caches.kept() and not list(prefix.folder().iterdir())
 
 
 @pytest.mark.parametrize(
@@ -231,7 +232,7 @@ def test_where_it_is_kept(asked, passes, size, memory, disk, stored, where):
 
 def test_caches_are_listed_and_removed(run, tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert "no prefix cache" in run("cache").out
+    assert "no cache" in run("cache").out
     trained(tiny, pairs, tmp_path / "a", prefix_cache="disk")
     trained(tiny, pairs, tmp_path / "b", prefix_cache="disk", layers="last:1")
     (one, two) = run("cache", "--json").document["caches"]

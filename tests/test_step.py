@@ -6,8 +6,9 @@ import torch.nn.functional as F
 import transformers
 from families import FAMILIES, LLAMA_LIKE, build_model, tokenizer
 
-from lorafit.data import IGNORED, Row, collate
+from lorafit.batch import collate
 from lorafit.evaluate import Evaluator
+from lorafit.rows import IGNORED, Row, RowSet
 from lorafit.step import Forward
 
 ROWS = [Row(tuple(range(5, 5 + n)), (IGNORED, IGNORED, *range(7, 5 + n)), "x") for n in (9, 4, 17, 12)]
@@ -40,7 +41,7 @@ def model_of(name):
 def batch_of(model, task):
     if task != "masked":
         return collate(ROWS, 0, task)
-    rows = Evaluator(tuple(ROWS), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu"))
+    rows = Evaluator(RowSet.of(ROWS), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu"))
     return collate([rows._masked(n) for n in range(len(ROWS))], 0, task)
 
 

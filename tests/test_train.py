@@ -10,6 +10,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorafit import adapter, data, train
+from lorafit.batch import collate
 from lorafit.checkpoint import RunFolder
 from lorafit.config import derive_from_model, derive_from_rows, settle
 from lorafit.errors import Interrupted, RequestError, RunError
@@ -29,7 +30,7 @@ def job_for(model, output, stop=lambda: 0, **flags):
     plan = resolve(found, preset, config.layers, exclude=exclude)
     found_tokenizer = load_tokenizer(source.place, source.name)
     rows = data.load(config, found_tokenizer, found.task, found.vocab_size)
-    config = derive_from_rows(config, rows.mean_tokens, len(rows.train))
+    config = derive_from_rows(config, rows.look.mean, len(rows.train))
     folder = RunFolder(output)
     folder.open(config.overwrite, config.resume)
     return train.assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
@@ -58,7 +59,7 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
     assert isinstance(report, TrainReport) and report.steps == 12
     assert report.eval["after"].loss < report.eval["before"].loss - 0.1
 
-    batch = data.collate(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
+    batch = collate(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
     forward = Forward.of(job.model, job.task)
     job.model.eval()
     with torch.no_grad():
@@ -100,10 +101,8 @@ def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
     for size in (8, 2):
         job.model.zero_grad()
         for at in range(0, 8, size):
-            (
-                forward.loss_sum(job.model, data.collate(rows[at : at + size], 0, "causal")) / supervised
-            ).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in job.parameters.values()]))
+            (forward.loss_sum(job.model, collate(rows[at : at + size], 0, "causal")) / supervised).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in job.parameters]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
 
 
@@ -150,7 +149,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path, after, wo
     """Before the first step by the held-out rows, later by the step itself; nothing is left behind."""
 
     def spoil():
-        next(iter(job.parameters.values())).data.fill_(math.inf)
+        job.parameters[0].data.fill_(math.inf)
 
     job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=3)
     if after is None:
@@ -214,8 +213,8 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
             block.register_full_backward_hook(lambda m, i, o, n=number, seen=calls: seen.append(n))
         job.model.train()
         forward = Forward.of(job.model, "causal")
-        forward.loss_sum(job.model, data.collate(list(job.rows.train[:4]), 0, "causal")).backward()
-        grads.append(torch.cat([p.grad.flatten() for p in job.parameters.values()]))
+        forward.loss_sum(job.model, collate(list(job.rows.train[:4]), 0, "causal")).backward()
+        grads.append(torch.cat([p.grad.flatten() for p in job.parameters]))
         ran.append(set(calls))
     assert torch.equal(*grads)
     assert ran == [{3}, {3}]
@@ -282,7 +281,7 @@ def test_what_may_be_replaced(tmp_path):
 
 def test_a_trained_adapter_survives_what_fails_behind_it(tiny, pairs, tmp_path, monkeypatch):
     job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=2)
-    monkeypatch.setattr(RunFolder, "finish", lambda self: (_ for _ in ()).throw(OSError("busy")))
-    with pytest.raises(OSError, match="busy"):
+    monkeypatch.setattr(RunFolder, "finish", lambda self, keep, best: (_ for _ in ()).throw(OSError("busy")))
+    with pytest.raises(RunError, match="busy"):
         events_of(job)
     assert (tmp_path / "r.partial" / adapter.WEIGHTS).is_file()

@@ -77,12 +77,13 @@ def one(cell: Cell) -> dict[str, Any]:
     from lorafit import forecast, simulate, train
     from lorafit.checkpoint import RunFolder
     from lorafit.config import derive_from_model, settle
-    from lorafit.data import IGNORED, Row, Rows
+    from lorafit.data import Rows
     from lorafit.demo import MODEL
     from lorafit.events import EpochDone, TrainReport
     from lorafit.plan import resolve
     from lorafit.prefix import blocks_below
     from lorafit.presets import load
+    from lorafit.rows import IGNORED, Row
     from lorafit.step import Forward
     from lorafit.survey import find, load_tokenizer, survey
 
@@ -97,7 +98,7 @@ def one(cell: Cell) -> dict[str, Any]:
     ids = torch.randint(3, 16000, (ROWS, cell.length), generator=torch.Generator().manual_seed(0)).tolist()
     half = cell.length // 2
     rows = tuple(Row(tuple(i), (IGNORED,) * half + tuple(i[half:]), "") for i in ids)
-    given = Rows(rows, rows[:1])
+    given = Rows.of(rows, rows[:1], tokenizer, found.task)
     settings, _ = settle(
         {
             "model": source.place, "preset": cell.preset, "layers": cell.band, "epochs": EPOCHS,
@@ -106,7 +107,7 @@ def one(cell: Cell) -> dict[str, Any]:
         }
     )  # fmt: skip
     settings = derive_from_model(settings, found)
-    ahead, settings = forecast.prepare(settings, source, found, facts=forecast.facts_of(given))
+    ahead, settings = forecast.prepare(settings, source, found, look=given.look)
     cost = ahead.estimate(plan, ahead.timing(plan))
     result: dict[str, Any] = {
         "predicted_peak": cost.memory.peak,

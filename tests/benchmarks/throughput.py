@@ -96,8 +96,9 @@ def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
     from lorafit import train
     from lorafit.checkpoint import RunFolder
     from lorafit.config import derive_from_model, settle
-    from lorafit.data import IGNORED, Row, Rows
+    from lorafit.data import Rows
     from lorafit.events import EpochDone, TrainReport
+    from lorafit.rows import IGNORED, Row
     from lorafit.survey import load_tokenizer
 
     source, found, plan = setting(cell, folder)
@@ -115,9 +116,9 @@ def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
     config = derive_from_model(config, found)
     run = RunFolder(Path(tempfile.mkdtemp()) / "run")
     run.open(False, False)
-    job = train.assemble(
-        source, found, config, plan, Rows(rows, rows[:1]), load_tokenizer(source.place, ""), run
-    )
+    tokenizer = load_tokenizer(source.place, "")
+    given = Rows.of(rows, rows[:1], tokenizer, found.task)
+    job = train.assemble(source, found, config, plan, given, tokenizer, run)
     start_alike(job.model, cell, folder)
     events = list(train.recorded(job, train.run(job)))
     report = events[-1]

@@ -1,0 +1,122 @@
+"""What lorafit keeps to be found again: folders that are whole, or not there.
+
+Each kind has a folder of its own below the cache folder, and in it one folder an entry, by a key
+that is a digest of all that decides its content. An entry is filled under a name of its own and
+takes the one it is found by once it is whole; what a killed process left half filled is swept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RequestError
+from lorafit.modelmap import cache_folder
+
+KINDS = ("prefix", "rows")
+INDEX, FILLING = "index.json", ".filling-"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An entry on disk, as `lorafit cache` lists it."""
+
+    key: str
+    kind: str
+    about: str
+    tokens: int
+    bytes: int
+    made: float
+    path: str
+
+
+def folder(kind: str) -> Path:
+    """Where entries of that kind lie."""
+    return cache_folder() / kind
+
+
+def filling(entry: Path) -> Path:
+    """The name under which this process fills an entry; its folder is made, killed ones are swept."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(entry.parent)
+    beside = entry.with_name(f"{entry.name}{FILLING}{os.getpid()}")
+    beside.mkdir(exist_ok=True)
+    return beside
+
+
+def finish(beside: Path, entry: Path, index: dict[str, Any]) -> None:
+    """An entry is filled: its index is written, and it takes its name."""
+    (beside / INDEX).write_text(json.dumps({**index, "made": time.time()}), encoding="utf-8")
+    with suppress(OSError):  # another process was first: its entry is the same
+        beside.rename(entry)
+
+
+def index_of(entry: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None where there is none, or it cannot be read."""
+    try:
+        found = json.loads((entry / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _sweep(parent: Path) -> None:
+    for path in parent.glob(f"*{FILLING}*"):
+        pid = path.name.rpartition("-")[2]
+        if not pid.isdigit() or not _alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it is another user's, and there
+        return True
+    return True
+
+
+def kept() -> list[Stored]:
+    """The whole entries on this machine, the newest first."""
+    found = []
+    for kind in KINDS:
+        for path in folder(kind).glob("*"):
+            index = index_of(path) if FILLING not in path.name else None
+            if index is None:
+                continue
+            with suppress(ValueError, TypeError):  # an index that was damaged
+                found.append(
+                    Stored(
+                        path.name,
+                        kind,
+                        str(index.get("about", "")),
+                        int(index.get("tokens", 0)),
+                        sum(file.stat().st_size for file in path.iterdir()),
+                        float(index.get("made", 0)),
+                        str(path),
+                    )
+                )
+    return sorted(found, key=lambda entry: -entry.made)
+
+
+def remove(key: str) -> int:
+    """Remove the entry whose key begins so; the bytes it held. Raises RequestError for none or several."""
+    found = [entry for entry in kept() if key and entry.key.startswith(key)]
+    if len(found) != 1:
+        what = "no cache" if not found else f"{len(found)} caches"
+        raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")
+    shutil.rmtree(found[0].path)
+    return found[0].bytes
+
+
+def digest(raw: bytes | memoryview) -> str:
+    """The digest that a piece of an entry is held against before it is used."""
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()

@@ -1,0 +1,333 @@
+"""Nothing lost: runs that are killed, stopped, full or mad, and what is left of them."""
+
+import json
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_train import events_of, job_for
+
+from lorafit import adapter, checkpoint, seals
+from lorafit.checkpoint import RunFolder
+from lorafit.errors import RequestError, RunError
+from lorafit.events import Started, Stepped, TrainReport
+
+# A process that has imported everything, and forks a child for each command it reads; the child may
+# kill itself inside a save: while the checkpoint of that step is written.
+DRIVER = """
+import json, os, signal, sys
+import torch, transformers, peft
+from lorafit import checkpoint, seals, show, train
+from lorafit.cli import app
+
+for line in sys.stdin:
+    arguments, inside = json.loads(line)
+    pid = os.fork()
+    if pid == 0:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 1)
+        if inside:
+            was = seals.seal
+            def seal(folder, but=()):
+                if folder.name == f".checkpoint-{inside}":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                was(folder, but)
+            seals.seal = seal
+        try:
+            app(arguments)
+            code = 0
+        except SystemExit as end:
+            code = end.code or 0
+        os._exit(code)
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+"""
+
+
+class Shell:
+    """Commands in children of one process that has everything imported."""
+
+    def __init__(self, errors: Path) -> None:
+        self.errors = errors.open("wb")
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", DRIVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.errors, text=True
+        )  # fmt: skip
+
+    def run(self, arguments: list[str], kill_after: float | None = None, inside: int = 0) -> int:
+        """The exit code of a command; -9 where it was killed, after so many seconds, or inside a save."""
+        self.process.stdin.write(json.dumps([arguments, inside]) + "\n")
+        self.process.stdin.flush()
+        pid = int(self.process.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGKILL)
+        return os.waitstatus_to_exitcode(int(self.process.stdout.readline()))
+
+    def close(self) -> None:
+        self.process.stdin.close()
+        self.process.wait()
+        self.errors.close()
+
+
+@pytest.fixture
+def shell(tmp_path):
+    made = Shell(tmp_path / "errors")
+    yield made
+    made.close()
+    assert b"Traceback" not in (tmp_path / "errors").read_bytes()
+
+
+def command(tiny, pairs, output, *more: object) -> list[str]:
+    words = [
+        "train", tiny("llama"), "--data", pairs, "--preset", "all", "--layers", "2-3", "--dropout", "0.1",
+        "--epochs", "4", "--batch-size", "4", "--save-steps", "2", "--eval-steps", "5", "-o", output, *more,
+    ]  # fmt: skip
+    return [str(word) for word in words]
+
+
+def same(one: Path, other: Path) -> bool:
+    a, b = load_file(one / adapter.WEIGHTS), load_file(other / adapter.WEIGHTS)
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tiny, pairs, tmp_path, shell):
+    assert shell.run(command(tiny, pairs, tmp_path / "whole")) == 0
+    started = time.perf_counter()
+    assert shell.run(command(tiny, pairs, tmp_path / "again")) == 0
+    lasted = time.perf_counter() - started
+    draw = random.Random(2)
+    kills = runs = 0
+    while kills < 20:
+        output = tmp_path / f"killed-{runs}"
+        runs += 1
+        code = -9
+        for _ in range(60):
+            inside = draw.randrange(2, 36, 2) if draw.random() < 0.3 else 0
+            after = None if inside else draw.uniform(0.1, lasted)
+            code = shell.run(command(tiny, pairs, output, "--resume"), after, inside)
+            if code == 0:
+                break
+            assert code == -9
+            kills += 1
+        assert code == 0 and same(output, tmp_path / "whole")
+        assert not output.with_name(output.name + ".partial").exists()
+        lines = [json.loads(line) for line in (output / "events.jsonl").read_text().splitlines()]
+        steps = [e["step"] for e in lines if e["event"] == "step"]
+        assert steps == list(range(1, len(steps) + 1)) and lines[-1]["event"] == "report"
+        wanted = json.loads((tmp_path / "whole" / "events.jsonl").read_text().splitlines()[-1])
+        assert lines[-1]["eval"] == wanted["eval"] and lines[-1]["steps"] == wanted["steps"]
+        before = (output / "events.jsonl").read_bytes()
+        assert shell.run(command(tiny, pairs, output, "--resume")) == 0  # it is finished: nothing changes
+        assert (output / "events.jsonl").read_bytes() == before
+
+
+def stopped(tiny, pairs, folder, at=6, **more):
+    """A run that was interrupted after so many steps."""
+    from lorafit.errors import Interrupted
+
+    seen = []
+    flags = {"data": (str(pairs),), "epochs": 2, "batch_size": 4, "save_steps": 2, "eval_steps": None, **more}
+    job = job_for(tiny("llama"), folder, **{k: v for k, v in flags.items() if v is not None})
+    job.stop = lambda: 2 if len(seen) >= at else 0
+    with pytest.raises(Interrupted) as stop:
+        from lorafit.train import recorded, run
+
+        for event in recorded(job, run(job)):
+            seen += [event] if isinstance(event, Stepped) else []
+    assert "--resume" in stop.value.hint
+    return flags
+
+
+def test_damaged_checkpoints_are_passed_over(tiny, pairs, tmp_path):
+    flags = stopped(tiny, pairs, tmp_path / "r", keep=3)
+    flags = {k: v for k, v in flags.items() if v is not None}
+    work = tmp_path / "r.partial"
+    assert [p.name for p in RunFolder(tmp_path / "r").checkpoints] == [
+        "checkpoint-2",
+        "checkpoint-4",
+        "checkpoint-6",
+    ]
+    path = work / "checkpoint-6" / "optimizer.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-3] ^= 4
+    path.write_bytes(bytes(raw))
+    events = events_of(job_for(tiny("llama"), tmp_path / "r", resume=True, **flags))
+    started = next(e for e in events if isinstance(e, Started))
+    assert started.resumed_at == 4 and "optimizer.safetensors" in started.damaged[0]
+    events_of(job_for(tiny("llama"), tmp_path / "whole", **flags))
+    assert same(tmp_path / "r", tmp_path / "whole")
+    assert len(list((tmp_path / "r").glob("checkpoint-*"))) == 3  # what --keep asks for stays
+    flags = {k: v for k, v in stopped(tiny, pairs, tmp_path / "s").items() if v is not None}
+    for path in (tmp_path / "s.partial").glob("checkpoint-*/state.json"):
+        path.write_text(path.read_text().replace('"step"', '"stop"'))
+    with pytest.raises(RequestError, match="no checkpoint is whole"):
+        events_of(job_for(tiny("llama"), tmp_path / "s", resume=True, **flags))
+
+
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        ({"learning_rate": 1e-3}, "learning_rate was"), ({"epochs": 3}, "epochs was 2, is 3"), ({"layers": "high"}, "layers was"),
+        ({"preset": "ffn"}, "preset was"), ({"seed": 5}, "seed was 0, is 5"), ({"data": None}, "training rows are other ones"),
+        ({"rank": 4}, "rank was"), ({"loss_on": "all"}, "training rows are other ones"),
+    ],
+)  # fmt: skip
+def test_another_run_is_not_resumed(tiny, pairs, tmp_path, change, words):
+    flags = {k: v for k, v in stopped(tiny, pairs, tmp_path / "r").items() if v is not None}
+    if change == {"data": None}:
+        other = tmp_path / "other.jsonl"
+        other.write_text(pairs.read_text().replace("a", "e", 3))
+        change = {"data": (str(other),)}
+    before = sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "r.partial").rglob("*"))
+    with pytest.raises(RequestError, match=words):
+        events_of(job_for(tiny("llama"), tmp_path / "r", resume=True, **{**flags, **change}))
+    assert before == sorted((p.name, p.stat().st_mtime_ns) for p in (tmp_path / "r.partial").rglob("*"))
+    # how often to save may change
+    events = events_of(
+        job_for(tiny("llama"), tmp_path / "r", resume=True, **{**flags, "save_steps": 3, "save_minutes": 1.0})
+    )
+    assert isinstance(events[-1], TrainReport)
+
+
+def test_other_base_weights_are_another_run(tiny, pairs, tmp_path):
+    base = tmp_path / "base"
+    shutil.copytree(tiny("llama"), base)
+    seen = stopped(lambda name: base, pairs, tmp_path / "r")
+    flags = {k: v for k, v in seen.items() if v is not None}
+    path = base / "model.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[-1] ^= 1
+    path.write_bytes(bytes(raw))
+    with pytest.raises(RequestError, match="base weights are other ones"):
+        events_of(job_for(base, tmp_path / "r", resume=True, **flags))
+
+
+def test_the_best_on_the_way_is_kept(tiny, pairs, tmp_path):
+    flags = {
+        "data": (str(pairs),),
+        "epochs": 6,
+        "batch_size": 4,
+        "eval_steps": 3,
+        "learning_rate": 0.1,
+        "scheduler": "constant",
+    }
+    report = events_of(job_for(tiny("llama"), tmp_path / "r", **flags))[-1]
+    evaluated = [
+        (e["loss"], e["step"])
+        for e in map(json.loads, (tmp_path / "r" / "events.jsonl").read_text().splitlines())
+        if e["event"] == "evaluated" and e["step"]
+    ]
+    assert report.best is not None and (report.best.loss, report.best.step) == min(evaluated)
+    (kept,) = (tmp_path / "r").glob("checkpoint-*")
+    assert kept.name == f"checkpoint-{report.best.step}"
+    seals.check(kept)
+    assert adapter.read_config(kept)["peft_type"] == "LORA"
+
+
+def test_two_runs_into_one_folder(tiny, pairs, tmp_path):
+    job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=2)
+    for overwrite, resume in ((False, False), (True, False), (False, True)):
+        with pytest.raises(RequestError, match="another run is writing"):
+            RunFolder(tmp_path / "r").open(overwrite, resume)
+    assert events_of(job)[-1].steps == 2
+
+
+@pytest.mark.parametrize("rate, words", [(1e4, "step 3"), (1e30, "step 2")])
+def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp_path, rate, words):
+    from lorafit.train import recorded, run
+
+    job = job_for(
+        tiny("llama"),
+        tmp_path / "r",
+        data=(str(pairs),),
+        epochs=9,
+        batch_size=4,
+        warmup=20.0,
+        scheduler="constant",
+    )
+    job.config = replace(job.config, learning_rate=rate)
+    with pytest.raises(RunError, match=words) as error:
+        list(recorded(job, run(job)))
+    assert "a lower --learning-rate" in error.value.hint
+    good = tmp_path / "r.partial" / checkpoint.LAST_GOOD
+    if good.is_dir():
+        assert str(good) in error.value.message
+        seals.check(good)
+        assert all(t.isfinite().all() for t in load_file(good / adapter.WEIGHTS).values())
+    else:
+        assert rate > 1e4  # nothing was learned yet
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
+    """A limit on the size of files, as a full disk: checkpoints that no longer fit end the run."""
+    code = (
+        "import resource, sys\n"
+        "from lorafit import checkpoint\n"
+        "was = checkpoint.save\n"
+        "def save(folder, step, *rest):\n"
+        "    if step > 4:\n"
+        "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "    return was(folder, step, *rest)\n"
+        "checkpoint.save = save\n"
+        "from lorafit.cli import app\n"
+        "app(sys.argv[1:])\n"
+    )
+    arguments = command(tiny, pairs, tmp_path / "r")
+    done = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True)
+    assert done.returncode == 1 and "the disk is full" in done.stderr and "--resume" in done.stderr, (
+        done.stderr
+    )
+    assert "Traceback" not in done.stderr
+    folder = RunFolder(tmp_path / "r")
+    assert [p.name for p in folder.checkpoints] == ["checkpoint-4"]
+    assert not list((tmp_path / "r.partial").glob(".checkpoint-*"))
+    again = subprocess.run(
+        [sys.executable, "-m", "lorafit.cli", *arguments, "--resume"], capture_output=True, text=True
+    )
+    assert again.returncode == 0 and "going on from step 4" in again.stderr
+    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
+
+
+def test_memory_that_runs_out_says_what_would_fit(tiny, pairs, tmp_path, run, monkeypatch):
+    from lorafit.step import Forward
+
+    def out(self, model, batch):
+        raise RuntimeError(
+            "[enforce fail at alloc_cpu.cpp:130] DefaultCPUAllocator: can't allocate memory: 8 bytes"
+        )
+
+    monkeypatch.setattr(Forward, "loss_sum", out)
+    done = run("train", tiny("llama"), "--data", pairs, "--batch-size", 8, "-o", tmp_path / "r")
+    assert done.code == 1 and "ran out of memory at micro-batches of 8 rows" in done.err
+    assert "by the plan" in done.err and not (tmp_path / "r.partial").exists()
+
+
+def test_links_in_the_output_path(tiny, pairs, tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(RequestError, match="exists"):
+        RunFolder(tmp_path / "link").open(False, False)
+    (tmp_path / "new.partial").symlink_to(tmp_path / "real")
+    with pytest.raises(RequestError, match="is no folder"):
+        RunFolder(tmp_path / "new").open(True, False)
+    events_of(job_for(tiny("llama"), tmp_path / "link" / "r", data=(str(pairs),), max_steps=1))
+    assert (tmp_path / "real" / "r" / adapter.WEIGHTS).is_file()
+    with pytest.raises(RequestError, match="neither a run nor a model"):
+        RunFolder(tmp_path / "link").open(True, False)
+    (tmp_path / "other").symlink_to(tmp_path / "real" / "r")
+    before = (tmp_path / "real" / "r" / adapter.WEIGHTS).read_bytes()
+    events_of(job_for(tiny("llama"), tmp_path / "other", data=(str(pairs),), max_steps=2, overwrite=True))
+    assert not (tmp_path / "other").is_symlink()  # what it led to stays as it was
+    assert (tmp_path / "real" / "r" / adapter.WEIGHTS).read_bytes() == before
