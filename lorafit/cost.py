@@ -207,7 +207,7 @@ def estimate(
             weights=model_map.total_params * item,
             adapter=adapter,
             gradients=adapter,
-            optimizer=2 * adapter,  # AdamW: two moments, in the adapter's own float32
+            optimizer=3 * adapter,  # AdamW's two moments, and the adapter as it last was sound, in float32
             activations=profile.activations,
             logits=profile.logits,
             workspace=profile.workspace,
@@ -225,7 +225,7 @@ def estimate(
         assumptions=(
             f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
             f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
-            "AdamW with float32 adapters",
+            "AdamW with float32 adapters, and a copy of them to fall back to",
             "memory: a simulated step" if profile.simulated else "memory: formulas",
             source,
             *notes,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -555,13 +556,16 @@ def _stored(source: Source, config: RunConfig, maker: Tokens, tick: Callable[[in
         for row in maker.rows(examples, format):
             writer.add(row)
         made = writer.finish()
-    except OSError as error:
+    except BaseException as error:  # whatever it was, nothing stays half filled
+        writer.close()
+        if writer.folder is not None:
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
         raise RunError(
             f"the rows of `{source.name}` cannot be kept below `{caches.folder('rows')}`: {error.strerror}",
             "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
         ) from None
-    finally:
-        writer.close()
     if entry is None:
         return _Part(Store(source.name, by_line, made), format, maker.counts)  # type: ignore[arg-type]
     tokens = writer.at[0]

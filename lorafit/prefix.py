@@ -92,7 +92,6 @@ class Prefix:
         self.store: Store = MemoryStore()
         self.replayed = self.captured = 0  # micro-batches
         self.given_up = ""  # why there is a cache no longer
-        self.bytes_per_token = 0  # of the state last captured
         self.forms: dict[int, int] = {}  # the members of each lower block's output; 0 for a bare tensor
 
     @classmethod
@@ -126,28 +125,29 @@ class Prefix:
         self.store.close()
 
     @torch.no_grad()
-    def differs(self, batch: Batch, logits: Callable[[Batch], torch.Tensor]) -> str:
+    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> str:
         """Why a replay of that micro-batch is not what a whole pass is; empty when it is.
 
-        `logits` runs one pass. Another text goes through in between, so that what a layer left
-        behind for those above it is another's. Equal to the bit, or where two whole passes differ
-        themselves (atomic sums on a GPU), within four times what they differ by.
+        `losses` runs one pass and says what each supervised token lost, (N,). Another text goes through
+        in between, so that what a layer left behind for those above it is another's. Equal to the bit,
+        or where two whole passes differ themselves (atomic sums on a GPU), within four times what they
+        differ by.
         """
         ids = batch.inputs["input_ids"]
         other = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(1)})
         try:
             with self._captured() as states:
-                whole = logits(batch)
+                whole = losses(batch)
             state = states[0].clone()
-            logits(other)
+            losses(other)
             with self._replayed(states[0]):
-                replayed = logits(batch)
+                replayed = losses(batch)
         except Exception as error:  # a model's own code may fail on blocks that only pass on
             return f"the model does not take it: {type(error).__name__}"
         if not torch.equal(state, states[0]):
             return "a block changes its input in place"
         off = (whole - replayed).abs().max().item()
-        if off and off > 4 * (whole - logits(batch)).abs().max().item():
+        if off and off > 4 * (whole - losses(batch)).abs().max().item():
             return "something above the cut reads the layers below it"
         return ""
 
@@ -158,9 +158,7 @@ class Prefix:
 
         def capture(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not states:
-                state = _hidden(inputs, named).detach().clone()
-                self.bytes_per_token = state.shape[-1] * state.element_size()
-                states.append(state)
+                states.append(_hidden(inputs, named).detach().clone())
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:

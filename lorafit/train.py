@@ -169,25 +169,23 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     Raises RequestError when the cache was asked for by name and would not be exact.
     """
     asked, base = job.config.prefix_cache, base_of(job.model)
-    if asked == "off":
-        return Prefix(), PrefixCache("off", "--prefix-cache off")
-    reason = refusal(job.found, job.plan, base)
-    if not reason:
-        ((stack, cut),) = job.plan.cut.items()
-        prefix = Prefix.below(base, stack, cut)
-        first = job.micro_batch(0, 0).to(job.device)
-        job.model.eval()
-        reason = prefix.differs(first, lambda batch: forward.logits(job.model, batch))
-    if reason:
+
+    def refused(reason: str) -> tuple[Prefix, PrefixCache]:
         if asked != "auto":
             raise RequestError(
                 f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
             )
         return Prefix(), PrefixCache("off", reason)
+
+    if asked == "off":
+        return Prefix(), PrefixCache("off", "--prefix-cache off")
+    if reason := refusal(job.found, job.plan, base):
+        return refused(reason)
+    ((stack, cut),) = job.plan.cut.items()
     lengths = job.rows.train.lengths
     processed = sum(len(part) * int(lengths[list(part)].max()) for b in job.batches for part in b)
-    size = prefix.bytes_per_token * (processed + held_out.processed)
-    keys = frozenset([*job.keys, *held_out.keys])
+    dtype = next(job.model.parameters()).dtype
+    size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
     composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
     place = prefixes.folder() / prefixes.key_of(base, stack, cut, composition)
     choice = choose(
@@ -200,10 +198,15 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     )
     if choice.where == "off":
         return Prefix(), PrefixCache("off", choice.reason)
+    prefix = Prefix.below(base, stack, cut)
+    first = job.micro_batch(0, 0).to(job.device)
+    job.model.eval()
+    if reason := prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0]):
+        return refused(reason)
     if choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
-        prefix.store = DiskStore(place, keys, about)
+        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)
 
 
@@ -456,6 +459,7 @@ class _Good:
         self.recent = before
         self.step = 0
 
+    @torch.no_grad()  # a copy is a value: it remembers no graph
     def judge(self, loss: float, sound_gradient: bool, step: int, rate: float) -> None:
         """Called before the update of `step`. Raises RunError when the run has left the good ground."""
         if math.isfinite(loss):
@@ -470,8 +474,7 @@ class _Good:
             what = "the gradient is no finite number"
         kept = ""
         if self.step:
-            with torch.no_grad():
-                torch._foreach_copy_(self.job.parameters, self.copies)
+            torch._foreach_copy_(self.job.parameters, self.copies)
             folder = self.job.folder.work / checkpoint.LAST_GOOD
             adapter.save(self.job.model, folder)
             seals.seal(folder)
