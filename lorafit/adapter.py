@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -211,17 +211,24 @@ def tensor_names(folder: str | Path) -> list[str]:
         raise RequestError(f"`{path}` is damaged: {error}") from None
 
 
-def attach(model: PreTrainedModel, folder: str | Path) -> PeftModel:
+def attach(
+    model: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default", on_meta: bool = False
+) -> PeftModel:
     """The model with a saved adapter on it, checked: what was injected holds every tensor of the file.
 
-    Raises RequestError when the adapter belongs to another model.
+    A model that has an adapter gets one more. `on_meta` is for a base whose weights are not there and
+    an adapter of low-rank matrices alone: those are. Raises RequestError when the adapter belongs to another model.
     """
     read_config(folder)
     names = set(tensor_names(folder))
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            peft_model = PeftModel.from_pretrained(model, str(folder), low_cpu_mem_usage=False)
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, low_cpu_mem_usage=on_meta)
+                peft_model = model
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(folder), name, low_cpu_mem_usage=on_meta)
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
@@ -231,7 +238,7 @@ def attach(model: PreTrainedModel, folder: str | Path) -> PeftModel:
         ) from None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        there = set(get_peft_model_state_dict(peft_model, save_embedding_layers=False))
+        there = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
     if there != names:
         odd = sorted(there ^ names)
         raise RequestError(
@@ -240,4 +247,31 @@ def attach(model: PreTrainedModel, folder: str | Path) -> PeftModel:
             + " have no counterpart",
             "it was trained on another model, or the base has changed",
         )
+    if on_meta:  # PEFT has put the adapter where its base is
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            for key in names:
+                module = peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}")
+                module.weight = torch.nn.Parameter(file.get_tensor(key), requires_grad=False)
     return peft_model
+
+
+def attach_all(
+    model: PreTrainedModel, adapters: Sequence[tuple[Path, float]], on_meta: bool = False
+) -> PeftModel:
+    """The model with several adapters on it at once, each multiplied by its weight.
+
+    Raises RequestError as `attach` does.
+    """
+    names = ["default", *(f"adapter-{n}" for n in range(1, len(adapters)))]
+    found: Any = model
+    for name, (folder, _) in zip(names, adapters, strict=True):
+        found = attach(found, folder, name, on_meta)
+    if len(names) > 1:
+        found.base_model.set_adapter(names)
+    for module in found.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if weight != 1 and name in module.scaling:
+                    module.scaling[name] *= weight
+    attached: PeftModel = found.requires_grad_(False).eval()
+    return attached

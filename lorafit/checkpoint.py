@@ -149,8 +149,11 @@ def _lock(folder: Path) -> int | None:
 
 
 @contextmanager
-def writing(folder: Path) -> Iterator[None]:
-    """What goes wrong where a run is written, as RunError: what was saved before is whole."""
+def writing(folder: Path, again: str = "--resume") -> Iterator[None]:
+    """What goes wrong where a folder is written, as RunError: what was saved before is whole.
+
+    `again` is what goes on once there is room.
+    """
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -159,7 +162,7 @@ def writing(folder: Path) -> Iterator[None]:
         why = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise RunError(
             f"`{folder}` cannot be written: {why}; what was saved before is whole",
-            "make room, then the same command with --resume" if full else "look at the disk, then --resume",
+            f"{'make room' if full else 'look at the disk'}, then {again}",
         ) from error
 
 

@@ -6,6 +6,7 @@ torch, transformers and rich are imported in the bodies, so that every `--help` 
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import re
 import shlex
@@ -573,10 +574,7 @@ def evaluate(
         "format": format, "map": map, "loss_on": loss_on, "overflow": overflow, "max_length": max_length,
     }  # fmt: skip
     _check_options({**about_data, "batch_size": batch_size, "dtype": dtype})
-    source, found = _base(adapters[0], model)
-    for other in adapters[1:]:
-        if model is None and adapter.base_of(other) != adapter.base_of(adapters[0]):
-            raise RequestError(f"`{other}` has another base than `{adapters[0]}`", "evaluate them one by one")
+    source, found = _common_base(adapters, model)
     where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
     given = {name: value for name, value in about_data.items() if value is not None}
@@ -621,40 +619,87 @@ def evaluate(
 
 @app.command()
 def merge(
-    adapter: Annotated[
-        str,
+    run: Annotated[
+        Optional[str],
         typer.Argument(
             metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
         ),
-    ],
+    ] = None,
+    adapter: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--adapter",
+            help="One more, as PATH or PATH=WEIGHT: the sum of all is merged. Many times.",
+            rich_help_panel=WHAT,
+            show_default=False,
+        ),
+    ] = None,
     output: Output = None,
     overwrite: Overwrite = None,
+    dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            "--dtype",
+            help="Of what is written: float32, bfloat16 or float16. [dim]\\[the base's][/]",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        Optional[str],
+        typer.Option(
+            "--max-shard-size",
+            help="Of a file, as 5GB. [dim]\\[the base's files][/]",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option(
+            "--verify/--no-verify",
+            help="Hold the result against base + adapter.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = True,
     model: Base = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Adapter and base as one model folder, written tensor by tensor, checked on real text."""
+    """Adapters and base as one model folder, written a few rows at a time, checked on real text."""
     from lorafit import show
     from lorafit.survey import load_tokenizer, without_collecting
-    from lorafit.units import bytes_text
+    from lorafit.units import bytes_text, parse_bytes
 
     with without_collecting():
         from lorafit import merge as merging
 
+    named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
+    if not named:
+        raise RequestError("merge needs an adapter", "lorafit merge RUN -o DIR")
     if not output:
-        raise RequestError("merge needs a folder to write", f"lorafit merge {adapter} -o DIR")
-    screen = show.Screen(json, quiet)
-    source, found = _base(adapter, model)
-    tokenizer = load_tokenizer(_tokenizer_of(adapter, source.place), adapter)
+        raise RequestError("merge needs a folder to write", f"lorafit merge {named[0][0]} -o DIR")
+    if dtype is not None and dtype not in merging.STORED:
+        raise RequestError(f"`--dtype` takes one of {', '.join(merging.STORED)}, not `{dtype}`")
     try:
-        rows = _held_out(adapter, tokenizer, found)
-    except RequestError:  # its data are not at hand: the proof reads texts of lorafit's own
-        rows = ()
+        limit = parse_bytes(max_shard_size) if max_shard_size else 0
+    except ValueError as error:
+        raise RequestError(f"`--max-shard-size` {error}", "write it like 5GB") from None
+    screen = show.Screen(json, quiet)
+    source, found = _common_base([path for path, _ in named], model)
+    first = named[0][0]
+    tokenizer = load_tokenizer(_tokenizer_of(first, source.place), first)
+    rows: Any = ()
+    if verify:
+        # where its data are not at hand, the proof reads texts of lorafit's own
+        with suppress(RequestError):
+            rows = _held_out(first, tokenizer, found)
+    wish = merging.Wish(Path(output).expanduser(), bool(overwrite), dtype or "", limit, verify)
+    adapters = [(Path(path).expanduser(), weight) for path, weight in named]
     with screen.bar("merging", bytes_text) as tick:
-        report = merging.merge(
-            Path(adapter), source, found, Path(output), bool(overwrite), rows, tokenizer, tick
-        )
+        report = merging.merge(adapters, source, found, wish, rows, tokenizer, tick)
     if json:
         screen.document(report)
     else:
@@ -735,6 +780,33 @@ def _base(adapter: str, model: str | None) -> tuple[Any, ModelMap]:
         ) from None
     check_base(adapter, source.place)
     return source, survey(source)
+
+
+def _common_base(adapters: list[str], model: str | None) -> tuple[Any, ModelMap]:
+    """The base that all of them were trained on. Raises RequestError when they name different ones."""
+    from lorafit.adapter import base_of, check_base
+
+    source, found = _base(adapters[0], model)
+    for other in adapters[1:]:
+        if model is None and base_of(other) != base_of(adapters[0]):
+            raise RequestError(
+                f"`{other}` has another base than `{adapters[0]}`",
+                "take them one by one, or name it with --model",
+            )
+        check_base(other, source.place)
+    return source, found
+
+
+def _weighed(text: str) -> tuple[str, float]:
+    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1."""
+    path, equals, weight = text.rpartition("=")
+    if not equals:
+        return text, 1.0
+    with suppress(ValueError):
+        value = float(weight)
+        if path and math.isfinite(value):
+            return path, value
+    raise RequestError(f"`--adapter {text}` has no number behind its =", "write it like runs/a=0.5")
 
 
 def _tokenizer_of(adapter: str, base: str) -> str:

@@ -251,12 +251,20 @@ class EvalReport:
 
 @dataclass(frozen=True, slots=True)
 class Verified:
-    """Merged model against base and adapter, on real prompts."""
+    """Merged model against base and adapter, on real prompts, over every place of them.
+
+    `adapter_logit_diff` is how far the adapter moves the base's logits: what the difference stands
+    against. Losses are in nats per token of the prompts. `note` says why it was not done block by block.
+    """
 
     max_logit_diff: float
     argmax_agreement: float
     tokens: int
     tolerance: float
+    adapter_logit_diff: float
+    loss: float
+    merged_loss: float
+    note: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,8 +1,8 @@
-"""Adapter into base, one tensor at a time, and the proof: merged against base + adapter on real text.
+"""Adapters into their base, a few rows at a time, and the proof that the result says what they say.
 
-`W + s * B A` is added in float32 and rounded once to W's dtype, as PEFT does for linear layers.
-What cannot be streamed (experts in one tensor, DoRA, trained biases, files that are no
-safetensors) goes through the whole model, with a note that says so.
+`W + sum of w * s * B A` is added in float32 and rounded once to W's dtype, as PEFT does for one
+adapter on linear layers. What cannot be streamed (experts in one tensor, DoRA, trained biases,
+files that are no safetensors) goes through the whole model, with a note that says so.
 """
 
 from __future__ import annotations
@@ -11,38 +11,42 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from lorafit import adapter
-from lorafit.batch import collate
-from lorafit.checkpoint import check_target, put_in_place
-from lorafit.data import prepare
+from lorafit import adapter, seals
+from lorafit.checkpoint import check_target, put_in_place, writing
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
 from lorafit.modelmap import ModelMap
+from lorafit.proof import Side, named_in, stored_dtype, verify
 from lorafit.rows import Row
 from lorafit.spelling import pattern_value
-from lorafit.step import Forward
 from lorafit.survey import Source, load_model
-from lorafit.tensorfiles import INDEX, TensorFile, open_file, rewrite, shards
+from lorafit.tensorfiles import INDEX, Change, Sheet, lay_out, open_file, shards, write
 
-TEXTS = (
-    "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",
-    "Once upon a time there was a small village by the sea. Every morning the boats went out.",
-    "Question: what is 12 times 7? Answer: 84. Question: what is 9 times 8? Answer:",
-    '{"name": "Ada", "city": "London", "year": 1843}',
-)
-# Largest logit difference that rounding the merged weights may bring, by the dtype of the base,
-# as a share of the largest logit: half the spacing of the dtype, times what the depth adds up.
-TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
-NOT_CARRIED = ("adapter_config.json", INDEX, "README.md")
-MERGING = ".merging"
+NOT_CARRIED = (adapter.CONFIG, adapter.BASE, seals.SEAL, INDEX, "README.md")
+MERGING, UNVERIFIED = ".merging", ".unverified"
+STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # a dtype as a safetensors header names it
+
+
+@dataclass(frozen=True, slots=True)
+class Wish:
+    """What a merge is to make: where, whether it may replace what is there, the `dtype` of its
+    floating-point tensors and the most bytes of a file (empty and 0: as the base has them), and
+    whether it is verified."""
+
+    output: Path
+    overwrite: bool = False
+    dtype: str = ""
+    max_shard: int = 0
+    verify: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,17 +58,26 @@ class Delta:
     scaling: float
     flip: bool
 
-    def added_to(self, weight: torch.Tensor) -> torch.Tensor:
-        """W + s * B A, in float32, rounded once to W's dtype."""
-        delta = (self.up_OR @ self.down_RI) * self.scaling
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Of the weight it is for."""
+        out, into = len(self.up_OR), self.down_RI.shape[1]
+        return (into, out) if self.flip else (out, into)
+
+    def rows(self, first: int, many: int) -> torch.Tensor:
+        """What is added to so many rows of the weight, from the first on; float32."""
+        last = first + many
         if self.flip:
-            delta = delta.T
-        if delta.shape != weight.shape:
-            raise RequestError(
-                f"the adapter adds {tuple(delta.shape)} to a weight of shape {tuple(weight.shape)}",
-                "it was trained on another model",
-            )
-        return (weight.float() + delta).to(weight.dtype)
+            return ((self.up_OR @ self.down_RI[:, first:last]) * self.scaling).T
+        return (self.up_OR[first:last] @ self.down_RI).mul_(self.scaling)
+
+
+def added(deltas: Sequence[Delta], rows: torch.Tensor, first: int) -> torch.Tensor:
+    """Some rows of a weight with what the adapters add to them, in float32 (a wider weight in its own)."""
+    total = deltas[0].rows(first, len(rows))
+    for delta in deltas[1:]:
+        total = total + delta.rows(first, len(rows))
+    return total.add_(rows) if rows.dtype != torch.float64 else rows + total
 
 
 def why_not_streamed(config: dict[str, Any], names: Sequence[str], base: Path) -> str:
@@ -84,8 +97,12 @@ def why_not_streamed(config: dict[str, Any], names: Sequence[str], base: Path) -
     return ""
 
 
-def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap) -> dict[str, Delta]:
-    """What the adapter adds, by the base parameter's name."""
+def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap, weight: float) -> dict[str, Delta]:
+    """What the adapter adds, times its weight, by the base parameter's name; empty where it holds
+    other than matrices.
+
+    Raises RequestError when half of a pair is missing.
+    """
     file = open_file(folder / adapter.WEIGHTS)
     by_name = {entry.name: entry for entry in file.entries}
     kinds = {s.path: s.kind for s in (*model_map.slots, *model_map.unplaced)}
@@ -103,22 +120,8 @@ def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap) -> dict[st
         rank = down.shape[0]
         alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        found[f"{module}.weight"] = Delta(down, up, scaling, kinds.get(module) == "conv1d")
+        found[f"{module}.weight"] = Delta(down, up, scaling * weight, kinds.get(module) == "conv1d")
     return found
-
-
-def _homes(wanted: Sequence[str], files: Sequence[TensorFile], prefix: str) -> dict[str, str] | None:
-    """Base parameter -> its name in the checkpoint, with the base model's prefix put on or taken
-    off where the file has it so; None when one has no home (the names were converted)."""
-    there = {entry.name for file in files for entry in file.entries}
-    homes = {}
-    for name in wanted:
-        choices = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-        home = next((c for c in choices if c in there), None)
-        if home is None:
-            return None
-        homes[name] = home
-    return homes
 
 
 def base_folder(source: Source) -> Path:
@@ -134,54 +137,54 @@ def base_folder(source: Source) -> Path:
 
 
 def merge(
-    folder: Path,
+    adapters: Sequence[tuple[Path, float]],
     source: Source,
     model_map: ModelMap,
-    output: Path,
-    overwrite: bool,
+    wish: Wish,
     rows: Sequence[Row],
     tokenizer: Any,
     tick: Callable[[int, int], None] = lambda done, total: None,
 ) -> MergeReport:
-    """Merge the adapter in `folder` into its base, into a model folder at `output`, verified.
+    """Merge adapters, each times its weight, into their base: a model folder, verified.
 
     `rows` are the prompts of the proof (few tokens of each are used); without any, texts of our
     own are. `tick` hears (bytes written, bytes in all).
 
-    Raises RequestError when output exists or the adapter does not belong to the base; RunError
-    when the merged model differs from base + adapter by more than rounding: then nothing is
-    put in place.
+    Raises RequestError when the output exists or an adapter does not belong to the base; RunError
+    when the merged model differs from base + adapters by more than rounding: then it lies beside
+    the output, and what was there is as it was.
     """
-    check_target(output, overwrite, kept=(folder, *([Path(source.place)] if source.local else [])))
+    output = wish.output
+    local = [Path(source.place)] if source.local else []
+    check_target(output, wish.overwrite, kept=(*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
-    config = adapter.read_config(folder)
-    names = adapter.tensor_names(folder)
     base = base_folder(source)
     notes = []
     work = output.with_name(output.name + MERGING)
-    shutil.rmtree(work, ignore_errors=True)
-    try:
+    with writing(work, "merge again"):
+        shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True)
-    except OSError as error:
-        raise RequestError(f"cannot write `{work}`: {error.strerror}") from None
     try:
-        why = why_not_streamed(config, names, base)
-        streamed = None if why else _stream(folder, config, base, model_map, work, tick)
-        if streamed is None:
-            reason = why or "the checkpoint's names are not the model's"
-            notes.append(f"merged through the whole model: {reason}")
-            adapted = _through_the_model(folder, source, work)
-        else:
-            adapted = streamed
-        _carry(base, folder, work)
+        with writing(work, "merge again"):
+            why, sheets, changes = _streamable(adapters, base, model_map, wish)
+            if why:
+                notes.append(f"merged through the whole model: {why}")
+                adapted = _through_the_model(adapters, source, work, wish)
+            else:
+                adapted = len(changes)
+                _stream(sheets, changes, base, work, tick)
+            _carry(base, adapters[0][0], work, wish.dtype)
+        seconds = time.perf_counter() - started
         files = [open_file(path) for path in shards(work)]
-        verified = verify(folder, source, model_map, work, rows, tokenizer)
-        if not verified.max_logit_diff <= verified.tolerance:  # so that what is no number fails too
-            raise RunError(
-                f"the merged model differs from base + adapter: logits by {verified.max_logit_diff:.3g}, "
-                f"where {verified.tolerance:.3g} is rounding",
-                f"nothing was put at `{output}`; merge with the base the adapter was trained on",
-            )
+        verified = None
+        if wish.verify:
+            config = json.loads((work / "config.json").read_text(encoding="utf-8"))
+            merged = Side(Source(work.name, str(work.resolve()), config))
+            held = Side(Source(source.name, str(base), source.config), tuple(adapters))
+            verified = verify(held, merged, model_map, rows, tokenizer, by_blocks=not why)
+            _judge(verified, work, output)
+            if verified.note:
+                notes.append(verified.note)
         size = sum(path.stat().st_size for path in work.iterdir())
         put_in_place(work, output)
     finally:
@@ -191,66 +194,110 @@ def merge(
         tensors=sum(len(file.entries) for file in files),
         adapted=adapted,
         bytes=size,
-        seconds=time.perf_counter() - started,
+        seconds=seconds,
         verify=verified,
         notes=tuple(notes),
     )
 
 
+def _judge(verified: Verified, work: Path, output: Path) -> None:
+    """Raises RunError, the work moved out of harm's way, when the merged model says something else."""
+    if verified.max_logit_diff <= verified.tolerance:
+        return
+    aside = output.with_name(output.name + UNVERIFIED)  # so that what is no number fails too
+    shutil.rmtree(aside, ignore_errors=True)
+    work.rename(aside)
+    raise RunError(
+        f"the merged model differs from base + adapter: logits by {verified.max_logit_diff:.3g}, "
+        f"where {verified.tolerance:.3g} is rounding",
+        f"it is kept as `{aside}` to look at, and nothing was put at `{output}`; "
+        "merge with the base the adapter was trained on",
+    )
+
+
+def _streamable(
+    adapters: Sequence[tuple[Path, float]], base: Path, model_map: ModelMap, wish: Wish
+) -> tuple[str, list[Sheet], dict[str, Change]]:
+    """(why not, or empty; the files to write; the changes, by the checkpoint's names).
+
+    Raises RequestError when an adapter's tensor has another shape than its weight, or when several
+    adapters hold what no sum can hold.
+    """
+    together: dict[str, list[Delta]] = {}
+    for folder, weight in adapters:
+        config = adapter.read_config(folder)
+        why = why_not_streamed(config, adapter.tensor_names(folder), base)
+        one = {} if why else deltas(folder, config, model_map, weight)
+        if not one:
+            why = why or "it adapts a convolution"
+            if len(adapters) > 1 or weight != 1:
+                raise RequestError(
+                    f"`{folder}` cannot be weighed or summed with another: {why}", "merge it alone"
+                )
+            return why, [], {}
+        for name, delta in one.items():
+            together.setdefault(name, []).append(delta)
+    files = [open_file(path) for path in shards(base)]
+    there = {entry.name: entry for file in files for entry in file.entries}
+    prefix = model_map.stacks[0].path.split(".")[0] if model_map.stacks else ""
+    changes: dict[str, Change] = {}
+    for name, parts in together.items():
+        home = named_in(there, name, prefix)
+        if home is None:
+            if len(adapters) > 1 or adapters[0][1] != 1:
+                raise RequestError(f"the checkpoint has no `{name}`: its names are not the model's")
+            return "the checkpoint's names are not the model's", [], {}
+        for part in parts:
+            if part.shape != there[home].shape:
+                raise RequestError(
+                    f"the adapter adds {part.shape} to `{name}`, which is {there[home].shape}",
+                    "it was trained on another model",
+                )
+        changes[home] = partial(added, parts)
+    return "", lay_out(files, STORED.get(wish.dtype, ""), wish.max_shard), changes
+
+
 def _stream(
-    folder: Path,
-    config: dict[str, Any],
+    sheets: Sequence[Sheet],
+    changes: Mapping[str, Change],
     base: Path,
-    model_map: ModelMap,
     work: Path,
     tick: Callable[[int, int], None],
-) -> int | None:
-    """Write the merged shards; the number of tensors changed, or None when a name has no home."""
-    added = deltas(folder, config, model_map)
-    if not added:
-        return None
-    files = [open_file(path) for path in shards(base)]
-    prefix = model_map.stacks[0].path.split(".")[0] if model_map.stacks else ""
-    homes = _homes(list(added), files, prefix)
-    if homes is None:
-        return None
-    changes = {home: added[name].added_to for name, home in homes.items()}
-    total = sum(entry.stop - entry.start for file in files for entry in file.entries)
-    done = 0
+) -> None:
+    """Write the merged shards, and their index with the bytes they truly have."""
+    total, done = sum(sheet.bytes for sheet in sheets), 0
 
     def count(size: int) -> None:
         nonlocal done
         done += size
         tick(done, total)
 
-    for file in files:
-        rewrite(file, work / file.path.name, changes, count)
-    index = base / INDEX
-    if index.is_file():
-        shutil.copyfile(index, work / index.name)
-    return len(changes)
+    for sheet in sheets:
+        write(sheet, work, changes, count)
+    if len(sheets) > 1 or (base / INDEX).is_file():
+        table = {entry.name: sheet.name for sheet in sheets for _, entry, _ in sheet.pieces}
+        index: dict[str, Any] = {}
+        if (base / INDEX).is_file():
+            index = json.loads((base / INDEX).read_text(encoding="utf-8"))
+        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
+        index["weight_map"] = dict(sorted(table.items()))
+        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
 
 
-def _through_the_model(folder: Path, source: Source, work: Path) -> int:
+def _through_the_model(adapters: Sequence[tuple[Path, float]], source: Source, work: Path, wish: Wish) -> int:
     """Merge with PEFT, the whole model in memory; the number of weights that carried an adapter."""
-    model = adapter.attach(load_model(source, stored_dtype(source), torch.device("cpu")), folder)
-    count = len(adapter.adapted(model))
-    merged = model.merge_and_unload()
-    merged.save_pretrained(work)
+    model = load_model(source, stored_dtype(source), torch.device("cpu"))
+    adapted = adapter.attach_all(model, adapters)
+    count = len(adapter.adapted(adapted))
+    merged = adapted.merge_and_unload()
+    if wish.dtype:
+        merged = merged.to(getattr(torch, wish.dtype))
+    limit = {"max_shard_size": wish.max_shard} if wish.max_shard else {}
+    merged.save_pretrained(work, **limit)
     return count
 
 
-def stored_dtype(source: Source) -> torch.dtype:
-    """The dtype that a model is stored in, by its config; float32 where it says nothing."""
-    text = source.config.get("text_config")
-    name = source.config.get("dtype") or source.config.get("torch_dtype")
-    if name is None and isinstance(text, dict):
-        name = text.get("dtype") or text.get("torch_dtype")
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
-
-
-def _carry(base: Path, folder: Path, work: Path) -> None:
+def _carry(base: Path, folder: Path, work: Path, dtype: str) -> None:
     """The files that make a folder of weights a model: config, generation config, tokenizer, template.
 
     The adapter's own come last: its tokenizer is the one it was trained with.
@@ -261,43 +308,12 @@ def _carry(base: Path, folder: Path, work: Path) -> None:
             for path in place.glob(pattern):
                 if path.is_file() and path.name not in written and path.name not in NOT_CARRIED:
                     shutil.copyfile(path, work / path.name)
-
-
-@torch.no_grad()
-def verify(
-    folder: Path, source: Source, model_map: ModelMap, merged: Path, rows: Sequence[Row], tokenizer: Any
-) -> Verified:
-    """Merged against base + adapter, on prompts: the worst logit difference, and how often the most
-    likely token agrees, over every place of every prompt. Both in the dtype that is stored."""
-    dtype, device = stored_dtype(source), torch.device("cpu")
-    task = model_map.task
-    prepare(tokenizer)
-    prompts = list(rows)[:8] or [_prompt(text, tokenizer) for text in TEXTS]
-    batches = [collate([_every_token(row)], tokenizer.pad_token_id or 0, task) for row in prompts]
-    model = adapter.attach(load_model(source, dtype, device), folder)
-    forward = Forward.of(model, task)
-    wanted = [forward.logits(model, batch).float() for batch in batches]
-    del model
-    config = json.loads((merged / "config.json").read_text(encoding="utf-8"))
-    whole = load_model(Source(merged.name, str(merged.resolve()), config), dtype, device)
-    worst, agreed, places, scale = 0.0, 0, 0, 1.0
-    for batch, logits_SV in zip(batches, wanted, strict=True):
-        got_SV = forward.logits(whole, batch).float()
-        apart = float((got_SV - logits_SV).abs().max())
-        worst = apart if not apart <= worst else worst
-        scale = max(scale, float(logits_SV.abs().max()))
-        agreed += int((got_SV.argmax(-1) == logits_SV.argmax(-1)).sum())
-        places += len(got_SV)
-    return Verified(worst, agreed / places, places, TOLERANCE.get(dtype, 1e-2) * scale)
-
-
-def _prompt(text: str, tokenizer: Any) -> Row:
-    ids = tuple(tokenizer(text)["input_ids"])
-    return Row(ids, ids, "a text of lorafit's own")
-
-
-def _every_token(row: Row) -> Row:
-    """A row of at most 256 tokens whose every place is compared."""
-    ids = row.ids[:256]
-    same = len(row.ids) == len(row.labels)
-    return Row(ids, ids if same else tuple(t for t in row.labels if t >= 0)[:256], row.where)
+    if dtype:
+        path = work / "config.json"
+        config = json.loads(path.read_text(encoding="utf-8"))
+        for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+            for key in ("dtype", "torch_dtype"):
+                if key in part:
+                    part[key] = dtype
+        config.setdefault("dtype", dtype)
+        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -897,15 +897,23 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
         f"in {seconds_text(report.seconds)}",
         answer=True,
     )
-    if report.verify is not None:
+    if report.verify is None:
+        screen.note("not verified: --no-verify", answer=True)
+    else:
         v = report.verify
         screen.line(
             "verified",
             f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
-            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}), same most likely token "
-            f"{v.argmax_agreement:.2%}",
+            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}; the adapter itself moves them by "
+            f"{v.adapter_logit_diff:.2g}), same most likely token {v.argmax_agreement:.2%}, "
+            f"loss {v.merged_loss:.4f} ({v.merged_loss - v.loss:+.1g})",
             answer=True,
         )
+        if v.max_logit_diff >= v.adapter_logit_diff > 0:
+            screen.note(
+                "the adapter moves the logits no more than rounding does: --dtype float32 keeps it whole",
+                answer=True,
+            )
     for note in report.notes:
         screen.note(note, answer=True)
     screen.line("saved", report.output, answer=True)

@@ -92,14 +92,21 @@ class Forward:
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """logits_NV of the supervised tokens, in the model's dtype."""
+        return torch.cat(list(self.chunks(model, batch)))
+
+    def chunks(self, model: torch.nn.Module, batch: Batch) -> Iterator[torch.Tensor]:
+        """The logits_CV of the supervised tokens, a chunk after the other; whole where the head is not apart."""
         base, arguments = base_of(model), self.arguments(model, batch)
         if self.head == "apart":
             with self._head(model, arguments, batch.places) as (hidden_ND, head):
-                return torch.cat([head(part) for part in hidden_ND.split(self.chunk)])
-        if self.head == "inside":
+                for hidden_CD in hidden_ND.split(self.chunk):
+                    yield head(hidden_CD)
+        elif self.head == "inside":
             with _picked(base.get_output_embeddings(), batch.places):
-                return base(**arguments).logits[0]
-        return base(**arguments).logits.flatten(0, 1)[batch.places]
+                whole = base(**arguments).logits[0]
+            yield whole
+        else:
+            yield base(**arguments).logits.flatten(0, 1)[batch.places]
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss summed over the supervised tokens, in nats, float32, a scalar."""

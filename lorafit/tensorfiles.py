@@ -1,4 +1,4 @@
-"""safetensors files read and written one tensor at a time, by ranges: no file is mapped or held whole.
+"""safetensors files read and written a few rows at a time, by ranges: no file is mapped or held whole.
 
 The format (github.com/huggingface/safetensors, README): eight bytes of little-endian length, a
 JSON header of name -> {dtype, shape, data_offsets}, then the data.
@@ -6,13 +6,16 @@ JSON header of name -> {dtype, shape, data_offsets}, then the data.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,7 +27,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-PIECE = 16 * 2**20  # bytes copied at a time
+PIECE = 8 * 2**20  # bytes read at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +55,9 @@ class TensorFile:
 
     def read(self, entry: Entry) -> torch.Tensor:
         """One tensor, on the CPU."""
-        if entry.start == entry.stop:
-            return torch.empty(entry.shape, dtype=DTYPES[entry.dtype])
-        with self.path.open("rb") as file:
+        with self.path.open("rb", buffering=0) as file:
             file.seek(self.data_at + entry.start)
-            data = bytearray(file.read(entry.stop - entry.start))
-        return torch.frombuffer(data, dtype=DTYPES[entry.dtype]).reshape(entry.shape)
+            return _read(file, entry.shape, entry.dtype)
 
 
 def open_file(path: Path) -> TensorFile:
@@ -136,30 +136,144 @@ def fingerprint(place: str) -> str:
     return found.hexdigest()[:32]
 
 
-def rewrite(
-    source: TensorFile,
-    target: Path,
-    changes: Mapping[str, Callable[[torch.Tensor], torch.Tensor]],
-    tick: Callable[[int], None] = lambda n: None,
-) -> None:
-    """Write the file anew with some tensors changed, header and layout as they were.
+Change = Callable[
+    [torch.Tensor, int], torch.Tensor
+]  # some rows of a tensor, the first one's number -> changed
 
-    A change returns a tensor of the same shape and dtype; `tick` hears of the bytes written.
+
+@dataclass(frozen=True, slots=True)
+class Sheet:
+    """A safetensors file as it is to be: its name, its header, what goes behind it in which order."""
+
+    name: str
+    raw_header: bytes
+    pieces: tuple[tuple[TensorFile, Entry, str], ...]  # from where, what, in which dtype
+
+    @property
+    def bytes(self) -> int:
+        """Of the tensors, the header apart."""
+        return sum(size_in(entry, dtype) for _, entry, dtype in self.pieces)
+
+
+def size_in(entry: Entry, dtype: str) -> int:
+    """The bytes of a tensor once it is of that dtype."""
+    return (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * DTYPES[dtype].itemsize
+
+
+def lay_out(files: Sequence[TensorFile], dtype: str = "", limit: int = 0) -> list[Sheet]:
+    """How the tensors of these files lie in new ones.
+
+    As they lie now, header and all, unless a `dtype` is named that floating-point tensors are to have,
+    or a `limit` of bytes for each file (a tensor that is larger has its own).
     """
-    with source.path.open("rb") as old, target.open("wb") as new:
-        new.write(len(source.raw_header).to_bytes(8, "little") + source.raw_header)
-        for entry in source.entries:
+
+    def kind(entry: Entry) -> str:
+        return dtype if dtype and DTYPES[entry.dtype].is_floating_point else entry.dtype
+
+    if not dtype and not limit:
+        return [Sheet(f.path.name, f.raw_header, tuple((f, e, e.dtype) for e in f.entries)) for f in files]
+    groups: list[list[tuple[TensorFile, Entry, str]]] = [] if limit else [[] for _ in files]
+    held = 0
+    for number, file in enumerate(files):
+        for entry in file.entries:
+            size = size_in(entry, kind(entry))
+            if limit:
+                if not groups or held + size > limit:
+                    groups.append([])
+                    held = 0
+                held += size
+            groups[-1 if limit else number].append((file, entry, kind(entry)))
+    names = [file.path.name for file in files]
+    if limit:
+        stem, end = SINGLE.split(".", 1)
+        names = [f"{stem}-{n:05}-of-{len(groups):05}.{end}" for n in range(1, len(groups) + 1)]
+        names = [SINGLE] if len(groups) == 1 else names
+    metadata = json.loads(files[0].raw_header).get("__metadata__")
+    return [
+        Sheet(name, _header(group, metadata), tuple(group)) for name, group in zip(names, groups, strict=True)
+    ]
+
+
+def _header(pieces: Sequence[tuple[TensorFile, Entry, str]], metadata: Any) -> bytes:
+    table: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    at = 0
+    for _, entry, dtype in pieces:
+        size = size_in(entry, dtype)
+        table[entry.name] = {"dtype": dtype, "shape": list(entry.shape), "data_offsets": [at, at + size]}
+        at += size
+    raw = json.dumps(table, separators=(",", ":")).encode()
+    return raw + b" " * (-len(raw) % 8)  # the data begin at a multiple of eight
+
+
+def write(
+    sheet: Sheet, folder: Path, changes: Mapping[str, Change], tick: Callable[[int], None] = lambda n: None
+) -> None:
+    """Write the file, its tensors changed on the way, a few rows at a time.
+
+    A change is given rows of a tensor as they are stored and gives back as many, in any float dtype:
+    what it gives is rounded once, to the dtype the sheet names. `tick` hears of the bytes written.
+    """
+    with ExitStack() as open_files:
+        new = open_files.enter_context((folder / sheet.name).open("wb"))
+        old = {
+            path: open_files.enter_context(path.open("rb", buffering=0))
+            for path in dict.fromkeys(file.path for file, _, _ in sheet.pieces)
+        }
+        new.write(len(sheet.raw_header).to_bytes(8, "little") + sheet.raw_header)
+        for file, entry, dtype in sheet.pieces:
+            source = old[file.path]
+            source.seek(file.data_at + entry.start)
             change = changes.get(entry.name)
-            if change is None:
-                old.seek(source.data_at + entry.start)
-                left = entry.stop - entry.start
-                while left:
-                    piece = old.read(min(PIECE, left))
-                    new.write(piece)
-                    left -= len(piece)
-            else:
-                changed = change(source.read(entry)).contiguous()
-                new.write(changed.view(torch.uint8).reshape(-1).numpy().data)
-            tick(entry.stop - entry.start)
+            if change is None and dtype == entry.dtype:
+                _copy(source, new, entry, tick)
+                continue
+            for first, rows in _blocks(source, entry):
+                changed = rows if change is None else change(rows, first)
+                data = changed.to(DTYPES[dtype]).contiguous().view(torch.uint8).reshape(-1).numpy().data
+                new.write(data)
+                tick(len(data))
         new.flush()
         os.fsync(new.fileno())
+
+
+def _copy(source: FileIO, new: BinaryIO, entry: Entry, tick: Callable[[int], None]) -> None:
+    left = entry.stop - entry.start
+    buffer = memoryview(bytearray(min(PIECE, left)))
+    while left:
+        part = buffer[: min(PIECE, left)]
+        _fill(source, part)
+        new.write(part)
+        left -= len(part)
+        tick(len(part))
+
+
+def _blocks(source: FileIO, entry: Entry) -> Iterator[tuple[int, torch.Tensor]]:
+    """(number of the first row, some rows) of the tensor that begins where the file stands."""
+    if entry.start == entry.stop:
+        return
+    if not entry.shape:
+        yield 0, _read(source, (), entry.dtype)
+        return
+    rows, width = entry.shape[0], (entry.stop - entry.start) // entry.shape[0]
+    step = max(64, PIECE // width // 64 * 64)  # by 64: matrix kernels then do a block as they would the whole
+    for first in range(0, rows, step):
+        yield first, _read(source, (min(step, rows - first), *entry.shape[1:]), entry.dtype)
+
+
+def _read(source: FileIO, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """The tensor that begins where the file stands."""
+    found = torch.empty(shape, dtype=DTYPES[dtype])
+    _fill(source, memoryview(found.view(-1).view(torch.uint8).numpy()))
+    return found
+
+
+def _fill(source: FileIO, part: memoryview) -> None:
+    """Read as many bytes as there is room for: the system gives at most 2 GiB at once.
+
+    Raises OSError when the file ends before.
+    """
+    while part:
+        got = source.readinto(part)
+        if not got:
+            raise OSError(errno.EIO, f"{source.name} became shorter while it was read")
+        part = part[got:]

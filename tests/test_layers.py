@@ -38,6 +38,7 @@ STREET = [
     "forecast",
     "evaluate",
     "train",
+    "proof",
     "merge",
     "show",
     "cli",

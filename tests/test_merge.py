@@ -37,7 +37,8 @@ def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude
 
 def do_merge(folder, source, found, output, **more):
     tokenizer = load_tokenizer(source.place, "base")
-    return merge.merge(folder, source, found, output, more.pop("overwrite", False), [], tokenizer, **more)
+    folders = folder if isinstance(folder, list) else [(folder, 1.0)]
+    return merge.merge(folders, source, found, merge.Wish(output, **more), [], tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -115,7 +116,7 @@ def test_a_wrong_base_is_an_error_and_leaves_nothing(tiny, tmp_path):
 
 def test_a_merge_that_is_not_the_same_is_not_put_in_place(tiny, tmp_path, monkeypatch):
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
-    monkeypatch.setattr(merge.Delta, "added_to", lambda self, weight: weight)
+    monkeypatch.setattr(merge, "added", lambda deltas, rows, first: rows)
     with pytest.raises(RunError, match="differs from base"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert not (tmp_path / "m").exists()
@@ -123,7 +124,7 @@ def test_a_merge_that_is_not_the_same_is_not_put_in_place(tiny, tmp_path, monkey
 
 def test_what_is_no_number_does_not_verify(tiny, tmp_path, monkeypatch):
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
-    monkeypatch.setattr(merge.Delta, "added_to", lambda self, weight: weight * float("nan"))
+    monkeypatch.setattr(merge, "added", lambda deltas, rows, first: rows * float("nan"))
     with pytest.raises(RunError, match="differs from base"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
