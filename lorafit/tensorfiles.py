@@ -254,10 +254,19 @@ def _blocks(source: FileIO, entry: Entry) -> Iterator[tuple[int, torch.Tensor]]:
     if not entry.shape:
         yield 0, _read(source, (), entry.dtype)
         return
-    rows, width = entry.shape[0], (entry.stop - entry.start) // entry.shape[0]
-    step = max(64, PIECE // width // 64 * 64)  # by 64: matrix kernels then do a block as they would the whole
-    for first in range(0, rows, step):
-        yield first, _read(source, (min(step, rows - first), *entry.shape[1:]), entry.dtype)
+    width = (entry.stop - entry.start) // entry.shape[0]
+    for first, many in spans(entry.shape[0], PIECE // width):
+        yield first, _read(source, (many, *entry.shape[1:]), entry.dtype)
+
+
+def spans(rows: int, many: int) -> Iterator[tuple[int, int]]:
+    """(first, how many) of about `many` rows each, in multiples of 64 and none of fewer: on blocks
+    like these matrix kernels do what they do on the whole, to the bit."""
+    step, first = max(64, many // 64 * 64), 0
+    while first < rows:
+        here = rows - first if rows - first < step + 64 else step
+        yield first, here
+        first += here
 
 
 def _read(source: FileIO, shape: tuple[int, ...], dtype: str) -> torch.Tensor:

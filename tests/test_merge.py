@@ -6,12 +6,12 @@ import torch
 from families import FAMILIES, build_model
 from safetensors.torch import load_file, save_file
 
-from lorafit import adapter, merge
+from lorafit import adapter, merge, proof
 from lorafit.errors import RequestError, RunError
 from lorafit.plan import resolve
 from lorafit.presets import Lora, load
-from lorafit.survey import find, load_tokenizer, survey
-from lorafit.tensorfiles import open_file, shards
+from lorafit.survey import Source, find, load_tokenizer, survey
+from lorafit.tensorfiles import open_file, shards, spans
 
 
 def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude=()):
@@ -120,6 +120,7 @@ def test_a_merge_that_is_not_the_same_is_not_put_in_place(tiny, tmp_path, monkey
     with pytest.raises(RunError, match="differs from base"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert not (tmp_path / "m").exists()
+    assert shards(tmp_path / "m.unverified") and not (tmp_path / "m.merging").exists()
 
 
 def test_what_is_no_number_does_not_verify(tiny, tmp_path, monkeypatch):
@@ -188,3 +189,119 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path):
     assert {e.name for e in file.entries} == set(tensors)
     for entry in file.entries:
         assert torch.equal(file.read(entry), tensors[entry.name])
+
+
+def test_blocks_of_rows_are_the_whole_product_to_the_bit():
+    torch.manual_seed(0)
+    for out, into, rank, flip in (
+        (3000, 1111, 16, False),
+        (4096, 896, 8, True),
+        (130, 77, 3, False),
+        (30_522, 768, 16, False),
+        (2049, 64, 64, False),
+        (5, 9, 2, True),
+        (1025, 2305, 128, True),
+    ):
+        delta = merge.Delta(torch.randn(rank, into), torch.randn(out, rank), 0.37, flip)
+        whole = ((delta.up_OR @ delta.down_RI).T if flip else delta.up_OR @ delta.down_RI) * 0.37
+        assert delta.shape == whole.shape
+        for step in (64, 192, 1024):
+            parts = [delta.rows(first, many) for first, many in spans(len(whole), step)]
+            assert torch.equal(torch.cat(parts), whole), (out, into, step)
+
+
+def test_a_tensor_larger_than_a_block_merges_as_peft_merges_it(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("lorafit.tensorfiles.PIECE", 1)  # blocks of 64 rows
+    source, found, model = make_adapter(tmp_path / "a", tiny("llama"))
+    do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    mine = load_file(tmp_path / "m" / "model.safetensors")
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    theirs = load_file(tmp_path / "peft" / "model.safetensors")
+    assert mine.keys() == theirs.keys() and all(torch.equal(mine[n], theirs[n]) for n in theirs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2", "bert", "t5"])
+def test_the_proof_by_blocks_says_what_the_proof_of_whole_models_says(tiny, tmp_path, family):
+    source, found, _ = make_adapter(tmp_path / "a", tiny(family))
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert not report.notes, report.notes
+    config = json.loads((tmp_path / "m" / "config.json").read_text())
+    base = proof.Side(source, ((tmp_path / "a", 1.0),))
+    merged = proof.Side(Source("m", str(tmp_path / "m"), config))
+    tokenizer = load_tokenizer(source.place, "base")
+    whole = proof.verify(base, merged, found, [], tokenizer, by_blocks=False)
+    assert "whole" in whole.note and report.verify.tokens == whole.tokens
+    assert report.verify.loss == pytest.approx(whole.loss, rel=1e-4)
+    assert report.verify.merged_loss == pytest.approx(whole.merged_loss, rel=1e-4)
+    assert report.verify.adapter_logit_diff == pytest.approx(whole.adapter_logit_diff, rel=1e-3)
+    assert whole.adapter_logit_diff > 10 * whole.max_logit_diff
+
+
+def test_several_adapters_are_summed_by_their_weights(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), preset="attention", layers="all")
+    make_adapter(
+        tmp_path / "b", tiny("llama"), preset="ffn", layers="last:3", lora=Lora(r=4, use_rslora=True)
+    )
+    make_adapter(tmp_path / "c", tiny("llama"), preset="all", layers="first:1")
+    adapters = [(tmp_path / "a", 0.7), (tmp_path / "b", 0.3), (tmp_path / "c", -1.5)]
+    report = do_merge(adapters, source, found, tmp_path / "m")
+    assert not report.notes and report.verify.argmax_agreement == 1
+    mine = load_file(tmp_path / "m" / "model.safetensors")
+    base = load_file(tiny("llama") / "model.safetensors")
+    wanted = {name: tensor.double() for name, tensor in base.items()}
+    for folder, weight in adapters:
+        config = adapter.read_config(folder)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
+        for name, down in tensors.items():
+            if ".lora_A." in name:
+                home = name.removeprefix("base_model.model.").replace(".lora_A.", ".")
+                up = tensors[name.replace(".lora_A.", ".lora_B.")]
+                wanted[home] += weight * scale * (up.double() @ down.double())
+    changed = [name for name in base if not torch.equal(mine[name], base[name])]
+    assert len(changed) == report.adapted
+    for name, tensor in wanted.items():
+        assert torch.allclose(mine[name].double(), tensor, rtol=1e-5, atol=1e-5), name
+
+
+def test_what_is_no_sum_is_not_summed(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    make_adapter(tmp_path / "b", tiny("llama"), lora=Lora(use_dora=True))
+    with pytest.raises(RequestError, match="DoRA"):
+        do_merge([(tmp_path / "a", 1.0), (tmp_path / "b", 0.5)], source, found, tmp_path / "m")
+    assert not (tmp_path / "m").exists()
+
+
+def test_another_dtype_and_smaller_files(tiny, tmp_path):
+    source, found, model = make_adapter(tmp_path / "a", tiny("llama"))
+    report = do_merge(
+        tmp_path / "a", source, found, tmp_path / "m", dtype="bfloat16", max_shard=60_000, verify=False
+    )
+    files = shards(tmp_path / "m")
+    assert report.verify is None and len(files) > 2
+    index = json.loads((tmp_path / "m" / "model.safetensors.index.json").read_text())
+    mine = {n: t for path in files for n, t in load_file(path).items()}
+    assert index["weight_map"].keys() == mine.keys()
+    assert index["metadata"]["total_size"] == sum(t.numel() * 2 for t in mine.values())
+    theirs = model.merge_and_unload().state_dict()
+    assert all(torch.equal(t, theirs[n].to(torch.bfloat16)) for n, t in mine.items())
+    loaded = type(model.get_base_model()).from_pretrained(tmp_path / "m")
+    assert loaded.dtype == torch.bfloat16
+    largest = max(sum(t.nbytes for t in load_file(path).values()) for path in files)
+    assert largest <= max(60_000, *(t.nbytes for t in mine.values()))
+
+
+def test_the_indexs_total_is_made_true(tmp_path):
+    from families import tokenizer
+
+    base = tmp_path / "base"
+    build_model("llama").save_pretrained(base, max_shard_size="60KB")
+    tokenizer().save_pretrained(base)
+    path = base / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    true = index["metadata"]["total_size"]
+    path.write_text(json.dumps({**index, "metadata": {**index["metadata"], "total_size": 7}}))
+    source, found, _ = make_adapter(tmp_path / "a", base)
+    do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    merged = json.loads((tmp_path / "m" / path.name).read_text())
+    assert merged["metadata"]["total_size"] == true and merged["weight_map"] == index["weight_map"]
