@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -267,13 +268,15 @@ def _stream(
     """Write the merged shards, and their index with the bytes they truly have."""
     total, done = sum(sheet.bytes for sheet in sheets), 0
 
+    lock = Lock()
+
     def count(size: int) -> None:
         nonlocal done
-        done += size
-        tick(done, total)
+        with lock:
+            done += size
+            tick(done, total)
 
-    for sheet in sheets:
-        write(sheet, work, changes, count)
+    write(sheets, work, changes, count)
     if len(sheets) > 1 or (base / INDEX).is_file():
         table = {entry.name: sheet.name for sheet in sheets for _, entry, _ in sheet.pieces}
         index: dict[str, Any] = {}

@@ -11,11 +11,13 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from io import FileIO
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 
@@ -27,7 +29,7 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-PIECE = 8 * 2**20  # bytes read at a time
+PIECE = 2**20  # bytes read at a time: what is made of them stays in a core's cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +58,7 @@ class TensorFile:
     def read(self, entry: Entry) -> torch.Tensor:
         """One tensor, on the CPU."""
         with self.path.open("rb", buffering=0) as file:
-            file.seek(self.data_at + entry.start)
-            return _read(file, entry.shape, entry.dtype)
+            return _read(file, self.data_at + entry.start, entry.shape, entry.dtype)
 
 
 def open_file(path: Path) -> TensorFile:
@@ -206,57 +207,102 @@ def _header(pieces: Sequence[tuple[TensorFile, Entry, str]], metadata: Any) -> b
 
 
 def write(
-    sheet: Sheet, folder: Path, changes: Mapping[str, Change], tick: Callable[[int], None] = lambda n: None
+    sheets: Sequence[Sheet],
+    folder: Path,
+    changes: Mapping[str, Change],
+    tick: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Write the file, its tensors changed on the way, a few rows at a time.
+    """Write the files, their tensors changed on the way, a few rows at a time, several tensors at once.
 
     A change is given rows of a tensor as they are stored and gives back as many, in any float dtype:
-    what it gives is rounded once, to the dtype the sheet names. `tick` hears of the bytes written.
+    what it gives is rounded once, to the dtype the sheet names. It is called in several threads. `tick`
+    hears of the bytes written. Raises OSError; the threads have ended then.
     """
-    with ExitStack() as open_files:
-        new = open_files.enter_context((folder / sheet.name).open("wb"))
-        old = {
-            path: open_files.enter_context(path.open("rb", buffering=0))
-            for path in dict.fromkeys(file.path for file, _, _ in sheet.pieces)
-        }
-        new.write(len(sheet.raw_header).to_bytes(8, "little") + sheet.raw_header)
-        for file, entry, dtype in sheet.pieces:
-            source = old[file.path]
-            source.seek(file.data_at + entry.start)
-            change = changes.get(entry.name)
-            if change is None and dtype == entry.dtype:
-                _copy(source, new, entry, tick)
-                continue
-            for first, rows in _blocks(source, entry):
-                changed = rows if change is None else change(rows, first)
-                data = changed.to(DTYPES[dtype]).contiguous().view(torch.uint8).reshape(-1).numpy().data
-                new.write(data)
-                tick(len(data))
-        new.flush()
-        os.fsync(new.fileno())
+    workers = max(1, min(8, torch.get_num_threads()))
+    with ExitStack() as opened:
+        old: dict[Path, FileIO] = {}
+        tasks = []
+        targets = []
+        for sheet in sheets:
+            new = opened.enter_context((folder / sheet.name).open("wb", buffering=0))
+            targets.append(new)
+            at = 8 + len(sheet.raw_header)
+            new.write(len(sheet.raw_header).to_bytes(8, "little") + sheet.raw_header)
+            for file, entry, dtype in sheet.pieces:
+                if file.path not in old:
+                    old[file.path] = opened.enter_context(file.path.open("rb", buffering=0))
+                begin = file.data_at + entry.start
+                change = changes.get(entry.name)
+                tasks.append(partial(_rewrite, old[file.path], begin, entry, change, dtype, new, at))
+                at += size_in(entry, dtype)
+        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
+        try:
+            for done in as_completed(pool.submit(task, tick) for task in tasks):
+                done.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+            torch.set_num_threads(workers)
+        for new in targets:
+            os.fsync(new.fileno())
 
 
-def _copy(source: FileIO, new: BinaryIO, entry: Entry, tick: Callable[[int], None]) -> None:
-    left = entry.stop - entry.start
-    buffer = memoryview(bytearray(min(PIECE, left)))
-    while left:
-        part = buffer[: min(PIECE, left)]
-        _fill(source, part)
-        new.write(part)
-        left -= len(part)
-        tick(len(part))
-
-
-def _blocks(source: FileIO, entry: Entry) -> Iterator[tuple[int, torch.Tensor]]:
-    """(number of the first row, some rows) of the tensor that begins where the file stands."""
-    if entry.start == entry.stop:
+def _rewrite(
+    source: FileIO,
+    begin: int,
+    entry: Entry,
+    change: Change | None,
+    dtype: str,
+    new: FileIO,
+    at: int,
+    tick: Callable[[int], None],
+) -> None:
+    """One tensor from `begin` of a file to `at` of another."""
+    if change is None and dtype == entry.dtype:
+        end = begin + entry.stop - entry.start
+        buffer = memoryview(bytearray(min(PIECE, end - begin)))
+        while begin < end:
+            part = buffer[: min(PIECE, end - begin)]
+            _fill(source, part, begin)
+            begin, at = begin + len(part), _put(new, part, at)
+            tick(len(part))
         return
-    if not entry.shape:
-        yield 0, _read(source, (), entry.dtype)
-        return
-    width = (entry.stop - entry.start) // entry.shape[0]
-    for first, many in spans(entry.shape[0], PIECE // width):
-        yield first, _read(source, (many, *entry.shape[1:]), entry.dtype)
+    rows = entry.shape[0] if entry.shape else 1
+    width = (entry.stop - entry.start) // max(1, rows)
+    for first, many in spans(rows if width else 0, PIECE // max(1, width)):
+        shape = (many, *entry.shape[1:]) if entry.shape else ()
+        block = _read(source, begin + first * width, shape, entry.dtype)
+        changed = block if change is None else change(block, first)
+        flat = changed.to(DTYPES[dtype]).contiguous().view(-1).view(torch.uint8)
+        data = memoryview(flat.numpy())
+        at = _put(new, data, at)
+        tick(len(data))
+
+
+def _read(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+    """The tensor that begins there in a file."""
+    found = torch.empty(shape, dtype=DTYPES[dtype])
+    _fill(source, memoryview(found.view(-1).view(torch.uint8).numpy()), begin)
+    return found
+
+
+def _fill(source: FileIO, part: memoryview, begin: int) -> None:
+    """Read as many bytes as there is room for: the system gives at most 2 GiB at once.
+
+    Raises OSError when the file ends before.
+    """
+    while part:
+        got = os.preadv(source.fileno(), [part], begin)
+        if not got:
+            raise OSError(errno.EIO, f"{source.name} became shorter while it was read")
+        part, begin = part[got:], begin + got
+
+
+def _put(new: FileIO, data: memoryview, at: int) -> int:
+    """Write the bytes there; the place behind them."""
+    while data:
+        done = os.pwrite(new.fileno(), data, at)
+        data, at = data[done:], at + done
+    return at
 
 
 def spans(rows: int, many: int) -> Iterator[tuple[int, int]]:
@@ -267,22 +313,3 @@ def spans(rows: int, many: int) -> Iterator[tuple[int, int]]:
         here = rows - first if rows - first < step + 64 else step
         yield first, here
         first += here
-
-
-def _read(source: FileIO, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
-    """The tensor that begins where the file stands."""
-    found = torch.empty(shape, dtype=DTYPES[dtype])
-    _fill(source, memoryview(found.view(-1).view(torch.uint8).numpy()))
-    return found
-
-
-def _fill(source: FileIO, part: memoryview) -> None:
-    """Read as many bytes as there is room for: the system gives at most 2 GiB at once.
-
-    Raises OSError when the file ends before.
-    """
-    while part:
-        got = source.readinto(part)
-        if not got:
-            raise OSError(errno.EIO, f"{source.name} became shorter while it was read")
-        part = part[got:]
