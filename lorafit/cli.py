@@ -15,6 +15,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn, Optional
 
@@ -105,7 +106,7 @@ app = typer.Typer(
 
 # -- options, each declared once --------------------------------------------------------------
 
-WHAT, DATA, TRAINING, OUTPUT = "What to adapt", "Data", "Training", "Output"
+WHAT, DATA, TRAINING, SAID, OUTPUT = "What to adapt", "Data", "Training", "What they say", "Output"
 
 
 def _option(name: str, panel: str, *more: str) -> Any:
@@ -541,12 +542,68 @@ def evaluate(
     overflow: Overflow = None,
     max_length: MaxLength = None,
     batch_size: BatchSize = None,
+    by: Annotated[
+        Optional[str],
+        typer.Option(
+            "--by",
+            help="The rows apart by a column, as `topic`, or by `file`.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    also: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--also",
+            help="Text that the adapter was not meant to change: what did it forget? Many times.",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
     samples: Annotated[
         int,
         typer.Option(
-            "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=OUTPUT
+            "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=SAID
         ),
     ] = 3,
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--prompt",
+            help="A prompt of one's own, side by side; without --data, this alone. Many times.",
+            rich_help_panel=SAID,
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature", min=0, max=10, help="Draw tokens; 0 takes the likeliest.", rich_help_panel=SAID
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**31, help="Of what is drawn.", rich_help_panel=SAID)
+    ] = 0,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="Of a completion. [dim]\\[the reference's and 24; of --prompt 128][/]",
+            rich_help_panel=SAID,
+            show_default=False,
+        ),
+    ] = None,
+    extremes: Annotated[
+        int,
+        typer.Option(
+            "--rows",
+            min=0,
+            max=50,
+            help="Rows to show that gained, and lost, the most.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 2,
     model: Base = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -554,20 +611,17 @@ def evaluate(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """The same rows with the adapter off and on: loss, perplexity, accuracy, and some completions.
+    """The same rows with the adapter off and on: what it changed, how sure that is, what it says.
 
-    Without --data, the rows that the run held out.
+    Without --data, the rows that the run held out. Several adapters of one base go in one call.
     """
     from lorafit import show
-    from lorafit.events import EvalReport, Sample
-    from lorafit.survey import load_model, load_tokenizer, pick_device, without_collecting
+    from lorafit.survey import load_tokenizer, pick_device, pick_dtype, without_collecting
 
     with without_collecting():
-        from lorafit import adapter
+        from lorafit import compare
         from lorafit import data as rows_of
-        from lorafit import evaluate as scoring
-        from lorafit import train as trainer
-        from lorafit.step import Forward
+        from lorafit.samples import of_one_s_own
 
     screen = show.Screen(json, quiet)
     about_data = {
@@ -578,39 +632,42 @@ def evaluate(
     where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
     given = {name: value for name, value in about_data.items() if value is not None}
-    if given and not data:
+    if given and not (data or also):
         raise RequestError(
             f"{OPTIONS[next(iter(given))].flag} is about --data, and none is named", "name a file with --data"
         )
-    if data:
-        settings = replace(_stored_settings(adapters[0], found), format="auto", map=None, **given)
-        rows = rows_of.read_eval_rows(data, settings, tokenizer, found.task, found.vocab_size)
-    else:
-        rows = _held_out(adapters[0], tokenizer, found)
-    kind = trainer.pick_dtype(dtype or "auto", where)
-    base = load_model(source, kind, where)
-    forward = Forward.of(base, found.task)
-    evaluator = scoring.Evaluator(rows, forward, batch_size or 8, tokenizer, found.vocab_size, where)
-    results, said = [], []
-    with screen.bar("evaluating") as tick:
-        count = _counter(tick, len(rows) * (1 + len(adapters)))
-        base_scores = evaluator.scores(base, count)
-        asked = scoring.prompts(evaluator, samples)
-        base_said = scoring.completions(base, evaluator, samples)
-        for number, path in enumerate(adapters):
-            peft_model = adapter.attach(base, path)
-            results.append(scoring.paired(path, base_scores, evaluator.scores(peft_model, count)))
-            said = said or scoring.completions(peft_model, evaluator, samples)
-            base = peft_model.unload()
-            if adapter.changes_its_base(adapter.read_config(path)) and number + 1 < len(adapters):
-                base = load_model(source, kind, where)
-    report = EvalReport(
-        rows=len(rows),
-        tokens=sum(s.tokens for s in base_scores),
-        base=scoring.summed(base_scores),
-        adapters=tuple(results),
-        samples=tuple(Sample(*text, *pair) for text, *pair in zip(asked, base_said, said, strict=True)),
+    stored = _stored_settings(adapters[0], found)
+    settings = replace(stored, format="auto", map=None, **given)
+    read = partial(
+        rows_of.read_eval_rows,
+        config=settings,
+        tokenizer=tokenizer,
+        task=found.task,
+        vocab_size=found.vocab_size,
     )
+    rows, specs = None, data or [spec for part in rows_of.files(stored) for spec in part]
+    if data:
+        rows = read(data)
+    elif not prompt:
+        rows = _held_out(adapters[0], tokenizer, found)
+    if by and rows is None:
+        raise RequestError(
+            "--by parts rows, and with --prompt alone there are none", "name a file with --data"
+        )
+    question = compare.Question(
+        rows=rows,
+        also={file: read([file]) for file in also or ()},
+        by=by or "",
+        labels=rows_of.labelled(rows, by, specs) if by and rows is not None else (),
+        samples=samples,
+        asks=of_one_s_own(prompt or (), tokenizer, found.task, found.max_positions),
+        extremes=extremes,
+        batch_size=batch_size or 8,
+    )
+    voice = {"temperature": temperature, "seed": seed, "most": max_new_tokens or 0}
+    kind = pick_dtype(dtype or "auto", where)
+    with screen.bar("evaluating") as tick:
+        report = compare.compare(question, source, found, adapters, tokenizer, kind, voice, where, tick)
     if json:
         screen.document(report)
     else:
@@ -846,17 +903,6 @@ def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
             "name data with --data",
         )
     return rows.held_out
-
-
-def _counter(tick: Callable[[float, float], None], total: int) -> Callable[[int], None]:
-    done = 0
-
-    def count(size: int) -> None:
-        nonlocal done
-        done += size
-        tick(done, total)
-
-    return count
 
 
 @contextmanager

@@ -21,9 +21,9 @@ import numpy as np
 
 from lorafit import __version__, caches, demo
 from lorafit.config import RunConfig
-from lorafit.errors import RequestError, RunError
+from lorafit.errors import RequestError, RunError, closest
 from lorafit.events import Look, ReadSource, Rendered
-from lorafit.examples import Example, Message, Source, parse_map, read, sources
+from lorafit.examples import Example, Message, Source, parse_map, read, records, sources
 from lorafit.options import weighted
 from lorafit.packing import held_out
 from lorafit.rows import CUT, FORMAT, IGNORED, NO_END, Row, RowSet, Store, Writer, opened
@@ -421,8 +421,7 @@ def load(
     """
     if not config.data and config.model != "demo":
         raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
-    specs = config.data or (str(demo.TRAIN),)
-    apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
+    specs, apart = files(config)
     for name, weight in map(weighted, apart):
         if weight != 1:
             raise RequestError(
@@ -458,6 +457,12 @@ def load(
     return Rows(*sets, _look(*sets, own, counts, name, tokenizer, task))
 
 
+def files(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a run trains on, and what it holds out that lies apart; without `data`, the demo's."""
+    apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
+    return config.data or (str(demo.TRAIN),), apart
+
+
 def read_eval_rows(
     specs: Sequence[str], config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int
 ) -> RowSet:
@@ -468,6 +473,32 @@ def read_eval_rows(
     if not len(rows):
         raise RequestError(f"no row of {', '.join(specs)} has anything to predict")
     return rows
+
+
+def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
+    """For each row what a column of its file says, or by `file` the file's name.
+
+    `specs` are the files that the rows come from. Raises RequestError where there is no such column.
+    """
+    origins = list(rows.origins())
+    if by == "file":
+        return [Path(name).name for name, _ in origins]
+    wanted = set(origins)
+    said: dict[tuple[str, int], str] = {}
+    for source in {s.name: s for spec in specs for s in sources(weighted(spec)[0])}.values():
+        numbers = {number for name, number in wanted if name == source.name}
+        if numbers and source.kind == "text":
+            raise RequestError(f"--by {by}: `{source.name}` is plain text and has no columns", "--by file")
+        for number, row in records(source) if numbers else ():
+            if number in numbers:
+                if not isinstance(row, dict) or by not in row:
+                    columns = [str(column) for column in row] if isinstance(row, dict) else []
+                    raise RequestError(
+                        f"`{source.where(number)}` has no column `{by}`, which --by names",
+                        closest(by, columns) or f"its columns: {', '.join(columns)}; or --by file",
+                    )
+                said[source.name, number] = " ".join(str(row[by]).split())
+    return [said[origin] for origin in origins]
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,13 +1,14 @@
-"""The same rows, the adapter off and on: paired, with its error bar, and a few completions."""
+"""Rows put to a model, the same ones in the same batches each time; what two models make of them, paired."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from math import sqrt
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
 import torch
 
 from lorafit.batch import Batch, collate, mask_tokens
@@ -16,21 +17,37 @@ from lorafit.events import AdapterScore, Loss, Score
 from lorafit.packing import Part, in_order
 from lorafit.prefix import Prefix
 from lorafit.rows import IGNORED, Row, RowSet
-from lorafit.step import Forward, base_of
+from lorafit.step import Forward
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MASK_SEED = 20181011  # of the masks that evaluation hides: the same ones for every model
+SHORT = 64  # tokens of an answer up to which a row counts for the exact match
+DRAWS, COVERED = 2000, 0.95  # resamplings of the rows behind an interval, and what it covers
+
+
+class Around(Protocol):
+    """What is done around a forward pass: the replay of the frozen prefix, or nothing."""
+
+    def around(self, batch: Batch) -> AbstractContextManager[None]: ...
 
 
 @dataclass(frozen=True, slots=True)
 class RowScore:
-    """One row: its summed loss in nats, its supervised tokens, how many were guessed right."""
+    """One row: its summed loss in nats, its supervised tokens, how many of them were the most likely
+    one; `short` where it is a prompt with one answer of few tokens."""
 
     loss_sum: float
     tokens: int
     correct: int
+    short: bool = False
+
+    @property
+    def exact(self) -> bool:
+        """Whether decoding greedily says the answer token for token: where each token of it is the
+        most likely one after those before it, and only there."""
+        return self.correct == self.tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +60,8 @@ class Evaluator:
     tokenizer: PreTrainedTokenizerBase
     vocab_size: int
     device: torch.device
-    prefix: Prefix = field(default_factory=Prefix)
+    prefix: Around = field(default_factory=Prefix)
+    name: str = "held-out"  # in the keys of its micro-batches
 
     @property
     def parts(self) -> list[Part]:
@@ -53,7 +71,7 @@ class Evaluator:
     @property
     def keys(self) -> list[str]:
         """The keys of its micro-batches."""
-        return [f"held-out {number}" for number in range(len(self.parts))]
+        return [f"{self.name} {number}" for number in range(len(self.parts))]
 
     @property
     def processed(self) -> int:
@@ -65,10 +83,10 @@ class Evaluator:
         """(row numbers, batch) in one fixed order, on the device."""
         task = self.forward.task
         for numbers, key in zip(self.parts, self.keys, strict=True):
-            rows = [self._masked(n) if task == "masked" else self.rows[n] for n in numbers]
+            rows = [self.masked(n) if task == "masked" else self.rows[n] for n in numbers]
             yield numbers, collate(rows, self.tokenizer.pad_token_id or 0, task, key).to(self.device)
 
-    def _masked(self, number: int) -> Row:
+    def masked(self, number: int) -> Row:
         """A row with its masks, which depend on nothing but its number."""
         generator = torch.Generator().manual_seed(MASK_SEED + number)
         alone = collate([self.rows[number]], self.tokenizer.pad_token_id or 0, "masked")
@@ -87,7 +105,8 @@ class Evaluator:
                 loss_N, right_N = self.forward.scores(model, batch)
             losses, rights = loss_N.double().split(batch.counts), right_N.split(batch.counts)
             for number, tokens, loss, right in zip(numbers, batch.counts, losses, rights, strict=True):
-                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()))
+                short = self.forward.task != "masked" and short_answer(self.rows[number], self.forward.task)
+                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short)
             tick(len(numbers))
         model.train(training)
         return [found[n] for n in range(len(self.rows))]
@@ -106,11 +125,21 @@ def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.mask_token_id)
 
 
+def short_answer(row: Row, task: str) -> bool:
+    """Whether a row is a prompt with one answer of few tokens, which ends it."""
+    learned = [at for at, label in enumerate(row.labels) if label != IGNORED]
+    if not learned or len(learned) > SHORT or learned[-1] - learned[0] >= len(learned):
+        return False
+    return task == "seq2seq" or learned[0] > 1
+
+
 def summed(scores: Sequence[RowScore]) -> Score:
-    """The rows together: loss and perplexity per supervised token, accuracy."""
+    """The rows together: loss and perplexity per supervised token, accuracy, exact match."""
     tokens = sum(s.tokens for s in scores)
     loss = Loss(sum(s.loss_sum for s in scores) / tokens, tokens)
-    return Score(loss.loss, loss.perplexity, sum(s.correct for s in scores) / tokens)
+    short = [s.exact for s in scores if s.short]
+    accuracy = sum(s.correct for s in scores) / tokens
+    return Score(loss.loss, loss.perplexity, accuracy, sum(short) / len(short) if short else None)
 
 
 def paired(path: str, base: Sequence[RowScore], adapter: Sequence[RowScore]) -> AdapterScore:
@@ -118,95 +147,31 @@ def paired(path: str, base: Sequence[RowScore], adapter: Sequence[RowScore]) -> 
 
     With d_i the difference of row i's summed loss and n_i its tokens, delta = sum d / sum n, a ratio;
     its standard error is sqrt(R/(R-1) * sum (d_i - delta*n_i)^2) / sum n over R rows (Cochran,
-    Sampling Techniques, 3rd ed., sec. 6.4). 0 where there is one row.
+    Sampling Techniques, 3rd ed., sec. 6.4). 0 where there is one row. The interval is the percentile
+    bootstrap's (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 13): rows are drawn with
+    their pair of losses, so what makes a row hard for both does not widen it.
     """
     rows = len(base)
-    tokens = sum(s.tokens for s in base)
-    differences = [a.loss_sum - b.loss_sum for a, b in zip(adapter, base, strict=True)]
-    delta = sum(differences) / tokens
-    spread = sum((d - delta * s.tokens) ** 2 for d, s in zip(differences, base, strict=True))
-    stderr = sqrt(rows / (rows - 1) * spread) / tokens if rows > 1 else 0.0
+    tokens = np.array([s.tokens for s in base], dtype=np.float64)
+    differences = np.array([a.loss_sum - b.loss_sum for a, b in zip(adapter, base, strict=True)])
+    delta = float(differences.sum() / tokens.sum())
+    spread = float(((differences - delta * tokens) ** 2).sum())
+    stderr = sqrt(rows / (rows - 1) * spread) / float(tokens.sum()) if rows > 1 else 0.0
+    low, high = resampled(differences, tokens)
     score = summed(adapter)
-    return AdapterScore(path, score.loss, score.perplexity, score.accuracy, delta, stderr)
-
-
-def prompts(evaluator: Evaluator, count: int) -> list[tuple[str, str]]:
-    """(prompt, reference) of the first rows as text: what a person reads first."""
-    read = evaluator.tokenizer.decode
-    found = []
-    for number, row in enumerate(evaluator.rows[:count]):
-        if evaluator.forward.task == "masked":
-            row = evaluator._masked(number)
-            wanted = [plain(read([label])) for label in row.labels if label != IGNORED]
-            found.append((read(list(row.ids)), " · ".join(wanted)))
-        else:
-            prompt, reference = _split(row, evaluator)
-            found.append((read(prompt, skip_special_tokens=True), read(reference, skip_special_tokens=True)))
-    return found
-
-
-def completions(model: Any, evaluator: Evaluator, count: int) -> list[str]:
-    """What a model says to the first rows, greedily; a masked model fills its masks."""
-    model.eval()
-    if evaluator.forward.task == "masked":
-        return _filled(model, evaluator, count)
-    found = []
-    for row in evaluator.rows[:count]:
-        prompt, reference = _split(row, evaluator)
-        found.append(_complete(model, evaluator, prompt, len(reference)))
-    return found
-
-
-def _split(row: Row, evaluator: Evaluator) -> tuple[list[int], list[int]]:
-    """(prompt, reference) of a row; a text without a prompt is cut after its first quarter."""
-    if evaluator.forward.task == "seq2seq":
-        return list(row.ids), [label for label in row.labels if label != IGNORED]
-    at = row.prompt
-    if at < 2:
-        at = max(2, len(row.ids) // 4)
-        return list(row.ids[:at]), list(row.ids[at : at + 64])
-    stop = at
-    while stop < len(row.labels) and row.labels[stop] != IGNORED:
-        stop += 1
-    return list(row.ids[:at]), list(row.ids[at:stop])
-
-
-@torch.no_grad()
-def _complete(model: Any, evaluator: Evaluator, prompt: list[int], length: int) -> str:
-    from transformers import GenerationConfig
-
-    tokenizer = evaluator.tokenizer
-    base = base_of(model)
-    stated = getattr(base.generation_config, "eos_token_id", None)  # one, several, or none
-    ends = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
-    known = sorted({end for end in ends if isinstance(end, int)})
-    start = getattr(base.generation_config, "decoder_start_token_id", None)
-    settings = GenerationConfig(
-        max_new_tokens=min(256, length + 24),
-        do_sample=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=known or None,
-        decoder_start_token_id=start,
-        bos_token_id=tokenizer.bos_token_id,
+    return AdapterScore(
+        score.loss, score.perplexity, score.accuracy, score.exact, path, delta, stderr, low, high
     )
-    ids = torch.tensor([prompt], device=evaluator.device)
-    out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[0]
-    new = out if evaluator.forward.task == "seq2seq" else out[len(prompt) :]
-    return str(tokenizer.decode(new, skip_special_tokens=True))
 
 
-@torch.no_grad()
-def _filled(model: Any, evaluator: Evaluator, count: int) -> list[str]:
-    """What a masked model puts in the masks of the first rows."""
-    found = []
-    for number in range(min(count, len(evaluator.rows))):
-        batch = collate([evaluator._masked(number)], evaluator.tokenizer.pad_token_id or 0, "masked")
-        logits_NV = evaluator.forward.logits(model, batch.to(evaluator.device))
-        words = [plain(evaluator.tokenizer.decode([t])) for t in logits_NV.argmax(-1).tolist()]
-        found.append(" · ".join(words))
-    return found
-
-
-def plain(text: str) -> str:
-    """A text on one line, for a table."""
-    return re.sub(r"\s+", " ", text).strip()
+def resampled(differences: np.ndarray, tokens: np.ndarray) -> tuple[float, float]:
+    """The ends of the interval that `COVERED` of the resampled ratios lie in; the same each time."""
+    generator = np.random.default_rng(0)
+    rows, ratios = len(tokens), []
+    together = max(1, 4_000_000 // rows)  # draws at once: 32 MB of row numbers
+    for start in range(0, DRAWS, together):
+        drawn = generator.integers(rows, size=(min(together, DRAWS - start), rows))
+        ratios.append(differences[drawn].sum(1) / tokens[drawn].sum(1))
+    outside = (1 - COVERED) / 2
+    low, high = np.quantile(np.concatenate(ratios), [outside, 1 - outside])
+    return float(low), float(high)

@@ -208,45 +208,89 @@ class TrainReport:
 
 @dataclass(frozen=True, slots=True)
 class Score:
-    """One model over the rows: loss and perplexity per supervised token, and top-1 accuracy."""
+    """One model over the rows: loss and perplexity per supervised token, and top-1 accuracy.
+
+    `exact` is the share of the rows with a short answer that it says word for word; None where no
+    row has one.
+    """
 
     loss: float
     perplexity: float
     accuracy: float
+    exact: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class AdapterScore:
+class RowChange:
+    """A row that gained or lost much: its loss per supervised token, in nats, under both."""
+
+    where: str
+    text: str
+    tokens: int
+    base: float
+    adapter: float
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterScore(Score):
     """An adapter over the same rows. `delta` is its loss less the base's; `stderr` its standard
-    error, from the paired differences of the rows."""
+    error and `low`, `high` the ends of its 95 % interval, from the paired differences of the rows.
 
-    path: str
-    loss: float
-    perplexity: float
-    accuracy: float
-    delta: float
-    stderr: float
+    `best` are the rows that gained the most, `worst` those that gained the least or lost.
+    """
 
-
-@dataclass(frozen=True, slots=True)
-class Sample:
-    """One prompt, what was wanted, and what each model says to it."""
-
-    prompt: str
-    reference: str
-    base: str
-    adapter: str
+    path: str = ""
+    delta: float = 0.0
+    stderr: float = 0.0
+    low: float = 0.0
+    high: float = 0.0
+    best: tuple[RowChange, ...] = ()
+    worst: tuple[RowChange, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
-class EvalReport:
-    """Base and adapters over the same rows."""
+class Group:
+    """Some of the rows, or other ones, under one name: base and adapters over them."""
 
+    name: str
     rows: int
     tokens: int
     base: Score
     adapters: tuple[AdapterScore, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One prompt, what was wanted (empty where nobody said), and what each model says to it."""
+
+    prompt: str
+    reference: str
+    base: str
+    adapters: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class EvalReport:
+    """Base and adapters over the same rows; without rows, what they say alone.
+
+    `paths` are the adapters', in the order of all that is said of them; `exact_rows` is how many rows
+    have a short answer. `groups` are the rows by `by`, a column or their
+    file; `also` are texts that the adapters were not meant to change; `benchmarks` the figures of
+    each task and metric, by model, as lm-eval names them.
+    """
+
+    rows: int
+    tokens: int
+    base: Score | None
+    adapters: tuple[AdapterScore, ...]
     samples: tuple[Sample, ...]
+    paths: tuple[str, ...] = ()
+    exact_rows: int = 0
+    by: str = ""
+    groups: tuple[Group, ...] = ()
+    also: tuple[Group, ...] = ()
+    benchmarks: tuple[dict[str, Any], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,7 +13,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -32,32 +32,53 @@ FORMAT = 1
 # -- is it exact? ---------------------------------------------------------------------------
 
 
-def refusal(found: ModelMap, plan: Plan, model: torch.nn.Module) -> str:
-    """Why the prefix of that plan cannot be replayed exactly; empty when nothing speaks against it.
+def refusal(
+    found: ModelMap, cut: Mapping[str, int], trained: Iterable[str], model: torch.nn.Module, training: bool
+) -> str:
+    """Why the prefix below that cut cannot be replayed exactly; empty when nothing speaks against it.
 
-    `model` is the base with the adapter in it.
+    `cut` is the lowest adapted layer of each stack, `trained` the names of what differs from the
+    base, `model` the base with an adapter in it. What is random in training alone speaks against it
+    in `training` alone.
     """
-    if found.task == "masked":
+    if training and found.task == "masked":
         return "a masked model hides other tokens in each epoch"
     if len(found.text_stacks) > 1:
         return f"`{found.model}` has several stacks"
-    if len(plan.cut) != 1:
+    if len(cut) != 1:
         return "adapters stand outside the text's one stack"
-    ((path, cut),) = plan.cut.items()
+    ((path, lowest),) = cut.items()
     if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
         return "the adapted layers are shared, or not of the text"
-    if cut == 0:
+    if lowest == 0:
         return "the band begins at layer 0: nothing is frozen below it"
     depth = len(list(model.get_submodule(path).children()))
-    above = tuple(f"{path}.{layer}." for layer in range(cut, depth))
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and not name.startswith(above):
+    above = tuple(f"{path}.{layer}." for layer in range(lowest, depth))
+    for name in trained:
+        if not name.startswith(above):
             return f"`{name}` is trained, and does not lie in the adapted layers"
-    if noise := _noise_below(model, above):
+    if training and (noise := _noise_below(model, above)):
         return noise
     if getattr(model.config, "output_router_logits", False):
         return "the router's auxiliary loss reads the lower layers"
     return ""
+
+
+def trained_in(model: torch.nn.Module) -> list[str]:
+    """The names of the parameters that are trained."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def cut_of(found: ModelMap, names: Iterable[str]) -> dict[str, int]:
+    """The lowest layer of each stack that parameters of those names lie in; what lies in none counts
+    as a stack of its own, at layer 0."""
+    cut: dict[str, int] = {}
+    for name in names:
+        homes = [s.path for s in found.stacks if re.match(re.escape(s.path) + r"\.[0-9]+\.", name)]
+        path = max(homes, key=len, default="")
+        layer = int(name.removeprefix(f"{path}.").partition(".")[0]) if path else 0
+        cut[path] = min(layer, cut.get(path, layer))
+    return cut
 
 
 def blocks_below(model: torch.nn.Module, plan: Plan) -> tuple[torch.nn.Module, ...]:

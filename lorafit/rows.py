@@ -200,6 +200,12 @@ class RowSet(Sequence[Row]):
     def __len__(self) -> int:
         return len(self.index)
 
+    def origins(self) -> Iterator[tuple[str, int]]:
+        """(name of its source, its number there) of each row."""
+        for number in self.index:
+            store, row = self._found(number)
+            yield store.name, int(store.arrays["numbers"][row])
+
     @overload
     def __getitem__(self, key: int) -> Row: ...
     @overload

@@ -33,16 +33,19 @@ from lorafit.config import RunConfig
 from lorafit.cost import ITEMSIZE, Estimate
 from lorafit.errors import LorafitError
 from lorafit.events import (
+    AdapterScore,
     EpochDone,
     EvalReport,
     Evaluated,
     Event,
+    Group,
     Look,
     Loss,
     MergeReport,
     Predicted,
     PrefixCache,
     Saved,
+    Score,
     Started,
     Stepped,
     TrainReport,
@@ -862,26 +865,97 @@ def _ratio(part: float, whole: float) -> str:
 
 
 def show_eval(screen: Screen, report: EvalReport) -> None:
-    """Base and adapters side by side, and a few completions."""
-    table = _table("model", "loss", "perplexity", "accuracy", "difference", right=4, fold=0)
-    base = report.base
-    table.add_row("  base", f"{base.loss:.4f}", figures(base.perplexity), f"{base.accuracy:.1%}", "")
-    for a in report.adapters:
-        table.add_row(
-            f"  {escape(a.path)}",
-            f"{a.loss:.4f}",
-            figures(a.perplexity),
-            f"{a.accuracy:.1%}",
-            f"{a.delta:+.4f} ± {a.stderr:.4f}",
-        )
-    screen.answer(f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens")
-    screen.answer()
-    screen.answer(table)
+    """Base and adapters over the same rows, what changed the most, and what each says."""
+    named = _short_names(report.paths)
+    if report.base is not None:
+        screen.answer(f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens")
+        screen.answer()
+        screen.answer(_scores_table(report.base, report.adapters, exact=report.exact_rows > 0))
+        screen.answer()
+        for a, name in zip(report.adapters, named, strict=True):
+            screen.line(name, _surely(a), answer=True)
+        if report.exact_rows:
+            of = "all rows have" if report.exact_rows == report.rows else f"{_rows(report.exact_rows)} have"
+            screen.line("exact", f"said word for word: {of} one short answer", answer=True)
+    if report.groups:
+        screen.answer()
+        screen.answer(_groups_table(report.by, report.groups, named))
+    for group in report.also:
+        screen.answer()
+        screen.line("also", f"{group.name}: {_rows(group.rows)}, {count(group.tokens)} tokens", answer=True)
+        screen.answer()
+        screen.answer(_scores_table(group.base, group.adapters, exact=False))
+        screen.answer()
+        for a, name in zip(group.adapters, named, strict=True):
+            screen.line(name, _surely(a), answer=True)
+    for a, name in zip(report.adapters, named, strict=bool(report.adapters)):
+        for label, rows in (("gained", a.best), ("lost", a.worst)):
+            for row in rows:
+                kept = label == "gained" or row.adapter >= row.base
+                whose = f", {name}" if len(named) > 1 else ""
+                screen.answer()
+                screen.line(
+                    label if kept else "least",
+                    f"{row.where}: loss {row.base:.3f} → {row.adapter:.3f} over {count(row.tokens)} tokens{whose}",
+                    answer=True,
+                )
+                screen.line("", _clip(row.text, 200), answer=True)
     for number, sample in enumerate(report.samples, 1):
         screen.answer()
         screen.line(f"sample {number}", _clip(sample.prompt), answer=True)
-        for label, text in (("wanted", sample.reference), ("base", sample.base), ("adapter", sample.adapter)):
+        said = [("wanted", sample.reference)] if sample.reference else []
+        for label, text in (*said, ("base", sample.base), *zip(named, sample.adapters, strict=True)):
             screen.line(label, _clip(text) or "(nothing)", answer=True)
+    for note in report.notes:
+        screen.note(note, answer=True)
+
+
+def _short_names(paths: Sequence[str]) -> list[str]:
+    """What the adapters are called in the margin: by their place in the table where there are several."""
+    return ["adapter"] if len(paths) == 1 else [f"adapter {n}" for n in range(1, len(paths) + 1)]
+
+
+def _scores_table(base: Score, adapters: Sequence[AdapterScore], exact: bool) -> Table:
+    """A line a model."""
+    columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else []), "difference"]
+    table = _table(*columns, right=len(columns) - 1, fold=0)
+    for label, score in (("base", base), *((a.path, a) for a in adapters)):
+        said = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
+        if exact:
+            said.append("" if score.exact is None else f"{score.exact:.1%}")
+        differs = f"{score.delta:+.4f} ± {score.stderr:.4f}" if isinstance(score, AdapterScore) else ""
+        table.add_row(f"  {escape(label)}", *said, differs)
+    return table
+
+
+def _surely(score: AdapterScore) -> str:
+    """How sure the difference is."""
+    between = f"{score.low:+.4f} and {score.high:+.4f}"
+    if score.low <= 0 <= score.high:
+        return f"no difference that these rows show: with 95 % between {between}"
+    better = "better" if score.high < 0 else "worse"
+    return f"{better} than the base: with 95 % between {between}"
+
+
+def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Table:
+    """A line for each group and adapter."""
+    table = _table(by, "rows", "tokens", "model", "loss", "accuracy", "difference", right=3, fold=0)
+    for group in groups:
+        base = group.base
+        sizes = (count(group.rows), count(group.tokens))
+        table.add_row(
+            f"  {escape(_clip(group.name, 40)) or '(empty)'}",
+            *sizes,
+            "base",
+            f"{base.loss:.4f}",
+            f"{base.accuracy:.1%}",
+            "",
+        )
+        for a, name in zip(group.adapters, named, strict=True):
+            table.add_row(
+                "", "", "", name, f"{a.loss:.4f}", f"{a.accuracy:.1%}", f"{a.delta:+.4f} ± {a.stderr:.4f}"
+            )
+    return table
 
 
 def _clip(text: str, most: int = 400) -> str:

@@ -30,7 +30,7 @@ from lorafit.cost import Profile, Shape, Timing, free_memory
 from lorafit.errors import LorafitError
 from lorafit.modelmap import ModelMap, Slot
 from lorafit.plan import Plan, Target, lora_params
-from lorafit.prefix import blocks_below, refusal
+from lorafit.prefix import blocks_below, refusal, trained_in
 from lorafit.step import Forward, base_of, checkpoint_activations, chunk_for, keep_freed_memory
 from lorafit.survey import Source, config_of, model_class, on_meta
 from lorafit.units import bytes_text
@@ -333,7 +333,8 @@ def simulate(
                 run = run.plus(second.minus(base), len(layers) - 1)
     except Exception as error:  # the code of any model may ask for a value
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-    return _profile(run, shape, device, refusal(found, short, base_of(model)))
+    body = base_of(model)
+    return _profile(run, shape, device, refusal(found, short.cut, trained_in(body), body, training=True))
 
 
 def _profile(run: _Run, shape: Shape, device: str, reason: str) -> Profile:
@@ -377,7 +378,8 @@ def planned_model(
             _shorten(model, path, kept)
         plan = _plan_of(plan, path, kept)
     model = model.to(getattr(torch, shape.dtype)).requires_grad_(False)
-    peft_model = adapter.inject(model, plan, found.task)
+    bare = replace(plan, lora=replace(plan.lora, init_lora_weights=True))  # a start reads weights' values
+    peft_model = adapter.inject(model, bare, found.task)
     below = blocks_below(model, plan)
     if shape.checkpointing:
         checkpoint_activations(peft_model, below)

@@ -43,7 +43,7 @@ from lorafit.events import (
 from lorafit.modelmap import ModelMap, jsonable
 from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
-from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal
+from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal, trained_in
 from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 from lorafit.tensorfiles import fingerprint
@@ -179,7 +179,7 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
 
     if asked == "off":
         return Prefix(), PrefixCache("off", "--prefix-cache off")
-    if reason := refusal(job.found, job.plan, base):
+    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
         return refused(reason)
     ((stack, cut),) = job.plan.cut.items()
     lengths = job.rows.train.lengths

@@ -216,15 +216,14 @@ def test_a_run_file_repeats_the_run(trained, tmp_path, run):
 def test_eval_on_the_runs_own_rows(trained, run):
     output, report = trained
     found = run("eval", output, "--json").document
-    assert set(found) >= {"rows", "tokens", "base", "adapters", "samples"} and set(found["base"]) == {
-        "loss",
-        "perplexity",
-        "accuracy",
-    }
-    assert set(found["adapters"][0]) == {"path", "loss", "perplexity", "accuracy", "delta", "stderr"}
+    assert set(found) >= {"rows", "tokens", "base", "adapters", "samples"}
+    assert set(found["base"]) == {"loss", "perplexity", "accuracy", "exact"}
+    assert set(found["adapters"][0]) == {
+        "path", "loss", "perplexity", "accuracy", "exact", "delta", "stderr", "low", "high", "best", "worst",
+    }  # fmt: skip
     assert found["base"]["loss"] == pytest.approx(report["eval"]["before"]["loss"], abs=1e-5)
     assert found["adapters"][0]["loss"] == pytest.approx(report["eval"]["after"]["loss"], abs=1e-5)
-    assert found["samples"][0].keys() >= {"prompt", "reference", "base", "adapter"}
+    assert found["samples"][0].keys() >= {"prompt", "reference", "base", "adapters"}
 
 
 def test_eval_of_several_on_other_data(trained, run, pairs):

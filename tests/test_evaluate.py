@@ -5,7 +5,7 @@ import torch
 from families import FAMILIES, build_model, tokenizer
 
 from lorafit.batch import collate
-from lorafit.evaluate import Evaluator, RowScore, completions, paired, prompts, summed
+from lorafit.evaluate import Evaluator, RowScore, paired, short_answer, summed
 from lorafit.rows import IGNORED, Row, RowSet
 from lorafit.step import Forward
 
@@ -26,7 +26,7 @@ def test_a_row_scores_the_same_alone_and_padded_beside_others(family):
     """To 1e-5 a token, in every family; what `Evaluator` runs together is padded far less."""
     model, task = build_model(family), FAMILIES[family].task
     found = evaluator(model, ROWS, task)
-    rows = [found._masked(n) for n in range(len(ROWS))] if task == "masked" else ROWS
+    rows = [found.masked(n) for n in range(len(ROWS))] if task == "masked" else ROWS
     together = collate(rows, 0, task)
     losses = found.forward.scores(model, together)[0].split(together.counts)
     for row, loss in zip(rows, losses, strict=True):
@@ -75,11 +75,51 @@ def test_the_standard_error_is_that_of_resampled_rows():
     assert paired("a", base, other).stderr == pytest.approx(float(resampled.std()), rel=0.1)
 
 
-def test_several_end_tokens_end_a_completion():
-    model = build_model("llama")
-    model.generation_config.eos_token_id = [1, 2]
-    said = completions(model, evaluator(model, ROWS), 2)
-    assert len(said) == 2 and len(prompts(evaluator(model, ROWS), 2)) == 2
+def test_the_interval_is_that_of_normal_theory_where_rows_are_many():
+    generator = torch.Generator().manual_seed(1)
+    gains = (torch.randn(300, generator=generator) - 0.5).tolist()
+    base = [RowScore(50.0, 10, 0)] * 300
+    found = paired("a", base, [RowScore(50.0 + g, 10, 0) for g in gains])
+    assert found.low < found.delta < found.high
+    assert found.high - found.low == pytest.approx(2 * 1.96 * found.stderr, rel=0.1)
+    same = paired("a", base, base)
+    assert (same.delta, same.low, same.high) == (0, 0, 0)
+
+
+def test_an_exact_match_is_what_greedy_decoding_says():
+    """On real generation: a row counts where the model, decoding greedily, says its answer."""
+    from lorafit.samples import Voice, of_rows
+
+    model = build_model("llama").eval()
+    end = tokenizer().eos_token_id
+    rows = []
+    for number in range(6):
+        prompt = [5 + number, 9, 30 + number]
+        said = model.generate(torch.tensor([prompt]), max_new_tokens=4, do_sample=False, eos_token_id=None)[0]
+        answer = said[3:].tolist()
+        if number % 2:
+            answer[2] = (answer[2] + 1) % 800  # one other token
+        rows.append(Row((*prompt, *answer), (IGNORED,) * 3 + tuple(answer), "x"))
+    found = evaluator(model, rows)
+    scores = found.scores(model)
+    assert [s.exact for s in scores] == [True, False] * 3 and all(s.short for s in scores)
+    assert summed(scores).exact == 0.5
+    voice = Voice(tokenizer(), found.forward, torch.device("cpu"), most=4)
+    model.generation_config.eos_token_id = [end, 1, 2]
+    read = tokenizer().decode
+    for row, score, said in zip(rows, scores, voice.says(model, of_rows(found, 6)), strict=True):
+        whole = str(read(list(row.ids[3:]), skip_special_tokens=True))
+        assert (said == whole) == score.exact or end in row.ids
+
+
+def test_what_counts_as_a_short_answer():
+    def row(*learned):
+        return Row(tuple(range(100)), tuple(n if n in learned else IGNORED for n in range(100)), "x")
+
+    assert short_answer(row(97, 98, 99), "causal") and short_answer(row(0, 1), "seq2seq")
+    assert not short_answer(row(90, 99), "causal")  # two answers
+    assert not short_answer(row(*range(1, 50)), "causal")  # a text, no prompt
+    assert not short_answer(row(*range(20, 100)), "causal")  # a long one
 
 
 def test_perplexity_does_not_overflow():

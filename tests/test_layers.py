@@ -37,6 +37,8 @@ STREET = [
     "simulate",
     "forecast",
     "evaluate",
+    "samples",
+    "compare",
     "train",
     "proof",
     "merge",

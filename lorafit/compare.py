@@ -1,0 +1,226 @@
+"""Base and adapters over the same rows: the frozen prefix run once for all, each adapter on and off again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafit import adapter
+from lorafit.batch import Batch
+from lorafit.cost import COMFORTABLE, free_memory
+from lorafit.data import rendered
+from lorafit.evaluate import Evaluator, RowScore, paired, summed
+from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample
+from lorafit.modelmap import ModelMap
+from lorafit.prefix import Prefix, cut_of, refusal
+from lorafit.rows import RowSet
+from lorafit.samples import Ask, Voice, of_rows
+from lorafit.step import Forward
+from lorafit.survey import Source, load_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class Question:
+    """What is asked of base and adapters.
+
+    `rows` are scored, by `labels` (one a row) where `by` names them; `also` are other rows, by name.
+    The prompts of the first `samples` rows and `asks` are answered; of the rows that changed the most
+    `extremes` are kept on either side.
+    """
+
+    rows: RowSet | None
+    also: Mapping[str, RowSet] = field(default_factory=dict)
+    by: str = ""
+    labels: Sequence[str] = ()
+    samples: int = 0
+    asks: Sequence[Ask] = ()
+    extremes: int = 3
+    batch_size: int = 8
+
+
+@dataclass(slots=True)
+class _Heard:
+    """One model: a score for each row of each set, and what it says."""
+
+    scores: list[list[RowScore]]
+    said: list[str]
+
+
+class _All:
+    """Several prefixes around one pass: each keeps the state that enters its own cut."""
+
+    def __init__(self, prefixes: Sequence[Prefix]) -> None:
+        self.prefixes = prefixes
+
+    @contextmanager
+    def around(self, batch: Batch) -> Iterator[None]:
+        with ExitStack() as stack:
+            for prefix in self.prefixes:
+                stack.enter_context(prefix.around(batch))
+            yield
+
+
+@torch.no_grad()
+def compare(
+    question: Question,
+    source: Source,
+    found: ModelMap,
+    adapters: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype,
+    voice: Mapping[str, Any],
+    device: torch.device,
+    tick: Callable[[int, int], None] = lambda done, total: None,
+) -> EvalReport:
+    """Base and adapters over the same rows, and side by side.
+
+    `voice` is how they are heard (`Voice`): temperature, seed, most. `tick` hears (rows done, in all).
+    Raises RequestError when an adapter does not fit the base.
+    """
+    base: Any = load_model(source, dtype, device)
+    forward = Forward.of(base, found.task)
+    sets = {**({"": question.rows} if question.rows is not None else {}), **question.also}
+    size = question.batch_size
+    evaluators = [
+        Evaluator(rows, forward, size, tokenizer, found.vocab_size, device, name=f"set {number}")
+        for number, rows in enumerate(sets.values())
+    ]
+    asks = [*(of_rows(evaluators[0], question.samples) if question.rows is not None else ()), *question.asks]
+    speaker = Voice(tokenizer, forward, device, found.max_positions, **voice)
+    done, total = 0, sum(map(len, sets.values())) * (1 + len(adapters))
+
+    def heard(model: Any, around: Any) -> _Heard:
+        def count(rows: int) -> None:
+            nonlocal done
+            done += rows
+            tick(done, total)
+
+        scores = [replace(each, prefix=around).scores(model, count) for each in evaluators]
+        return _Heard(scores, speaker.says(model, asks))
+
+    cuts = [_cut(path, found, base) for path in adapters]
+    prefixes = _prefixes(cuts, found, base, evaluators)
+    of_base = heard(base, _All(list(prefixes.values())))
+    of_adapters = []
+    for number, path in enumerate(adapters):
+        peft_model = adapter.attach(base, path)
+        prefix = prefixes.get(cuts[number])
+        if prefix is not None:
+            _, first = next(evaluators[0].batches())
+            seen = partial(_losses, forward, peft_model)
+            prefix = None if prefix.differs(first, seen) else prefix
+        of_adapters.append(heard(peft_model, prefix or Prefix()))
+        base = peft_model.unload()
+        if adapter.changes_its_base(adapter.read_config(path)) and number + 1 < len(adapters):
+            base = load_model(source, dtype, device)
+            for cut, prefix in prefixes.items():
+                again = Prefix.below(base, found.text_stacks[0].path, cut)
+                again.store, again.forms = prefix.store, prefix.forms
+                prefixes[cut] = again
+    scores = {
+        name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)
+    }
+    samples = tuple(
+        Sample(ask.text, ask.wanted, of_base.said[n], tuple(other.said[n] for other in of_adapters))
+        for n, ask in enumerate(asks)
+    )
+    return _report(question, adapters, evaluators, scores, samples)
+
+
+def _losses(forward: Forward, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+    return forward.scores(model, batch)[0]
+
+
+def _cut(path: str, found: ModelMap, base: torch.nn.Module) -> int:
+    """The layer under which that adapter leaves the model as it is, and the replay may be exact; 0
+    where there is none."""
+    names = [name.removeprefix("base_model.model.") for name in adapter.tensor_names(Path(path).expanduser())]
+    cut = cut_of(found, names)
+    return 0 if refusal(found, cut, names, base, training=False) else next(iter(cut.values()))
+
+
+def _prefixes(
+    cuts: Sequence[int], found: ModelMap, base: Any, evaluators: Sequence[Evaluator]
+) -> dict[int, Prefix]:
+    """A prefix for each cut, so far as their states have room in memory, the highest cuts first."""
+    dtype = next(base.parameters()).dtype
+    size = found.hidden_size * dtype.itemsize * sum(each.processed for each in evaluators)
+    room, made = COMFORTABLE * free_memory(), {}
+    for cut in sorted(set(cuts) - {0}, reverse=True):
+        if 0 < size <= room:
+            room -= size
+            made[cut] = Prefix.below(base, found.text_stacks[0].path, cut)
+    return made
+
+
+def _report(
+    question: Question,
+    adapters: Sequence[str],
+    evaluators: Sequence[Evaluator],
+    scores_of: Mapping[str, tuple[list[RowScore], list[list[RowScore]]]],
+    samples: tuple[Sample, ...],
+) -> EvalReport:
+    """The report of what was scored: `scores_of` each set, those of the base and of each adapter."""
+    also = tuple(_group(name, adapters, *scores_of[name]) for name in question.also)
+    if question.rows is None:
+        return EvalReport(0, 0, None, (), samples, tuple(adapters), also=also)
+    scores, theirs = scores_of[""]
+    whole = _group("", adapters, scores, theirs)
+    best_and_worst = [_extremes(question, evaluators[0], scores, their) for their in theirs]
+    named = sorted(set(question.labels))
+    groups = []
+    for name in named:
+        chosen = [n for n, label in enumerate(question.labels) if label == name]
+        groups.append(
+            _group(name, adapters, [scores[n] for n in chosen], [[s[n] for n in chosen] for s in theirs])
+        )
+    return EvalReport(
+        rows=whole.rows,
+        tokens=whole.tokens,
+        base=whole.base,
+        adapters=tuple(
+            replace(score, best=best, worst=worst)
+            for score, (best, worst) in zip(whole.adapters, best_and_worst, strict=True)
+        ),
+        samples=samples,
+        paths=tuple(adapters),
+        exact_rows=sum(s.short for s in scores),
+        by=question.by,
+        groups=tuple(groups),
+        also=also,
+    )
+
+
+def _group(
+    name: str, adapters: Sequence[str], base: Sequence[RowScore], others: Sequence[Sequence[RowScore]]
+) -> Group:
+    scored: list[AdapterScore] = [paired(path, base, own) for path, own in zip(adapters, others, strict=True)]
+    return Group(name, len(base), sum(s.tokens for s in base), summed(base), tuple(scored))
+
+
+def _extremes(
+    question: Question, evaluator: Evaluator, base: Sequence[RowScore], own: Sequence[RowScore]
+) -> tuple[tuple[RowChange, ...], tuple[RowChange, ...]]:
+    """The rows that gained the most a token, and those that gained the least; none is in both."""
+    gains = [(o.loss_sum - b.loss_sum) / b.tokens for o, b in zip(own, base, strict=True)]
+    order = sorted(range(len(gains)), key=gains.__getitem__)
+    many = min(question.extremes, len(order) // 2)
+
+    def change(number: int) -> RowChange:
+        row, tokens = evaluator.rows[number], base[number].tokens
+        shown = rendered(row, evaluator.tokenizer, evaluator.forward.task)
+        text = "".join(piece for piece, _ in shown.pieces)
+        return RowChange(
+            shown.where, text, tokens, base[number].loss_sum / tokens, own[number].loss_sum / tokens
+        )
+
+    return tuple(map(change, order[:many])), tuple(map(change, order[::-1][:many]))

@@ -1,0 +1,199 @@
+"""Base and adapters over the same rows: prefixes shared, groups, other text, prompts of one's own."""
+
+import json
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Two runs of the demo, of other strategies and bands."""
+    from lorafit.cli import app
+
+    folder = tmp_path_factory.mktemp("runs")
+    for name, preset, layers in (("a", "ffn", "high"), ("b", "basic", "mid")):
+        with pytest.raises(SystemExit) as end:
+            app(
+                [
+                    "train",
+                    "--preset",
+                    preset,
+                    "--layers",
+                    layers,
+                    "--max-steps",
+                    "12",
+                    "-o",
+                    str(folder / name),
+                    "-q",
+                ]
+            )
+        assert end.value.code == 0
+    return folder / "a", folder / "b"
+
+
+@pytest.fixture
+def topics(tmp_path):
+    path = tmp_path / "topics.jsonl"
+    rows = [
+        {
+            "prompt": f"Ada lent the lamp {n}. ",
+            "completion": "lamp" * (1 + n % 3),
+            "topic": "light" if n % 3 else "dark",
+        }
+        for n in range(12)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def test_together_they_score_what_each_scores_alone(runs, run, monkeypatch):
+    """Each adapter above its own cut, the prefix run once: no figure differs from whole passes."""
+    from lorafit import compare
+
+    together = run("eval", *runs, "--samples", "0", "--json").document
+    alone = [run("eval", path, "--samples", "0", "--json").document for path in runs]
+    monkeypatch.setattr(compare, "COMFORTABLE", 0.0)  # no room for any state: every pass is a whole one
+    whole = run("eval", *runs, "--samples", "0", "--json").document
+    assert together == whole
+    assert together["base"] == alone[0]["base"] == alone[1]["base"]
+    assert [a for one in alone for a in one["adapters"]] == together["adapters"]
+    assert together["paths"] == [str(path) for path in runs]
+
+
+def test_the_prefix_is_run_once_for_all(runs, monkeypatch):
+    """Block passes are counted: below its cut an adapter's pass runs no block."""
+    import torch
+
+    from lorafit import compare, data
+    from lorafit.config import derive_from_model, settle
+    from lorafit.prefix import Prefix
+    from lorafit.survey import find, load_tokenizer, survey
+
+    source = find("demo")
+    found, tokenizer = survey(source), load_tokenizer(source.place, source.name)
+    settings = derive_from_model(settle({})[0], found)
+    rows = data.load(settings, tokenizer, found.task, found.vocab_size).held_out
+    ran = []
+    whole = compare.load_model
+
+    def counted(*arguments):
+        model = whole(*arguments)
+        for number, block in enumerate(model.get_submodule("model.layers")):
+            block.mlp.gate_proj.register_forward_hook(lambda *_, number=number: ran.append(number))
+        return model
+
+    monkeypatch.setattr(compare, "load_model", counted)
+    captured = []
+    around = Prefix.around
+
+    def seen(self, batch):
+        captured.append(self.cut)
+        return around(self, batch)
+
+    monkeypatch.setattr(Prefix, "around", seen)
+    question = compare.Question(rows)
+    compare.compare(
+        question, source, found, [str(runs[1])], tokenizer, torch.float32, {}, torch.device("cpu")
+    )
+    batches = len(captured) // 2
+    probes = ran.count(0) - batches  # the head's way is tried, and the replay
+    assert set(captured) == {4} and batches == 8
+    # layer 11 runs in the base's pass and the adapter's; layer 0 in the base's alone; the replay's trial adds one
+    assert ran.count(11) - ran.count(0) == batches + 1 and probes < batches
+
+
+def test_rows_by_a_column_and_by_file(runs, run, topics, pairs):
+    found = run("eval", *runs, "--data", topics, "--by", "topic", "--json").document
+    assert found["by"] == "topic" and [g["name"] for g in found["groups"]] == ["dark", "light"]
+    assert [g["rows"] for g in found["groups"]] == [4, 8]
+    for place in range(2):
+        mean = sum(g["adapters"][place]["loss"] * g["tokens"] for g in found["groups"]) / found["tokens"]
+        assert mean == pytest.approx(found["adapters"][place]["loss"])
+    files = run("eval", runs[0], "--data", topics, "--data", pairs, "--by", "file", "--json").document
+    assert [(g["name"], g["rows"]) for g in files["groups"]] == [("pairs.jsonl", 40), ("topics.jsonl", 12)]
+    assert "topic" in run("eval", runs[0], "--data", topics, "--by", "topic", "--samples", "0").out
+
+
+@pytest.mark.parametrize(
+    "arguments, said",
+    [
+        (("--by", "topik"), "topic"),
+        (("--by", "nothing-like-it"), "no column `nothing-like-it`"),
+        (("--prompt", " "), "--prompt is empty"),
+        (("--temperature", "nan"), "--temperature"),
+        (("--also", "none.txt"), "no file `none.txt`"),
+    ],
+)
+def test_what_is_wrong_is_said(runs, run, topics, arguments, said):
+    result = run("eval", runs[0], "--data", topics, *arguments)
+    assert result.code == 2 and said in result.err.replace("there is no", "no")
+
+
+def test_by_needs_rows(runs, run, tmp_path):
+    assert "--prompt alone" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
+    text = tmp_path / "text.txt"
+    text.write_text("Ada lent the lamp to Finn. " * 40)
+    assert "no columns" in run("eval", runs[0], "--data", text, "--by", "topic").err
+
+
+def test_other_text_that_was_not_to_change(runs, run, tmp_path):
+    text = tmp_path / "general.txt"
+    text.write_text("Once there was a village by the sea. Every morning the boats went out. " * 30)
+    found = run("eval", runs[0], "--also", text, "--json").document
+    (also,) = found["also"]
+    alone = run("eval", runs[0], "--data", text, "--json").document
+    assert also["name"] == str(text) and also["rows"] == alone["rows"] and also["base"] == alone["base"]
+    fields = ("loss", "delta", "stderr", "low", "high")
+    assert [also["adapters"][0][f] for f in fields] == [alone["adapters"][0][f] for f in fields]
+    assert "general.txt" in run("eval", runs[0], "--also", text, "--samples", "0").out
+
+
+def test_rows_that_changed_the_most(runs, run):
+    found = run("eval", runs[0], "--rows", "4", "--json").document["adapters"][0]
+    gains = [row["adapter"] - row["base"] for row in found["best"]]
+    lost = [row["adapter"] - row["base"] for row in found["worst"]]
+    assert len(gains) == len(lost) == 4 and gains == sorted(gains) and lost == sorted(lost, reverse=True)
+    assert gains[-1] < found["delta"] < lost[-1]
+    assert not {r["where"] for r in found["best"]} & {r["where"] for r in found["worst"]}
+
+
+def test_a_prompt_of_one_s_own_alone(runs, run):
+    found = run("eval", *runs, "--prompt", "Ada lent the lamp to Finn.", "--json").document
+    (sample,) = found["samples"]
+    assert found["rows"] == 0 and found["base"] is None and found["adapters"] == []
+    assert sample["reference"] == "" and sample["base"] and len(sample["adapters"]) == 2
+    shown = run("eval", *runs, "--prompt", "Ada lent the lamp to Finn.").out
+    assert "adapter 2" in shown and "wanted" not in shown
+
+
+def test_what_is_drawn_is_drawn_by_the_seed(runs, run):
+    def said(*more):
+        found = run("eval", runs[0], "--prompt", "Ada lent the lamp.", "--json", *more).document
+        return found["samples"][0]["base"]
+
+    one = said("--temperature", "1.5", "--seed", "3")
+    assert one == said("--temperature", "1.5", "--seed", "3") != said("--temperature", "1.5", "--seed", "4")
+    assert said() == said("--seed", "9") and len(said("--max-new-tokens", "2")) < len(said())
+
+
+def test_a_masked_model_fills_a_prompt_of_one_s_own(tiny, run, tmp_path, pairs):
+    base = tiny("bert")
+    run("train", base, "--data", pairs, "--max-steps", "2", "-o", tmp_path / "m")
+    result = run("eval", tmp_path / "m", "--prompt", "Ada lent the lamp.")
+    assert result.code == 2 and "write <|mask|> where" in result.err
+    found = run("eval", tmp_path / "m", "--prompt", "Ada lent the <|mask|>.", "--json").document
+    assert found["samples"][0]["base"]
+    scored = run("eval", tmp_path / "m", "--json").document  # with the prefix replayed, masks and all
+    assert scored["rows"] == 2 and scored["base"]["exact"] is None
+
+
+def test_a_start_that_changes_the_base_leaves_the_next_adapter_whole(run, tmp_path, runs):
+    preset = tmp_path / "pissa.yaml"
+    preset.write_text("roles: [q, v]\nlora: {init_lora_weights: pissa, r: 4}\n")
+    assert (
+        run("train", "--preset", preset, "--layers", "high", "--max-steps", "3", "-o", tmp_path / "p").code
+        == 0
+    )
+    found = run("eval", tmp_path / "p", runs[0], "--samples", "0", "--json").document
+    alone = run("eval", runs[0], "--samples", "0", "--json").document
+    assert found["adapters"][1] == alone["adapters"][0] and found["base"] == alone["base"]
