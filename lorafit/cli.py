@@ -747,9 +747,9 @@ def merge(
     screen = show.Screen(json, quiet)
     source, found = _common_base([path for path, _ in named], model)
     first = named[0][0]
-    tokenizer = load_tokenizer(_tokenizer_of(first, source.place), first)
-    rows: Any = ()
+    tokenizer, rows = None, ()
     if verify:
+        tokenizer = load_tokenizer(_tokenizer_of(first, source.place), first)
         # where its data are not at hand, the proof reads texts of lorafit's own
         with suppress(RequestError):
             rows = _held_out(first, tokenizer, found)

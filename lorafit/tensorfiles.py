@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import partial
 from io import FileIO
 from pathlib import Path
 from typing import Any
@@ -212,38 +211,67 @@ def write(
     changes: Mapping[str, Change],
     tick: Callable[[int], None] = lambda n: None,
 ) -> None:
-    """Write the files, their tensors changed on the way, a few rows at a time, several tensors at once.
+    """Write the files, their tensors changed on the way, a few rows at a time, several files at once:
+    a file system lets one thread write a file.
 
     A change is given rows of a tensor as they are stored and gives back as many, in any float dtype:
     what it gives is rounded once, to the dtype the sheet names. It is called in several threads. `tick`
     hears of the bytes written. Raises OSError; the threads have ended then.
     """
-    workers = max(1, min(8, torch.get_num_threads()))
+    cores = torch.get_num_threads()
+    workers = max(1, min(8, cores, len(sheets)))
+    each = max(1, cores // workers)
+    pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(each,))
+    try:
+        for done in as_completed(pool.submit(_write, sheet, folder, changes, tick) for sheet in sheets):
+            done.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(cores)
+
+
+def _write(sheet: Sheet, folder: Path, changes: Mapping[str, Change], tick: Callable[[int], None]) -> None:
+    """One file, and to the disk with it."""
     with ExitStack() as opened:
+        new = opened.enter_context((folder / sheet.name).open("wb", buffering=0))
+        new.write(len(sheet.raw_header).to_bytes(8, "little") + sheet.raw_header)
         old: dict[Path, FileIO] = {}
-        tasks = []
-        targets = []
-        for sheet in sheets:
-            new = opened.enter_context((folder / sheet.name).open("wb", buffering=0))
-            targets.append(new)
-            at = 8 + len(sheet.raw_header)
-            new.write(len(sheet.raw_header).to_bytes(8, "little") + sheet.raw_header)
-            for file, entry, dtype in sheet.pieces:
-                if file.path not in old:
-                    old[file.path] = opened.enter_context(file.path.open("rb", buffering=0))
-                begin = file.data_at + entry.start
-                change = changes.get(entry.name)
-                tasks.append(partial(_rewrite, old[file.path], begin, entry, change, dtype, new, at))
-                at += size_in(entry, dtype)
-        pool = ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(1,))
-        try:
-            for done in as_completed(pool.submit(task, tick) for task in tasks):
-                done.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
-            torch.set_num_threads(workers)
-        for new in targets:
-            os.fsync(new.fileno())
+        at = 8 + len(sheet.raw_header)
+        for file, entry, dtype in sheet.pieces:
+            if file.path not in old:
+                old[file.path] = opened.enter_context(file.path.open("rb", buffering=0))
+            source, begin, change = old[file.path], file.data_at + entry.start, changes.get(entry.name)
+            if change is None and dtype == entry.dtype:
+                at = _copy(source, begin, entry.stop - entry.start, new, at, tick)
+            else:
+                at = _rewrite(source, begin, entry, change, dtype, new, at, tick)
+        os.fsync(new.fileno())
+
+
+def _copy(source: FileIO, begin: int, size: int, new: FileIO, at: int, tick: Callable[[int], None]) -> int:
+    """So many bytes from one file to another, within the system where it can; the place behind them."""
+    end = begin + size
+    within = hasattr(os, "copy_file_range")
+    buffer = memoryview(b"")
+    while begin < end:
+        here = min(end - begin, 64 * PIECE)
+        if within:
+            try:
+                done = os.copy_file_range(source.fileno(), new.fileno(), here, begin, at)
+            except OSError as error:
+                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                    raise
+                done = 0
+            within = done > 0  # not between these two file systems
+        if not within:
+            buffer = buffer or memoryview(bytearray(PIECE))
+            part = buffer[: min(here, PIECE)]
+            _fill(source, part, begin)
+            _put(new, part, at)
+            done = len(part)
+        begin, at = begin + done, at + done
+        tick(done)
+    return at
 
 
 def _rewrite(
@@ -255,17 +283,8 @@ def _rewrite(
     new: FileIO,
     at: int,
     tick: Callable[[int], None],
-) -> None:
-    """One tensor from `begin` of a file to `at` of another."""
-    if change is None and dtype == entry.dtype:
-        end = begin + entry.stop - entry.start
-        buffer = memoryview(bytearray(min(PIECE, end - begin)))
-        while begin < end:
-            part = buffer[: min(PIECE, end - begin)]
-            _fill(source, part, begin)
-            begin, at = begin + len(part), _put(new, part, at)
-            tick(len(part))
-        return
+) -> int:
+    """One tensor, changed, from `begin` of a file to `at` of another; the place behind it."""
     rows = entry.shape[0] if entry.shape else 1
     width = (entry.stop - entry.start) // max(1, rows)
     for first, many in spans(rows if width else 0, PIECE // max(1, width)):
@@ -276,6 +295,7 @@ def _rewrite(
         data = memoryview(flat.numpy())
         at = _put(new, data, at)
         tick(len(data))
+    return at
 
 
 def _read(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
