@@ -26,6 +26,7 @@ from safetensors.torch import load_file, save_file
 
 from lorafit import adapter, seals
 from lorafit.errors import RequestError, RunError
+from lorafit.runs import EDITED
 
 try:
     import fcntl
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
-EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -98,11 +98,11 @@ class RunFolder:
     def finish(self, keep: int, best: int | None) -> None:
         """Seal the finished run and put it in its place; what stood there goes only then.
 
-        Of the checkpoints the last `keep` stay, and the one of step `best`. The run file is not sealed:
-        it is there to be edited.
+        Of the checkpoints the last `keep` stay, and the one of step `best`. What is there to be edited is
+        not sealed.
         """
         kept = {f"checkpoint-{best}", *(p.name for p in self.checkpoints[len(self.checkpoints) - keep :])}
-        seals.seal(self.work, but=(EVENTS, RUN_FILE))
+        seals.seal(self.work, but=EDITED)
         put_in_place(self.work, self.target)
         self.release()
         for path in _checkpoints(self.target):

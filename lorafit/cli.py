@@ -432,6 +432,7 @@ def train(
     from lorafit import forecast, show
     from lorafit.config import derive_from_model, settle
     from lorafit.events import TrainReport
+    from lorafit.runs import read_back
     from lorafit.survey import find, load_tokenizer, pick_device, survey, without_collecting
     from lorafit.units import bytes_text
 
@@ -455,7 +456,7 @@ def train(
         if settings.resume and folder.target.exists() and not settings.overwrite:
             screen.line("done", f"{folder.target} is a finished run: nothing to resume")
             if json:
-                screen.document(trainer.report_of(folder.target))
+                screen.document(read_back(folder.target).report)
             return
         check_target(folder.target, settings.overwrite)
     show.show_header(screen, made, found, settings)
@@ -607,6 +608,15 @@ def evaluate(
     model: Base = None,
     dtype: Dtype = None,
     device: Device = None,
+    page: Annotated[
+        Optional[str],
+        typer.Option(
+            "--report",
+            help="Write the page there. [dim]\\[report.html in the run's folder][/]",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -667,7 +677,11 @@ def evaluate(
     voice = {"temperature": temperature, "seed": seed, "most": max_new_tokens or 0}
     kind = pick_dtype(dtype or "auto", where)
     with screen.bar("evaluating") as tick:
-        report = compare.compare(question, source, found, adapters, tokenizer, kind, voice, where, tick)
+        report, adapted = compare.compare(
+            question, source, found, adapters, tokenizer, kind, voice, where, tick
+        )
+    written, why = _write_page(page, adapters, found, adapted, report)
+    report = replace(report, page=written, notes=(*report.notes, *([why] if why else [])))
     if json:
         screen.document(report)
     else:
@@ -866,6 +880,32 @@ def _weighed(text: str) -> tuple[str, float]:
     raise RequestError(f"`--adapter {text}` has no number behind its =", "write it like runs/a=0.5")
 
 
+def _write_page(
+    asked: str | None, adapters: list[str], found: ModelMap, adapted: dict[str, Any], report: Any
+) -> tuple[str, str]:
+    """(where the page was written, or nothing; why it was not). Without a place that was named it goes
+    into the folder of the first adapter's run.
+
+    Raises RequestError where the named place cannot be written.
+    """
+    from lorafit import page
+    from lorafit.adapter import run_of
+    from lorafit.runs import PAGE, read_back
+
+    runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
+    if asked is None and not runs[0].report:
+        return "", ""
+    path = Path(asked).expanduser() if asked else runs[0].folder / PAGE
+    title = " and ".join(run.folder.resolve().name for run in runs)
+    try:
+        page.write(path, page.make(title, found, adapted, runs, report))
+    except OSError as error:
+        if asked:
+            raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
+        return "", f"`{path}` was not written: {error.strerror}; --report names another place"
+    return str(path), ""
+
+
 def _tokenizer_of(adapter: str, base: str) -> str:
     """The adapter's own tokenizer where it has one, else the base's."""
     from lorafit.adapter import run_of
@@ -888,8 +928,9 @@ def _stored_settings(adapter: str, found: ModelMap) -> RunConfig:
 
 def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
     """The rows that a run held out, made again from its data and checked to be the same."""
-    from lorafit import data, train
+    from lorafit import data
     from lorafit.adapter import run_of
+    from lorafit.runs import read_back
 
     run = run_of(adapter)
     if not (run / "run.yaml").is_file():
@@ -897,7 +938,7 @@ def _held_out(adapter: str, tokenizer: Any, found: ModelMap) -> Any:
             f"`{adapter}` is no run of lorafit: it has no held-out rows", "name data with --data"
         )
     rows = data.load(_stored_settings(adapter, found), tokenizer, found.task, found.vocab_size)
-    if rows.held_out.digest != train.held_out_digest(run):
+    if rows.held_out.digest != read_back(run).held_out_digest:
         raise RequestError(
             f"the data of `{adapter}` changed since it was trained: its held-out rows are other ones",
             "name data with --data",

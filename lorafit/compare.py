@@ -80,8 +80,8 @@ def compare(
     voice: Mapping[str, Any],
     device: torch.device,
     tick: Callable[[int, int], None] = lambda done, total: None,
-) -> EvalReport:
-    """Base and adapters over the same rows, and side by side.
+) -> tuple[EvalReport, dict[str, tuple[str, ...]]]:
+    """(base and adapters over the same rows, and side by side; by adapter the names of what it adapts).
 
     `voice` is how they are heard (`Voice`): temperature, seed, most. `tick` hears (rows done, in all).
     Raises RequestError when an adapter does not fit the base.
@@ -110,7 +110,7 @@ def compare(
     cuts = [_cut(path, found, base) for path in adapters]
     prefixes = _prefixes(cuts, found, base, evaluators)
     of_base = heard(base, _All(list(prefixes.values())))
-    of_adapters = []
+    of_adapters, adapted = [], {}
     for number, path in enumerate(adapters):
         peft_model = adapter.attach(base, path)
         prefix = prefixes.get(cuts[number])
@@ -118,6 +118,7 @@ def compare(
             _, first = next(evaluators[0].batches())
             seen = partial(_losses, forward, peft_model)
             prefix = None if prefix.differs(first, seen) else prefix
+        adapted[path] = adapter.adapted(peft_model)
         of_adapters.append(heard(peft_model, prefix or Prefix()))
         base = peft_model.unload()
         if adapter.changes_its_base(adapter.read_config(path)) and number + 1 < len(adapters):
@@ -133,7 +134,7 @@ def compare(
         Sample(ask.text, ask.wanted, of_base.said[n], tuple(other.said[n] for other in of_adapters))
         for n, ask in enumerate(asks)
     )
-    return _report(question, adapters, evaluators, scores, samples)
+    return _report(question, adapters, evaluators, scores, samples), adapted
 
 
 def _losses(forward: Forward, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -276,7 +276,7 @@ class EvalReport:
     `paths` are the adapters', in the order of all that is said of them; `exact_rows` is how many rows
     have a short answer. `groups` are the rows by `by`, a column or their
     file; `also` are texts that the adapters were not meant to change; `benchmarks` the figures of
-    each task and metric, by model, as lm-eval names them.
+    each task and metric, by model, as lm-eval names them; `page` where all of it is drawn.
     """
 
     rows: int
@@ -290,6 +290,7 @@ class EvalReport:
     groups: tuple[Group, ...] = ()
     also: tuple[Group, ...] = ()
     benchmarks: tuple[dict[str, Any], ...] = ()
+    page: str = ""
     notes: tuple[str, ...] = ()
 
 

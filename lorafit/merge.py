@@ -20,19 +20,20 @@ from typing import Any
 
 import torch
 
-from lorafit import adapter, seals
+from lorafit import adapter, cards, seals
 from lorafit.checkpoint import check_target, put_in_place, writing
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
 from lorafit.modelmap import ModelMap
 from lorafit.proof import Side, named_in, stored_dtype, verify
 from lorafit.rows import Row
+from lorafit.runs import CARD, read_back
 from lorafit.spelling import pattern_value
 from lorafit.survey import Source, load_model
 from lorafit.tensorfiles import INDEX, Change, Sheet, lay_out, open_file, shards, write
 
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
-NOT_CARRIED = (adapter.CONFIG, adapter.BASE, seals.SEAL, INDEX, "README.md")
+NOT_CARRIED = (adapter.CONFIG, adapter.BASE, seals.SEAL, INDEX, CARD)
 MERGING, UNVERIFIED = ".merging", ".unverified"
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # a dtype as a safetensors header names it
 
@@ -186,19 +187,23 @@ def merge(
             _judge(verified, work, output)
             if verified.note:
                 notes.append(verified.note)
-        size = sum(path.stat().st_size for path in work.iterdir())
-        put_in_place(work, output)
+        report = MergeReport(
+            output=str(output),
+            tensors=sum(len(file.entries) for file in files),
+            adapted=adapted,
+            bytes=sum(path.stat().st_size for path in work.iterdir()),
+            seconds=seconds,
+            verify=verified,
+            notes=tuple(notes),
+        )
+        with writing(work, "merge again"):
+            parts = [(read_back(folder), weight) for folder, weight in adapters]
+            card = cards.model_card(report, source.name, parts, model_map.task)
+            (work / CARD).write_text(card, encoding="utf-8")
+            put_in_place(work, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
-    return MergeReport(
-        output=str(output),
-        tensors=sum(len(file.entries) for file in files),
-        adapted=adapted,
-        bytes=size,
-        seconds=seconds,
-        verify=verified,
-        notes=tuple(notes),
-    )
+    return report
 
 
 def _judge(verified: Verified, work: Path, output: Path) -> None:

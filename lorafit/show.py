@@ -55,6 +55,7 @@ from lorafit.modelmap import ModelMap, Slot, Stack, jsonable, sum_params
 from lorafit.plan import Plan, lora_params
 from lorafit.presets import Preset
 from lorafit.roles import MEANING, Part, Role
+from lorafit.runs import PAGE
 from lorafit.units import bytes_text, count, figures, index_ranges, percent, seconds_text, short
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.
@@ -825,6 +826,7 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
             answer=True,
         )
     screen.line("saved", report.output, answer=True)
+    screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.line("next", f"lorafit eval {report.output}", answer=True)
     screen.line("", f"lorafit merge {report.output} -o {name}-merged", answer=True)
@@ -906,6 +908,9 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         said = [("wanted", sample.reference)] if sample.reference else []
         for label, text in (*said, ("base", sample.base), *zip(named, sample.adapters, strict=True)):
             screen.line(label, _clip(text) or "(nothing)", answer=True)
+    if report.page:
+        screen.answer()
+        screen.line("page", report.page, answer=True)
     for note in report.notes:
         screen.note(note, answer=True)
 

@@ -101,7 +101,7 @@ def find(model: str) -> Source:
 
 
 def _display_name(folder: Path) -> str:
-    return folder.resolve().name
+    return "demo" if folder.resolve() == demo.MODEL else folder.resolve().name
 
 
 def _read_config(path: Path, model: str) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from lorafit import adapter, checkpoint, seals
+from lorafit import adapter, cards, checkpoint, page, seals
 from lorafit import prefix as prefixes
 from lorafit.batch import Batch, collate, mask_tokens
 from lorafit.checkpoint import RunFolder
@@ -44,6 +44,7 @@ from lorafit.modelmap import ModelMap, jsonable
 from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal, trained_in
+from lorafit.runs import CARD, EVENTS, PAGE, RUN_FILE, read_back
 from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 from lorafit.tensorfiles import fingerprint
@@ -665,29 +666,6 @@ def _report(job: Job, state: _State, after: Loss) -> TrainReport:
     )
 
 
-def held_out_digest(folder: Path) -> str:
-    """The digest of the held-out rows that a finished run states in its events; empty when it has none."""
-    return str(_event_of(folder, "started").get("held_out_digest", ""))
-
-
-def report_of(folder: Path) -> dict[str, Any]:
-    """The report that a finished run ended with; empty when it has none."""
-    found = _event_of(folder, "report")
-    return {name: value for name, value in found.items() if name != "event"}
-
-
-def _event_of(folder: Path, kind: str) -> dict[str, Any]:
-    try:
-        with (folder / "events.jsonl").open(encoding="utf-8") as file:
-            for line in file:
-                event = json.loads(line)
-                if event.get("event") == kind:
-                    return dict(event)
-    except (OSError, ValueError, AttributeError):
-        return {}
-    return {}
-
-
 def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
     """The same events, each written to `events.jsonl`; after the last, the folder is put in its place.
 
@@ -695,20 +673,31 @@ def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
     disk is full.
     """
     folder = job.folder
-    log_file = folder.work / checkpoint.EVENTS
+    log_file = folder.work / EVENTS
     try:
         with checkpoint.writing(folder.work):
             first = next(events)  # Started: by then a resumed run is known to be the same
             checkpoint.rewind(log_file, first.resumed_at if isinstance(first, Started) else 0)
             run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)
-            (folder.work / checkpoint.RUN_FILE).write_text(run_file, encoding="utf-8")
+            (folder.work / RUN_FILE).write_text(run_file, encoding="utf-8")
             adapter.write_base(folder.work, job.found.model, job.fingerprint)
             with closing(log_file.open("a", encoding="utf-8", buffering=1)) as log:
                 for event in chain([first], events):
                     log.write(json.dumps(record(event)) + "\n")
                     if isinstance(event, TrainReport):
                         log.close()
+                        _tell(job)
                         folder.finish(job.config.keep or 0, event.best.step if event.best else None)
                     yield event
     finally:
         folder.abandon()
+
+
+def _tell(job: Job) -> None:
+    """The finished run for people: its card and its page."""
+    run = replace(read_back(job.folder.work), folder=job.folder.target)
+    card = cards.adapter_card(job.plan, run, job.found.family, job.task)
+    (job.folder.work / CARD).write_text(card, encoding="utf-8")
+    name = job.folder.target.name
+    shown = page.make(name, job.found, {str(job.folder.target): job.plan.modules}, [run])
+    (job.folder.work / PAGE).write_text(shown, encoding="utf-8")

@@ -1,0 +1,160 @@
+"""The page and the cards: what they show, and that nothing in them is taken for markup."""
+
+import json
+import re
+from html.parser import HTMLParser
+
+import pytest
+
+from lorafit import page
+from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample, Score
+from lorafit.runs import EDITED, read_back
+from lorafit.survey import find, survey
+
+NASTY = '<script>alert(1)</script> & "quoted" \u202e\x1b[31m'
+VOID = {"meta"}
+
+
+class Tags(HTMLParser):
+    """Every element, and whether each that was opened is closed."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.seen, self.open, self.text = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.seen.append(tag)
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attributes):
+        self.seen.append(tag)
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, text):
+        self.text.append(text)
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    from lorafit.cli import app
+
+    folder = tmp_path_factory.mktemp("page") / "a run"
+    with pytest.raises(SystemExit) as end:
+        app(["train", "--preset", "ffn", "--layers", "high", "--max-steps", "9", "-o", str(folder), "-q"])
+    assert end.value.code == 0
+    return folder
+
+
+def report():
+    score = Score(1.0, 2.7, 0.5, 0.25)
+    row = RowChange(NASTY, NASTY, 3, 1.0, 0.5)
+    adapter = AdapterScore(0.8, 2.2, 0.6, 0.5, NASTY, -0.2, 0.01, -0.3, -0.1, (row,), (row,))
+    group = Group(NASTY, 2, 9, score, (adapter,))
+    sample = Sample(NASTY, NASTY, NASTY, (NASTY,))
+    return EvalReport(4, 20, score, (adapter,), (sample,), (NASTY,), 2, NASTY, (group,), (group,))
+
+
+def test_the_page_of_a_run_shows_what_was_done(trained):
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    tags = Tags(text)
+    assert not tags.open and {"svg", "polyline", "circle", "table", "details"} <= set(tags.seen)
+    assert text.count("■") == 9 + 1  # three modules of three layers, and the word for it
+    assert "69,120" in text and "train.jsonl" in text and "learning_rate" in text
+    said = read_back(trained).report
+    assert f"{said['epochs'][0]['loss']:.3f}" in text
+    assert "http" not in text and "<script" not in text  # nothing is fetched, nothing runs
+
+
+def test_nothing_from_data_is_markup(trained):
+    found = survey(find("demo"))
+    run = read_back(trained)
+    look = run.first("data")
+    look["samples"][0]["pieces"] = [[NASTY, True]]
+    run.settings["data"] = [NASTY]
+    text = page.make(NASTY, found, {NASTY: (NASTY,)}, [run], report())
+    tags = Tags(text)
+    assert not tags.open and "script" not in tags.seen
+    assert "\x1b" not in text and "\u202e" not in text
+    assert "".join(tags.text).count("<script>alert(1)</script>") >= 20
+
+
+def test_a_page_without_a_run_or_figures():
+    found = survey(find("demo"))
+    plain = EvalReport(0, 0, None, (), (Sample("a", "", "b", ("c",)),), ("x",))
+    tags = Tags(page.make("x", found, {"x": ("model.layers.0.mlp.up_proj",)}, [], plain))
+    assert not tags.open and "svg" not in tags.seen
+
+
+def test_long_curves_are_thinned(trained):
+    run = read_back(trained)
+    step = run.first("step")
+    long = [{**step, "step": n, "loss": 1 / n if n % 500 else float("nan")} for n in range(1, 20_001)]
+    drawn = page._curves([type(run)(run.folder, {}, (*long, *run.every("report")))])
+    points = re.findall(r'points="([^"]*)"', drawn)
+    assert len(points) == 2 and all(len(p.split()) <= page.POINTS for p in points) and "nan" not in drawn
+
+
+@pytest.mark.parametrize("low, high", [(0, 1), (0.4, 1.3), (0, 20_000), (2.0, 2.0), (1e-4, 3e-4), (0, 1e6)])
+def test_ticks_are_round_and_few(low, high):
+    ticks = page._ticks(low, high)
+    assert len(ticks) <= 9 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
+    if high > low:
+        assert len(ticks) >= 2
+
+
+def test_eval_writes_the_page_into_the_run(trained, run, tmp_path):
+    before = (trained / "report.html").read_text(encoding="utf-8")
+    found = run("eval", trained, "--samples", "1", "--json").document
+    after = (trained / "report.html").read_text(encoding="utf-8")
+    assert (
+        found["page"] == str(trained / "report.html")
+        and "Side by side" in after
+        and "Side by side" not in before
+    )
+    assert run("eval", trained, "--samples", "0", "--report", tmp_path / "r.html", "--json").code == 0
+    assert "95 % interval" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    result = run("eval", trained, "--samples", "0", "--report", tmp_path / "none" / "r.html")
+    assert result.code == 2 and "cannot write --report" in result.err
+    assert sorted(p.name for p in trained.iterdir() if p.name.startswith(".")) == []
+
+
+def test_the_page_and_the_card_may_be_edited(trained, run):
+    """They are not sealed: the adapter is as sound as before."""
+    (trained / "README.md").write_text((trained / "README.md").read_text() + "\nmine\n")
+    sealed = json.loads((trained / "digests.json").read_text())
+    assert not set(EDITED) & set(sealed) and "adapter_model.safetensors" in sealed
+    assert run("eval", trained, "--samples", "0").code == 0
+
+
+def test_the_cards(trained, run, tmp_path):
+    import yaml
+
+    card = (trained / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    assert head["library_name"] == "peft" and "lorafit" in head["tags"]
+    assert "69,120" in card and "layers 9–11" in card and "lorafit merge" in card and "train.jsonl" in card
+    assert run("merge", trained, "-o", tmp_path / "m").code == 0
+    merged = (tmp_path / "m" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(merged.split("---")[1])["library_name"] == "transformers"
+    assert "`demo`" in merged and "largest logit difference" in merged and "ffn, high" in merged
+    assert run("merge", "--adapter", f"{trained}=0.5", "-o", tmp_path / "n", "--no-verify").code == 0
+    other = (tmp_path / "n" / "README.md").read_text(encoding="utf-8")
+    assert "× 0.5" in other and "--no-verify" in other and "=0.5" in other.split("```sh")[1]
+
+
+def test_a_name_of_the_hub_stands_in_the_card(trained):
+    from lorafit.cards import _head
+
+    assert "base_model: Qwen/Qwen2.5-0.5B" in _head("Qwen/Qwen2.5-0.5B", "peft", "causal", [], "adapter")
+    assert not any("base_model" in line for line in _head("my folder", "peft", "causal", [], "adapter"))
+
+
+def test_a_damaged_record_is_as_good_as_none(trained, tmp_path):
+    (tmp_path / "run.yaml").write_text("a: [")
+    (tmp_path / "events.jsonl").write_text('{"event": "started"}\n[1]\n{"event"')
+    found = read_back(tmp_path)
+    assert found.settings == {} and found.report == {} and found.held_out_digest == ""
