@@ -179,6 +179,16 @@ Config = Annotated[
         show_default=False,
     ),
 ]
+Push = Annotated[
+    Optional[str],
+    typer.Option(
+        "--push-to-hub",
+        metavar="OWNER/NAME",
+        help="Send what was made to the hub, as a private repository.",
+        rich_help_panel=OUTPUT,
+        show_default=False,
+    ),
+]
 Json = Annotated[
     bool,
     typer.Option("--json", help="One JSON document on stdout.", rich_help_panel=OUTPUT, show_default=False),
@@ -421,6 +431,7 @@ def train(
     overwrite: Overwrite = None,
     resume: Resume = None,
     config: Config = None,
+    push_to_hub: Push = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -429,7 +440,7 @@ def train(
 
     Without a model and data: the embedded demo.
     """
-    from lorafit import forecast, show
+    from lorafit import forecast, hub, show
     from lorafit.config import derive_from_model, settle
     from lorafit.events import TrainReport
     from lorafit.runs import read_back
@@ -446,6 +457,8 @@ def train(
     screen = show.Screen(json, quiet)
     if settings.resume and settings.output is None:
         raise RequestError("--resume needs the run's folder", "name it with -o")
+    if push_to_hub:
+        hub.check(push_to_hub)
     source = find(settings.model)
     found = survey(source)
     settings = derive_from_model(settings, found)
@@ -497,6 +510,8 @@ def train(
         screen.document(report)
     else:
         show.show_train_report(screen, report)
+    if push_to_hub:
+        _push(screen, report.output, push_to_hub)
 
 
 @app.command()
@@ -734,13 +749,14 @@ def merge(
             show_default=False,
         ),
     ] = True,
+    push_to_hub: Push = None,
     model: Base = None,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
     """Adapters and base as one model folder, written a few rows at a time, checked on real text."""
-    from lorafit import show
+    from lorafit import hub, show
     from lorafit.survey import load_tokenizer, without_collecting
     from lorafit.units import bytes_text, parse_bytes
 
@@ -758,6 +774,8 @@ def merge(
         limit = parse_bytes(max_shard_size) if max_shard_size else 0
     except ValueError as error:
         raise RequestError(f"`--max-shard-size` {error}", "write it like 5GB") from None
+    if push_to_hub:
+        hub.check(push_to_hub)
     screen = show.Screen(json, quiet)
     source, found = _common_base([path for path, _ in named], model)
     first = named[0][0]
@@ -775,6 +793,32 @@ def merge(
         screen.document(report)
     else:
         show.show_merge(screen, report)
+    if push_to_hub:
+        _push(screen, report.output, push_to_hub)
+
+
+@app.command()
+def push(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="A run's folder, or a merged model's.", show_default=False)
+    ],
+    name: Annotated[
+        str, typer.Argument(metavar="OWNER/NAME", help="What it is called on the hub.", show_default=False)
+    ],
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Send an adapter or a merged model to the hub: its card with it, nothing of the data.
+
+    A repository that is made is private.
+    """
+    from lorafit import show
+
+    screen = show.Screen(json, quiet)
+    address = _push(screen, folder, name)
+    if json:
+        screen.document({"folder": folder, "address": address})
 
 
 # -- what the commands share ------------------------------------------------------------------
@@ -904,6 +948,14 @@ def _write_page(
             raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
         return "", f"`{path}` was not written: {error.strerror}; --report names another place"
     return str(path), ""
+
+
+def _push(screen: Any, folder: str, name: str) -> str:
+    from lorafit import hub
+
+    address = hub.push(Path(folder).expanduser(), name)
+    screen.line("sent", address, answer=True)
+    return address
 
 
 def _tokenizer_of(adapter: str, base: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("inspect", "presets", "plan", "train", "eval", "merge")
+COMMANDS = ("inspect", "presets", "plan", "train", "eval", "merge", "push", "cache")
 
 
 def test_help_is_instant_and_imports_nothing_heavy():

@@ -45,6 +45,7 @@ STREET = [
     "train",
     "proof",
     "merge",
+    "hub",
     "show",
     "cli",
 ]

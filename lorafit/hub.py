@@ -1,0 +1,55 @@
+"""A finished folder to the hub, through huggingface_hub."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from lorafit.errors import RequestError, RunError
+from lorafit.runs import EVENTS, PAGE, RUN_FILE
+
+NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+# What holds rows of the data or places on this disk stays here, and so do checkpoints.
+KEPT_BACK = (EVENTS, PAGE, RUN_FILE, "checkpoint-*/*", "last-good/*", "*.partial/*", ".*")
+
+
+def check(name: str) -> None:
+    """Raises RequestError for what is no name of the hub's, or where nobody is logged in: before hours
+    of work, not after."""
+    import huggingface_hub
+
+    if not NAME.fullmatch(name):
+        raise RequestError(f"`{name}` is no name on the hub", "write it as owner/name")
+    if huggingface_hub.get_token() is None:
+        raise RequestError("nobody is logged in to the hub", "hf auth login, or set HF_TOKEN")
+    if huggingface_hub.is_offline_mode():
+        raise RequestError("HF_HUB_OFFLINE is set: nothing can be sent", "unset HF_HUB_OFFLINE")
+
+
+def push(folder: Path, name: str) -> str:
+    """Send an adapter's or a model's folder; its address there. A repository that is made is private.
+
+    Raises RequestError when the folder is neither, RunError when the hub does not take it: what lies
+    here is as it was.
+    """
+    import huggingface_hub
+
+    if not folder.is_dir():
+        raise RequestError(f"there is no folder `{folder}`")
+    if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
+        raise RequestError(f"`{folder}` is neither an adapter nor a model: nothing is sent")
+    check(name)
+    api = huggingface_hub.HfApi()
+    try:
+        url = api.create_repo(name, private=True, exist_ok=True)
+        api.upload_folder(
+            repo_id=url.repo_id, folder_path=folder, ignore_patterns=list(KEPT_BACK), commit_message="lorafit"
+        )
+    except Exception as error:  # every kind of network, hub and upload error has the same next step
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        why = lines[0] if lines else type(error).__name__
+        raise RunError(
+            f"the hub did not take `{folder}` as `{name}`: {why}",
+            f"nothing is lost: lorafit push {folder} {name} tries again",
+        ) from None
+    return str(url)

@@ -1,0 +1,182 @@
+"""Folders to the hub, against a stand-in that speaks its HTTP on this machine."""
+
+import base64
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+
+class Hub(BaseHTTPRequestHandler):
+    """What huggingface_hub asks for when it sends a folder: make, look, large files, commit."""
+
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def _answer(self, data, status=200):
+        body = json.dumps(data).encode()
+        self.send_response(status)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        self.wfile.write(body)
+
+    def _body(self):
+        return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+
+    def do_POST(self):
+        body, server = self._body(), self.server
+        here = f"http://127.0.0.1:{server.server_port}"
+        path = self.path.split("?")[0]
+        server.asked.append((path, self.headers.get("Authorization")))
+        if server.refuse and path.startswith(server.refuse):
+            return self._answer({"error": "You shall not pass"}, 403)
+        if path == "/api/repos/create":
+            server.made = json.loads(body)
+            owner = server.made.get("organization") or "ada"
+            return self._answer({"url": f"{here}/{owner}/{server.made['name']}", "name": server.made["name"]})
+        if path.endswith("/validate-yaml"):
+            return self._answer({"warnings": [], "errors": []})
+        if "/preupload/" in path:
+            files = json.loads(body)["files"]
+            large = (".safetensors",)
+            return self._answer(
+                {
+                    "files": [
+                        {
+                            "path": f["path"],
+                            "uploadMode": "lfs" if f["path"].endswith(large) else "regular",
+                            "shouldIgnore": False,
+                            "oid": None,
+                        }
+                        for f in files
+                    ]
+                }
+            )
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {"oid": o["oid"], "size": o["size"], "actions": {"upload": {"href": f"{here}/up/{o['oid']}"}}}
+                for o in json.loads(body)["objects"]
+            ]
+            return self._answer({"transfer": "basic", "objects": objects})
+        if "/commit/" in path:
+            for line in body.decode().splitlines():
+                entry = json.loads(line)
+                if entry["key"] == "file":
+                    server.files[entry["value"]["path"]] = base64.b64decode(entry["value"]["content"])
+                if entry["key"] == "lfsFile":
+                    server.files[entry["value"]["path"]] = server.large[entry["value"]["oid"]]
+            return self._answer({"commitUrl": f"{here}/ada/x/commit/{'0' * 40}", "commitOid": "0" * 40})
+        return self._answer({"error": f"not spoken here: {path}"}, 404)
+
+    def do_PUT(self):
+        body = self._body()
+        oid = self.path.rpartition("/")[2]
+        assert hashlib.sha256(body).hexdigest() == oid
+        self.server.large[oid] = body
+        self._answer({})
+
+    def do_GET(self):
+        self._answer({"error": "not found"}, 404)
+
+
+@pytest.fixture
+def hub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.files, server.large, server.asked, server.made, server.refuse = {}, {}, [], {}, ""
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def said(hub, tmp_path):
+    """`lorafit …` in a process of its own, whose hub is the stand-in."""
+
+    def call(*arguments, **more):
+        environment = {
+            **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_stand_in", "NO_PROXY": "*",
+            "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more,
+        }  # fmt: skip
+        environment = {name: value for name, value in environment.items() if value}
+        return subprocess.run(
+            [sys.executable, "-m", "lorafit.cli", *map(str, arguments)],
+            env=environment, capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+
+    return call
+
+
+def test_an_adapter_and_its_merged_model_are_sent(said, hub, tmp_path):
+    done = said(
+        "train", "--preset", "ffn", "--layers", "high", "--max-steps", "3", "--save-steps", "2", "--keep", "2",
+        "-o", "r", "--push-to-hub", "ada/lamps",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert f"http://127.0.0.1:{hub.server_port}/ada/lamps" in done.stdout
+    assert hub.made["name"] == "lamps" and hub.made["organization"] == "ada"
+    assert hub.made.get("private") is True or hub.made.get("visibility") == "private"
+    assert hub.asked[0][1] == "Bearer hf_stand_in"
+    run = tmp_path / "r"
+    kept = {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "base.json"}
+    assert kept <= set(hub.files)
+    assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
+    assert not {"events.jsonl", "run.yaml", "report.html"} & set(hub.files)  # they hold data and places
+    assert not any("checkpoint" in name for name in hub.files) and list(run.glob("checkpoint-*"))
+
+    from lorafit import seals
+
+    there = tmp_path / "fetched"
+    there.mkdir()
+    for name, content in hub.files.items():
+        (there / name).write_bytes(content)
+    seals.check(there)  # what was sent is whole for who fetches it
+
+    hub.files.clear()
+    done = said("merge", "r", "-o", "m", "--push-to-hub", "ada/lamps-merged")
+    assert done.returncode == 0, done.stderr
+    assert {"model.safetensors", "config.json", "README.md", "tokenizer.json"} <= set(hub.files)
+    assert b"largest logit difference" in hub.files["README.md"]
+    done = said("push", "m", "ada/again", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["address"].endswith("ada/again")
+
+
+def test_a_hub_that_refuses_loses_nothing(said, hub, tmp_path):
+    hub.refuse = "/api/repos/create"
+    done = said("train", "--max-steps", "1", "-o", "r", "--push-to-hub", "ada/lamps")
+    assert (
+        done.returncode == 1
+        and "the hub did not take" in done.stderr
+        and "lorafit push r ada/lamps" in done.stderr
+    )
+    assert "Traceback" not in done.stderr and (tmp_path / "r" / "adapter_model.safetensors").is_file()
+    hub.refuse = "/api/models/ada/lamps/commit"
+    done = said("push", "r", "ada/lamps")
+    assert done.returncode == 1 and "Traceback" not in done.stderr and not hub.files
+
+
+@pytest.mark.parametrize(
+    "arguments, more, words",
+    [
+        (("push", ".", "ada/lamps"), {}, "neither an adapter nor a model"),
+        (("push", "nowhere", "ada/lamps"), {}, "there is no folder"),
+        (("train", "--push-to-hub", "lamps"), {}, "is no name on the hub"),
+        (("train", "--push-to-hub", "a/b/c"), {}, "is no name on the hub"),
+        (("train", "--push-to-hub", "ada/lamps"), {"HF_TOKEN": ""}, "nobody is logged in"),
+        (("train", "--push-to-hub", "ada/lamps"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
+    ],
+)
+def test_what_cannot_be_sent_is_said_before_the_work(said, hub, tmp_path, arguments, more, words):
+    done = said(*arguments, **more)
+    assert done.returncode == 2 and words in done.stderr and not hub.asked
+    assert not (tmp_path / "runs").exists()
