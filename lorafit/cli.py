@@ -106,7 +106,9 @@ app = typer.Typer(
 
 # -- options, each declared once --------------------------------------------------------------
 
-WHAT, DATA, TRAINING, SAID, OUTPUT = "What to adapt", "Data", "Training", "What they say", "Output"
+WHAT, DATA, TRAINING, SAID, BENCH, OUTPUT = (
+    "What to adapt", "Data", "Training", "What they say", "Benchmarks", "Output",
+)  # fmt: skip
 
 
 def _option(name: str, panel: str, *more: str) -> Any:
@@ -620,6 +622,18 @@ def evaluate(
             rich_help_panel=OUTPUT,
         ),
     ] = 2,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(
+            "--tasks",
+            help="Benchmarks by lm-eval's names or task files, as hellaswag,mine.yaml; without --data, these alone.",
+            rich_help_panel=BENCH,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int, typer.Option("--limit", min=0, help="Documents of each task; 0 for all.", rich_help_panel=BENCH)
+    ] = 0,
     model: Base = None,
     dtype: Dtype = None,
     device: Device = None,
@@ -646,6 +660,7 @@ def evaluate(
     with without_collecting():
         from lorafit import compare
         from lorafit import data as rows_of
+        from lorafit.benchmarks import Tasks
         from lorafit.samples import of_one_s_own
 
     screen = show.Screen(json, quiet)
@@ -673,11 +688,12 @@ def evaluate(
     rows, specs = None, data or [spec for part in rows_of.files(stored) for spec in part]
     if data:
         rows = read(data)
-    elif not prompt:
+    elif not prompt and not tasks:
         rows = _held_out(adapters[0], tokenizer, found)
     if by and rows is None:
         raise RequestError(
-            "--by parts rows, and with --prompt alone there are none", "name a file with --data"
+            "--by parts rows, and beside --prompt and --tasks there are none without --data",
+            "name a file with --data",
         )
     question = compare.Question(
         rows=rows,
@@ -688,6 +704,7 @@ def evaluate(
         asks=of_one_s_own(prompt or (), tokenizer, found.task, found.max_positions),
         extremes=extremes,
         batch_size=batch_size or 8,
+        tasks=Tasks.named(tasks, found.task, limit, batch_size or 8) if tasks else None,
     )
     voice = {"temperature": temperature, "seed": seed, "most": max_new_tokens or 0}
     kind = pick_dtype(dtype or "auto", where)

@@ -13,10 +13,11 @@ import torch
 
 from lorafit import adapter
 from lorafit.batch import Batch
+from lorafit.benchmarks import Tasks
 from lorafit.cost import COMFORTABLE, free_memory
 from lorafit.data import rendered
 from lorafit.evaluate import Evaluator, RowScore, paired, summed
-from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample
+from lorafit.events import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
 from lorafit.modelmap import ModelMap
 from lorafit.prefix import Prefix, cut_of, refusal
 from lorafit.rows import RowSet
@@ -34,7 +35,7 @@ class Question:
 
     `rows` are scored, by `labels` (one a row) where `by` names them; `also` are other rows, by name.
     The prompts of the first `samples` rows and `asks` are answered; of the rows that changed the most
-    `extremes` are kept on either side.
+    `extremes` are kept on either side; `tasks` are benchmarks.
     """
 
     rows: RowSet | None
@@ -45,14 +46,16 @@ class Question:
     asks: Sequence[Ask] = ()
     extremes: int = 3
     batch_size: int = 8
+    tasks: Tasks | None = None
 
 
 @dataclass(slots=True)
 class _Heard:
-    """One model: a score for each row of each set, and what it says."""
+    """One model: a score for each row of each set, what it says, what it reaches in benchmarks."""
 
     scores: list[list[RowScore]]
     said: list[str]
+    reached: list[Benchmark]
 
 
 class _All:
@@ -98,18 +101,20 @@ def compare(
     speaker = Voice(tokenizer, forward, device, found.max_positions, **voice)
     done, total = 0, sum(map(len, sets.values())) * (1 + len(adapters))
 
-    def heard(model: Any, around: Any) -> _Heard:
+    def heard(model: Any, around: Any, name: str) -> _Heard:
         def count(rows: int) -> None:
             nonlocal done
             done += rows
             tick(done, total)
 
         scores = [replace(each, prefix=around).scores(model, count) for each in evaluators]
-        return _Heard(scores, speaker.says(model, asks))
+        said, tasks = speaker.says(model, asks), question.tasks
+        reached = tasks.measured(model, name, tokenizer, found.task, str(device)) if tasks else []
+        return _Heard(scores, said, reached)
 
     cuts = [_cut(path, found, base) for path in adapters]
     prefixes = _prefixes(cuts, found, base, evaluators)
-    of_base = heard(base, _All(list(prefixes.values())))
+    of_base = heard(base, _All(list(prefixes.values())), "base")
     of_adapters, adapted = [], {}
     for number, path in enumerate(adapters):
         peft_model = adapter.attach(base, path)
@@ -119,7 +124,7 @@ def compare(
             seen = partial(_losses, forward, peft_model)
             prefix = None if prefix.differs(first, seen) else prefix
         adapted[path] = adapter.adapted(peft_model)
-        of_adapters.append(heard(peft_model, prefix or Prefix()))
+        of_adapters.append(heard(peft_model, prefix or Prefix(), path))
         base = peft_model.unload()
         if adapter.changes_its_base(adapter.read_config(path)) and number + 1 < len(adapters):
             base = load_model(source, dtype, device)
@@ -134,7 +139,10 @@ def compare(
         Sample(ask.text, ask.wanted, of_base.said[n], tuple(other.said[n] for other in of_adapters))
         for n, ask in enumerate(asks)
     )
-    return _report(question, adapters, evaluators, scores, samples), adapted
+    report = _report(question, adapters, evaluators, scores, samples)
+    reached = [figure for each in (of_base, *of_adapters) for figure in each.reached]
+    reached.sort(key=lambda figure: (figure.task, figure.metric))  # which keeps the models' order
+    return replace(report, benchmarks=tuple(reached)), adapted
 
 
 def _losses(forward: Forward, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -270,13 +270,24 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
+class Benchmark:
+    """What a model reaches in a task of lm-eval, by one of its metrics; `stderr` as lm-eval states it."""
+
+    task: str
+    metric: str
+    model: str
+    value: float
+    stderr: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class EvalReport:
     """Base and adapters over the same rows; without rows, what they say alone.
 
     `paths` are the adapters', in the order of all that is said of them; `exact_rows` is how many rows
     have a short answer. `groups` are the rows by `by`, a column or their
     file; `also` are texts that the adapters were not meant to change; `benchmarks` the figures of
-    each task and metric, by model, as lm-eval names them; `page` where all of it is drawn.
+    lm-eval's tasks, by model; `page` where all of it is drawn.
     """
 
     rows: int
@@ -289,7 +300,7 @@ class EvalReport:
     by: str = ""
     groups: tuple[Group, ...] = ()
     also: tuple[Group, ...] = ()
-    benchmarks: tuple[dict[str, Any], ...] = ()
+    benchmarks: tuple[Benchmark, ...] = ()
     page: str = ""
     notes: tuple[str, ...] = ()
 

@@ -386,13 +386,14 @@ def _evaluated(report: EvalReport) -> list[Html]:
             )
     if report.benchmarks:
         rows = [
-            [b["task"], b["metric"], b["model"], f"{b['value']:.4f}", b["said"]] for b in report.benchmarks
+            [b.task, b.metric, b.model, f"{b.value:.4f}", "" if b.stderr is None else f"± {b.stderr:.4f}"]
+            for b in report.benchmarks
         ]
         parts.append(
             el(
                 "section",
                 el("h2", "Benchmarks"),
-                _table(["task", "metric", "model", "value", "± or change"], rows, 3),
+                _table(["task", "metric", "model", "value", "standard error"], rows, 3),
             )
         )
     if report.samples:

@@ -890,6 +890,14 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer()
         for a, name in zip(group.adapters, named, strict=True):
             screen.line(name, _surely(a), answer=True)
+    if report.benchmarks:
+        names = {"base": "base", **dict(zip(report.paths, named, strict=True))}
+        table = _table("task", "metric", "model", "value", "", right=2, fold=0)
+        for b in report.benchmarks:
+            error = "" if b.stderr is None else f"± {b.stderr:.4f}"
+            table.add_row(f"  {escape(b.task)}", escape(b.metric), names[b.model], f"{b.value:.4f}", error)
+        screen.answer()
+        screen.answer(table)
     for a, name in zip(report.adapters, named, strict=bool(report.adapters)):
         for label, rows in (("gained", a.best), ("lost", a.worst)):
             for row in rows:

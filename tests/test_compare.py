@@ -130,7 +130,7 @@ def test_what_is_wrong_is_said(runs, run, topics, arguments, said):
 
 
 def test_by_needs_rows(runs, run, tmp_path):
-    assert "--prompt alone" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
+    assert "beside --prompt" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
     text = tmp_path / "text.txt"
     text.write_text("Ada lent the lamp to Finn. " * 40)
     assert "no columns" in run("eval", runs[0], "--data", text, "--by", "topic").err

@@ -41,6 +41,7 @@ STREET = [
     "forecast",
     "evaluate",
     "samples",
+    "benchmarks",
     "compare",
     "train",
     "proof",
