@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -100,8 +100,11 @@ def _hushed() -> Iterator[None]:
     terminal, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, 2)
     try:
-        stream = open(terminal if sys.stderr.isatty() else nowhere, "w", closefd=False)
-        with stream as bars, redirect_stdout(bars), redirect_stderr(bars):
+        with ExitStack() as stack:
+            where = terminal if sys.stderr.isatty() else nowhere
+            bars = stack.enter_context(open(where, "w", closefd=False))
+            stack.enter_context(redirect_stdout(bars))
+            stack.enter_context(redirect_stderr(bars))
             yield
     finally:
         os.dup2(terminal, 2)
