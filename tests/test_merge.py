@@ -60,15 +60,32 @@ def test_merge_equals_peft_merge_on_every_family(tiny, tmp_path, family):
     assert plain.num_parameters() and (tmp_path / "m" / "tokenizer.json").is_file()
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_bfloat16_base_merges_to_peft_s_bits(tmp_path, family):
+    """Added in float32 and rounded once, as PEFT does with float32 adapters."""
+    from families import tokenizer
+
+    base = tmp_path / "base"
+    build_model(family).to(torch.bfloat16).save_pretrained(base)
+    tokenizer(FAMILIES[family].task == "masked").save_pretrained(base)
+    source, found, model = make_adapter(tmp_path / "a", base)
+    do_merge(tmp_path / "a", source, found, tmp_path / "m", verify=False)
+    mine = {n: t for path in shards(tmp_path / "m") for n, t in load_file(path).items()}
+    model.merge_and_unload().save_pretrained(tmp_path / "peft")
+    theirs, before = load_file(tmp_path / "peft" / "model.safetensors"), load_file(base / "model.safetensors")
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in mine.items())
+    assert any(not torch.equal(tensor, before[name]) for name, tensor in mine.items())
+
+
 @pytest.mark.parametrize(
-    "lora", [Lora(use_rslora=True, r=4), Lora(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3, "q_proj": 64}), Lora(use_dora=True), Lora(bias="all")],
-    ids=["rslora", "patterns", "dora", "bias"],
+    "lora", [Lora(use_rslora=True, r=4), Lora(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3, "q_proj": 64}), Lora(use_dora=True), Lora(bias="all"), Lora(modules_to_save=("lm_head",)), Lora(modules_to_save=("embed_tokens",))],
+    ids=["rslora", "patterns", "dora", "bias", "head", "embedding"],
 )  # fmt: skip
 def test_loras_settings_merge_as_peft_merges_them(tiny, tmp_path, lora):
     family = "opt" if lora.bias != "none" else "llama"
     source, found, model = make_adapter(tmp_path / "a", tiny(family), lora=lora)
     report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
-    assert bool(report.notes) == (lora.use_dora or lora.bias != "none")
+    assert bool(report.notes) == (lora.use_dora or lora.bias != "none" or bool(lora.modules_to_save))
     model.merge_and_unload().save_pretrained(tmp_path / "peft")
     mine, theirs = (
         load_file(tmp_path / "m" / "model.safetensors"),
@@ -305,3 +322,53 @@ def test_the_indexs_total_is_made_true(tmp_path):
     do_merge(tmp_path / "a", source, found, tmp_path / "m")
     merged = json.loads((tmp_path / "m" / path.name).read_text())
     assert merged["metadata"]["total_size"] == true and merged["weight_map"] == index["weight_map"]
+
+
+def test_a_tensor_of_the_adapter_without_a_home_is_an_error(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    file = tmp_path / "a" / "adapter_model.safetensors"
+    tensors = load_file(file)
+    for half in ("A", "B"):
+        name = f"base_model.model.model.layers.2.mlp.up_proj.lora_{half}.weight"
+        tensors[name.replace("layers.2", "layers.77")] = tensors[name].clone()
+    save_file(tensors, file)
+    with pytest.raises(RequestError, match=r"layers\.77|counterpart|fit"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob("m.*"))
+
+
+def test_a_full_disk_leaves_nothing_half_done(tiny, tmp_path):
+    """A limit on a file's size stands for the disk: the system refuses the write in the same way."""
+    import subprocess
+    import sys
+
+    make_adapter(tmp_path / "a", tiny("llama"))
+    program = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000));"
+        "from lorafit.cli import main; main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, "merge", str(tmp_path / "a"), "--model", str(tiny("llama")),
+         "-o", str(tmp_path / "m"), "--no-verify"],
+        capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 1 and "cannot be written" in done.stderr and "merge again" in done.stderr, (
+        done.stderr
+    )
+    assert not (tmp_path / "m").exists() and not list(tmp_path.glob("m.*"))
+
+
+def test_a_copy_within_the_system_that_is_refused_is_done_by_hand(tiny, tmp_path, monkeypatch):
+    import errno
+    import os
+
+    def refused(*_):
+        raise OSError(errno.EXDEV, "between file systems")
+
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    do_merge(tmp_path / "a", source, found, tmp_path / "m", verify=False)
+    monkeypatch.setattr(os, "copy_file_range", refused, raising=False)
+    do_merge(tmp_path / "a", source, found, tmp_path / "n", verify=False)
+    one, other = (tmp_path / name / "model.safetensors" for name in ("m", "n"))
+    assert one.read_bytes() == other.read_bytes()
