@@ -42,7 +42,7 @@ def batch_of(model, task):
     if task != "masked":
         return collate(ROWS, 0, task)
     rows = Evaluator(RowSet.of(ROWS), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu"))
-    return collate([rows._masked(n) for n in range(len(ROWS))], 0, task)
+    return collate([rows.masked(n) for n in range(len(ROWS))], 0, task)
 
 
 def plainly(model, task, batch):
