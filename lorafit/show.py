@@ -875,7 +875,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer(_scores_table(report.base, report.adapters, exact=report.exact_rows > 0))
         screen.answer()
         for a, name in zip(report.adapters, named, strict=True):
-            screen.line(name, _surely(a), answer=True)
+            screen.line(name, _surely(a, report.rows), answer=True)
         if report.exact_rows:
             of = "all rows have" if report.exact_rows == report.rows else f"{_rows(report.exact_rows)} have"
             screen.line("exact", f"said word for word: {of} one short answer", answer=True)
@@ -889,7 +889,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer(_scores_table(group.base, group.adapters, exact=False))
         screen.answer()
         for a, name in zip(group.adapters, named, strict=True):
-            screen.line(name, _surely(a), answer=True)
+            screen.line(name, _surely(a, group.rows), answer=True)
     if report.benchmarks:
         names = {"base": "base", **dict(zip(report.paths, named, strict=True))}
         table = _table("task", "metric", "model", "value", "", right=2, fold=0)
@@ -941,8 +941,10 @@ def _scores_table(base: Score, adapters: Sequence[AdapterScore], exact: bool) ->
     return table
 
 
-def _surely(score: AdapterScore) -> str:
-    """How sure the difference is."""
+def _surely(score: AdapterScore, rows: int) -> str:
+    """How sure the difference is, by so many rows."""
+    if rows < 2:
+        return "one row says nothing of how sure the difference is"
     between = f"{score.low:+.4f} and {score.high:+.4f}"
     if score.low <= 0 <= score.high:
         return f"no difference that these rows show: with 95 % between {between}"

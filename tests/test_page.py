@@ -82,6 +82,12 @@ def test_nothing_from_data_is_markup(trained):
     assert "".join(tags.text).count("<script>alert(1)</script>") >= 20
 
 
+def test_one_row_is_sure_of_nothing(trained, run, tmp_path):
+    (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a lamp ", "completion": "is light"}))
+    shown = run("eval", trained, "--data", tmp_path / "one.jsonl", "--samples", "0").out
+    assert "one row says nothing" in shown and "95 %" not in shown
+
+
 def test_a_page_without_a_run_or_figures():
     found = survey(find("demo"))
     plain = EvalReport(0, 0, None, (), (Sample("a", "", "b", ("c",)),), ("x",))
