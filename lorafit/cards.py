@@ -12,7 +12,7 @@ from typing import Any
 from lorafit import __version__
 from lorafit.events import MergeReport
 from lorafit.plan import Plan
-from lorafit.runs import Run
+from lorafit.runs import DAMAGED, Run
 from lorafit.units import bytes_text, count, figures, index_ranges, seconds_text, short
 
 OWNED = re.compile(r"[\w.-]+/[\w.-]+")  # a hub id that cannot be a folder's name
@@ -123,8 +123,15 @@ def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
     return f"lorafit merge {given} -o {output}"
 
 
-def _training(run: Run) -> Iterable[tuple[str, str]]:
-    """What a finished run tells of its data and its figures."""
+def _training(run: Run) -> list[tuple[str, str]]:
+    """What a finished run tells of its data and its figures; nothing where its record is damaged."""
+    try:
+        return list(_told(run))
+    except DAMAGED:
+        return []
+
+
+def _told(run: Run) -> Iterable[tuple[str, str]]:
     report, look = run.report, run.first("data")
     if not report:
         return

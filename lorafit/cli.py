@@ -951,7 +951,7 @@ def _write_page(
     """
     from lorafit import page
     from lorafit.adapter import run_of
-    from lorafit.runs import PAGE, read_back
+    from lorafit.runs import DAMAGED, PAGE, read_back
 
     runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
     if asked is None and not runs[0].report:
@@ -964,6 +964,8 @@ def _write_page(
         if asked:
             raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
         return "", f"`{path}` was not written: {error.strerror}; --report names another place"
+    except DAMAGED:
+        return "", f"no page was drawn: the record of `{runs[0].folder}` is damaged"
     return str(path), ""
 
 

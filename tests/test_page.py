@@ -164,3 +164,15 @@ def test_a_damaged_record_is_as_good_as_none(trained, tmp_path):
     (tmp_path / "events.jsonl").write_text('{"event": "started"}\n[1]\n{"event"')
     found = read_back(tmp_path)
     assert found.settings == {} and found.report == {} and found.held_out_digest == ""
+
+
+def test_a_damaged_record_spoils_neither_evaluation_nor_merge(trained, run, tmp_path):
+    import shutil
+
+    copy = tmp_path / "copy"
+    shutil.copytree(trained, copy)
+    started = json.dumps(read_back(trained).first("started"))
+    (copy / "events.jsonl").write_text(started + '\n{"event": "data"}\n{"event": "report", "steps": "x"}\n')
+    found = run("eval", copy, "--samples", "0", "--json").document
+    assert found["page"] == "" and "damaged" in found["notes"][0] and found["base"]["loss"] > 0
+    assert run("merge", copy, "-o", tmp_path / "m", "--no-verify").code == 0
