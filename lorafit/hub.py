@@ -9,7 +9,7 @@ from lorafit.errors import RequestError, RunError
 from lorafit.runs import EVENTS, PAGE, RUN_FILE
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
-# What holds rows of the data or places on this disk stays here, and so do checkpoints.
+# What holds rows of the data, or where they lie, stays here, and so do checkpoints.
 KEPT_BACK = (EVENTS, PAGE, RUN_FILE, "checkpoint-*/*", "last-good/*", "*.partial/*", ".*")
 
 

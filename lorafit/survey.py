@@ -703,9 +703,8 @@ def _embedding_shape(tree: _Tree) -> tuple[int, ...]:
     not say which it is."""
     try:
         embedding = tree.model.get_input_embeddings()
-    # transformers' only way to say that a class names none (Dia, PPFormulaNet, the Qwen Omnis in 5.23);
-    # such a model still has a map, whose sizes come from its config
-    except NotImplementedError:
+    except NotImplementedError:  # transformers' only way to say that a class names none, as Dia does
+        # such a model still has a map, whose sizes come from its config
         return (0, 0)
     weight = getattr(embedding, "weight", None)  # Musicgen has a list of them
     return tuple(weight.shape) if weight is not None else (0, 0)
