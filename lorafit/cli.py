@@ -677,7 +677,7 @@ def evaluate(
             f"{OPTIONS[next(iter(given))].flag} is about --data, and none is named", "name a file with --data"
         )
     stored = _stored_settings(adapters[0], found)
-    settings = replace(stored, format="auto", map=None, **given)
+    settings = replace(stored, **{"format": "auto", "map": None, **given})
     read = partial(
         rows_of.read_eval_rows,
         config=settings,

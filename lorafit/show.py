@@ -877,8 +877,8 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for a, name in zip(report.adapters, named, strict=True):
             screen.line(name, _surely(a, report.rows), answer=True)
         if report.exact_rows:
-            of = "all rows have" if report.exact_rows == report.rows else f"{_rows(report.exact_rows)} have"
-            screen.line("exact", f"said word for word: {of} one short answer", answer=True)
+            of = "all rows" if report.exact_rows == report.rows else _rows(report.exact_rows)
+            screen.line("exact", f"said word for word, of {of} with one short answer", answer=True)
     if report.groups:
         screen.answer()
         screen.answer(_groups_table(report.by, report.groups, named))

@@ -129,6 +129,15 @@ def test_what_is_wrong_is_said(runs, run, topics, arguments, said):
     assert result.code == 2 and said in result.err.replace("there is no", "no")
 
 
+def test_data_of_another_shape_are_mapped(runs, run, tmp_path):
+    """`--map` and `--format` are about --data, whatever the run's own data were."""
+    path = tmp_path / "asked.jsonl"
+    rows = [{"question": f"Ada lent the lamp {n}. ", "answer": "lamp"} for n in range(4)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ("--map", "prompt=question,completion=answer", "--format", "prompt-completion")
+    assert run("eval", runs[0], "--data", path, *named, "--json").document["rows"] == 4
+
+
 def test_by_needs_rows(runs, run, tmp_path):
     assert "beside --prompt" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
     text = tmp_path / "text.txt"
