@@ -1037,7 +1037,7 @@ def _stopping() -> Iterator[Callable[[], int]]:
 
 
 def main() -> NoReturn:
-    """The entry point of the `lorafit` command.
+    """The command line, to the end of the process.
 
     It ends the process at once: Python would take torch's thousand modules apart first, for a second.
     """
@@ -1051,7 +1051,3 @@ def main() -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code if isinstance(code, int) else DONE)
-
-
-if __name__ == "__main__":
-    main()

@@ -18,7 +18,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorafit import __version__
+from lorafit import __version__, heap
 from lorafit.config import MASKED_SHARE, RunConfig, derive_from_rows
 from lorafit.cost import (
     ITEMSIZE,
@@ -45,8 +45,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 PACKAGES = ("torch", "transformers", "peft")
 # A change in these makes what was kept stale.
 DECIDING = (
-    "adapter.py", "batch.py", "cost.py", "data.py", "examples.py", "forecast.py", "packing.py", "prefix.py",
-    "rows.py", "simulate.py", "step.py", "survey.py",
+    "adapter.py", "batch.py", "cost.py", "data.py", "examples.py", "forecast.py", "heap.py", "packing.py", "prefix.py",
+    "probe.py", "rows.py", "simulate.py", "step.py", "survey.py", "tracker.py",
 )  # fmt: skip
 Tick = Callable[[float, float], None]  # (bytes read, in all)
 
@@ -158,7 +158,7 @@ class Forecast:
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
-        facts = [*self._facts(plan, shape), self.device]
+        facts = [*self._facts(plan, shape), self.device, heap.library()]
         found = self.kept.get(Profile, facts)
         if found is None:
             with without_collecting():
@@ -188,9 +188,9 @@ class Forecast:
         found = self.kept.get(Timing, facts)
         if found is None:
             with without_collecting():
-                from lorafit import simulate
+                from lorafit import probe
             try:
-                found = simulate.probe(
+                found = probe.probe(
                     self.source, self.found, plan, shape, _torch_device(self.device), self.seconds
                 )
             except LorafitError as error:

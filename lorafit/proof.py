@@ -23,10 +23,10 @@ from lorafit.errors import LorafitError
 from lorafit.events import Verified
 from lorafit.modelmap import ModelMap
 from lorafit.rows import Row
-from lorafit.simulate import Tracker
 from lorafit.step import Forward, chunk_for
 from lorafit.survey import Source, config_of, load_model, model_class, on_meta
 from lorafit.tensorfiles import Entry, TensorFile, open_file, shards
+from lorafit.tracker import Tracker
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

@@ -6,10 +6,9 @@ B rows, T tokens, N supervised tokens, D hidden size, V vocabulary, C tokens of 
 from __future__ import annotations
 
 import copy
-import ctypes
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -347,15 +346,3 @@ def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Mod
             base.disable_input_require_grads()
         except AttributeError:  # no hook was installed: nothing to take away
             return
-
-
-def keep_freed_memory() -> None:
-    """Have the C library keep what tensors free, for the next ones of their size: a step frees and
-    takes the same sizes over and over, and each new page costs a fault. What was freed before goes
-    back to the system first. glibc only; no effect elsewhere."""
-    trim_threshold, mmap_threshold = -1, -3  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD of malloc.h
-    with suppress(OSError, AttributeError, TypeError):
-        libc = ctypes.CDLL(None)
-        libc.malloc_trim(0)
-        libc.mallopt(mmap_threshold, 32 * 1024 * 1024)  # the most that it takes
-        libc.mallopt(trim_threshold, 2**31 - 1)

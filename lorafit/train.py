@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from lorafit import adapter, cards, checkpoint, page, seals
+from lorafit import adapter, cards, checkpoint, heap, page, seals
 from lorafit import prefix as prefixes
 from lorafit.batch import Batch, collate, mask_tokens
 from lorafit.checkpoint import RunFolder
@@ -45,7 +45,7 @@ from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal, trained_in
 from lorafit.runs import CARD, EVENTS, PAGE, RUN_FILE, read_back
-from lorafit.step import Forward, base_of, checkpoint_activations, keep_freed_memory
+from lorafit.step import Forward, base_of, checkpoint_activations
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 from lorafit.tensorfiles import fingerprint
 
@@ -140,7 +140,7 @@ def assemble(
     """
     device = pick_device(config.device)
     if device.type == "cpu":
-        keep_freed_memory()
+        heap.keep_freed()
     before = memory_before(device)
     torch.manual_seed(config.seed)
     model = load_model(source, pick_dtype(config.dtype, device), device)

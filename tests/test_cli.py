@@ -149,7 +149,7 @@ def trained(tiny, pairs, tmp_path_factory):
 def lorafit(*arguments, **more):
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", **more.pop("env", {})}
     return subprocess.run(
-        [sys.executable, "-m", "lorafit.cli", *map(str, arguments)],
+        [sys.executable, "-m", "lorafit", *map(str, arguments)],
         capture_output=True,
         text=True,
         env=environment,
@@ -416,7 +416,7 @@ def test_interrupted_and_resumed(tmp_path, number, code):
     arguments = [
         sys.executable,
         "-m",
-        "lorafit.cli",
+        "lorafit",
         "train",
         "--layers",
         "high",
@@ -449,7 +449,7 @@ def test_interrupted_and_resumed(tmp_path, number, code):
 
 def test_a_reader_that_has_had_enough():
     done = subprocess.run(
-        f"{sys.executable} -m lorafit.cli inspect demo | head -1", shell=True, capture_output=True, text=True
+        f"{sys.executable} -m lorafit inspect demo | head -1", shell=True, capture_output=True, text=True
     )
     assert done.stderr == "" and done.stdout.startswith("demo")
 

@@ -110,7 +110,7 @@ def said(hub, tmp_path):
         }  # fmt: skip
         environment = {name: value for name, value in environment.items() if value}
         return subprocess.run(
-            [sys.executable, "-m", "lorafit.cli", *map(str, arguments)],
+            [sys.executable, "-m", "lorafit", *map(str, arguments)],
             env=environment, capture_output=True, text=True, cwd=tmp_path,
         )  # fmt: skip
 

@@ -10,6 +10,7 @@ HOUSE = ROOT / "lorafit"
 STREET = [
     "errors",
     "units",
+    "heap",
     "bands",
     "roles",
     "options",
@@ -36,8 +37,10 @@ STREET = [
     "adapter",
     "prefix",
     "checkpoint",
+    "tracker",
     "step",
     "simulate",
+    "probe",
     "forecast",
     "evaluate",
     "samples",
@@ -49,6 +52,7 @@ STREET = [
     "hub",
     "show",
     "cli",
+    "__main__",
 ]
 TORCH_LINE = STREET.index("demo")
 HEAVY = {"torch", "transformers", "peft", "datasets", "safetensors", "accelerate"}

@@ -40,7 +40,7 @@ def test_every_console_block_says_what_the_command_says(shelf, block):
     assert command.startswith("$ lorafit ")
     environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
     done = subprocess.run(
-        [sys.executable, "-m", "lorafit.cli", *shlex.split(command)[2:]], cwd=shelf, env=environment,
+        [sys.executable, "-m", "lorafit", *shlex.split(command)[2:]], cwd=shelf, env=environment,
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout

@@ -1,6 +1,5 @@
 """A simulated step against a real one, and what is extended against what is not."""
 
-import gc
 from dataclasses import replace
 
 import pytest
@@ -11,7 +10,6 @@ from test_train import job_for
 from lorafit import simulate
 from lorafit.cost import Shape
 from lorafit.plan import resolve
-from lorafit.prefix import blocks_below
 from lorafit.presets import load
 from lorafit.step import Forward
 from lorafit.survey import Source, find, survey
@@ -23,26 +21,6 @@ def peak(profile):
 
 def named(config, name="model"):
     return Source(name, name, config.to_dict())
-
-
-def test_the_tracker_follows_storages_from_their_making_to_their_end():
-    tracker = simulate.Tracker()
-    known = torch.nn.Linear(10, 10)
-    tracker.know(known)
-    with tracker:
-        one = torch.zeros(1000)
-        view = one.view(10, 100)
-        tracker.phase = "head"
-        two = view * 2
-        del one, view
-        three = torch.zeros(500)
-        del two, three
-        _ = known.weight.t()
-    gc.collect()
-    peaks = tracker.peaks(set())
-    assert peaks["body"] == {"body": 4000}
-    assert peaks["head"] == {"body": 4000, "head": 4000}
-    assert sum(size for _, size, _ in tracker.log) == 0
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,9 +35,8 @@ def test_a_simulated_step_holds_what_a_real_one_holds(tiny, pairs, tmp_path, fam
     batch = simulate.meta_batch(shape, job.task, "cpu")
     batch = replace(batch, inputs={**batch.inputs, "input_ids": torch.randint(3, 800, (4, 64))})
     forward = Forward.of(job.model, job.task)
-    below = blocks_below(job.model.get_base_model(), job.plan)
     job.model.train()
-    real = simulate._profile(simulate.track(job.model, forward, batch, below, "cpu"), shape, "cpu", "")
+    real = simulate._profile(simulate.track(job.model, job.plan, forward, batch, "cpu"), shape, "")
     found = simulate.simulate(source, job.found, job.plan, shape, "cpu", whole_depth=True)
     assert peak(found) == pytest.approx(peak(real), rel=0.005)
     assert (found.forward, found.backward) == pytest.approx((real.forward, real.backward), rel=0.005)
@@ -82,7 +59,9 @@ def test_what_is_extended_agrees_with_the_whole_depth(family, band):
         assert (short.forward, short.backward, short.prefix) == pytest.approx(
             (whole.forward, whole.backward, whole.prefix), rel=1e-6, abs=2
         )
-        assert peak(short) == pytest.approx(peak(whole), rel=0.05)
+        assert peak(short) == pytest.approx(peak(whole), rel=0.01)
+        if family != "qwen3_next":  # blocks of two kinds are done over kind by kind: in another order
+            assert short.heap == pytest.approx(whole.heap, abs=0.02 * peak(whole))
 
 
 def test_flops_are_those_of_the_hand_formula():
@@ -126,31 +105,3 @@ def test_checkpointing_holds_less_and_computes_more():
     plain = simulate.simulate(source, found, plan, Shape(2, 128), "cpu")
     again = simulate.simulate(source, found, plan, Shape(2, 128, checkpointing=True), "cpu")
     assert peak(again) < 0.5 * peak(plain) and again.backward > 1.3 * plain.backward
-
-
-def test_the_probe_times_a_step(tiny):
-    source = find(str(tiny("llama")))
-    found = survey(source)
-    for band, replays in (("last:1", True), ("all", False)):
-        plan = resolve(found, load("ffn"), band)
-        timing = simulate.probe(source, found, plan, Shape(4, 64), torch.device("cpu"), 0.5)
-        assert 0 < timing.token_replayed <= timing.token < 1 and timing.step > 0
-        assert (timing.token_replayed < timing.token) is replays and timing.length == 64
-
-
-def test_the_probe_cuts_the_row_where_there_is_no_time_for_it(tiny):
-    source = find(str(tiny("llama")))
-    found = survey(source)
-    plan = resolve(found, load("ffn"), "last:1")
-    timing = simulate.probe(source, found, plan, Shape(4, 128), torch.device("cpu"), 0.0)
-    assert timing.length == simulate.FEW and "1 × 64 tokens" in timing.source
-
-
-def test_blocks_that_do_not_fit_are_not_built(tiny, monkeypatch):
-    source = find(str(tiny("llama")))
-    found = survey(source)
-    monkeypatch.setattr(simulate, "free_memory", lambda: 1000)
-    with pytest.raises(simulate.NotSimulated, match="a block of each kind takes"):
-        simulate.probe(
-            source, found, resolve(found, load("ffn"), "last:1"), Shape(4, 64), torch.device("cpu")
-        )

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/prediction.py --output prediction.jsonl
 
-Each cell is a process of its own that first predicts, then trains two epochs of the same rows with the
-prefix cache off. A second call goes on where the first ended. On a machine with a GPU the peak is held
+Each cell is a process of its own, as `lorafit` starts one, that first predicts, then trains two epochs of
+the same rows with the prefix cache off. A second call goes on where the first ended. On a machine with a GPU the peak is held
 against `torch.cuda.max_memory_allocated`, on a CPU against what the process grew by, and there against
 the same tracker over a real step.
 """
@@ -19,6 +19,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
+
+from lorafit import heap
 
 
 @dataclass(frozen=True)
@@ -77,11 +79,11 @@ def one(cell: Cell) -> dict[str, Any]:
     from lorafit import forecast, simulate, train
     from lorafit.checkpoint import RunFolder
     from lorafit.config import derive_from_model, settle
+    from lorafit.cost import LIBRARIES
     from lorafit.data import Rows
     from lorafit.demo import MODEL
     from lorafit.events import EpochDone, TrainReport
     from lorafit.plan import resolve
-    from lorafit.prefix import blocks_below
     from lorafit.presets import load
     from lorafit.rows import IGNORED, Row
     from lorafit.step import Forward
@@ -128,13 +130,11 @@ def one(cell: Cell) -> dict[str, Any]:
     if job.device.type == "cpu":  # the tracker over a real step of a model of its own
         batch = job.micro_batch(0, 0)
         forward = Forward.of(job.model, found.task)
-        below = blocks_below(job.model.get_base_model(), plan)
         job.model.train()
-        tracked = simulate._profile(
-            simulate.track(job.model, forward, batch, below, "cpu"), ahead.shape, "cpu", ""
-        )
+        tracked = simulate._profile(simulate.track(job.model, plan, forward, batch, "cpu"), ahead.shape, "")
         fixed = cost.memory.weights + cost.memory.adapter + cost.memory.gradients + cost.memory.optimizer
         result["tracked_peak"] = fixed + tracked.activations + tracked.logits + tracked.workspace
+        result["simulated_peak"] = cost.memory.peak - cost.memory.heap - LIBRARIES["cpu"]
     return result
 
 
@@ -145,7 +145,7 @@ def show(output: Path) -> None:
     for row in rows:
         measured = row["seconds"][-1]
         peak, seconds = row["predicted_peak"] / row["growth"], row["predicted_seconds"] / measured
-        same = row["predicted_peak"] / row["tracked_peak"] if "tracked_peak" in row else None
+        same = row["simulated_peak"] / row["tracked_peak"] if "tracked_peak" in row else None
         exact = "" if row["params"] == row["predicted_params"] else "  PARAMETERS DIFFER"
         print(
             f"{row['cell']:<42}{row['predicted_peak'] / 1e6:>8,.0f} MB"
@@ -180,7 +180,7 @@ def main() -> None:
         if cell.name in done:
             continue
         command = [sys.executable, __file__, "--one", json.dumps(asdict(cell))]
-        made = subprocess.run(command, capture_output=True, text=True, check=False)
+        made = subprocess.run(command, capture_output=True, text=True, check=False, env=heap.environment())
         line = next((x for x in made.stdout.splitlines() if x.startswith('{"predicted')), None)
         if line is None:
             print(f"{cell.name} failed: {made.stderr[-600:]}", file=sys.stderr)

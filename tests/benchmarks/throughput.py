@@ -23,6 +23,8 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+from lorafit import heap
+
 ROWS, LENGTH, BATCH, EPOCHS, RATE = 16, 512, 4, 3, 1e-4
 # (layers, hidden, inner, heads, vocabulary), in Llama's shape
 SHAPES = {"12x768": (12, 768, 2048, 12, 30522), "24x768-little-head": (24, 768, 2048, 12, 4096)}
@@ -278,6 +280,7 @@ def drive(cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder
                     capture_output=True,
                     text=True,
                     check=False,
+                    env=heap.environment() if contender in OURS else None,  # as `lorafit` starts
                 )
                 seconds = time.perf_counter() - started
                 line = next((x for x in made.stdout.splitlines() if x.startswith('{"epochs"')), None)

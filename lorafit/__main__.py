@@ -1,0 +1,23 @@
+"""The process, from its start: `lorafit …` and `python -m lorafit …`."""
+
+from __future__ import annotations
+
+import sys
+from typing import NoReturn
+
+from lorafit import heap
+
+STEPPING = ("train", "plan")  # the commands that run, or time, training steps
+
+
+def main() -> NoReturn:
+    """The entry point of the `lorafit` command."""
+    if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in STEPPING:
+        heap.start_over()
+    from lorafit.cli import main as command
+
+    command()
+
+
+if __name__ == "__main__":
+    main()
