@@ -18,7 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dic
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import SafetensorError, safe_open
 
-from lorafit import seals
+from lorafit import lowrank, seals
 from lorafit.errors import RequestError, RunError
 from lorafit.plan import Plan
 from lorafit.spelling import pattern_value
@@ -85,6 +85,7 @@ def inject(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
             f"PEFT trains {trainable:,} parameters where {plan.trainable_params:,} were planned",
             "this is a fault of lorafit: please report it with the model's config",
         )
+    lowrank.quicken(peft_model)
     return peft_model
 
 

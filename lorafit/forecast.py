@@ -45,8 +45,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jin
 PACKAGES = ("torch", "transformers", "peft")
 # A change in these makes what was kept stale.
 DECIDING = (
-    "adapter.py", "batch.py", "cost.py", "data.py", "examples.py", "forecast.py", "heap.py", "packing.py", "prefix.py",
-    "probe.py", "rows.py", "simulate.py", "step.py", "survey.py", "tracker.py",
+    "adapter.py", "batch.py", "cost.py", "data.py", "examples.py", "forecast.py", "heap.py", "lowrank.py",
+    "packing.py", "prefix.py", "probe.py", "rows.py", "simulate.py", "step.py", "survey.py", "tracker.py",
 )  # fmt: skip
 Tick = Callable[[float, float], None]  # (bytes read, in all)
 

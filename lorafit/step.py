@@ -102,7 +102,7 @@ class Forward:
                     yield head(hidden_CD)
         elif self.head == "inside":
             with _picked(base.get_output_embeddings(), batch.places):
-                whole = base(**arguments).logits[0]
+                whole = base(**arguments).logits.flatten(0, 1)
             yield whole
         else:
             yield base(**arguments).logits.flatten(0, 1)[batch.places]
@@ -164,8 +164,8 @@ class Forward:
         def head(hidden_CD: torch.Tensor) -> torch.Tensor:
             chunk = _with_last_hidden(output, hidden_CD.unsqueeze(0))
             with _standing_still(body, chunk):
-                logits: torch.Tensor = base(**arguments).logits[0]
-            return logits
+                logits: torch.Tensor = base(**arguments).logits
+            return logits.flatten(0, 1)  # not [0]: its backward would make the whole anew
 
         yield hidden_ND, head
 
@@ -213,13 +213,18 @@ def _softmax_loss(
 ) -> torch.Tensor:
     """The summed cross-entropy of a chunk, softmax in float32; the gradient of `hidden_CD` is appended.
 
-    With p the softmax and m the largest score, log sum exp(scores) is m - log max(p), which cannot
-    underflow, as the largest p is at least 1 / V; the gradient of the scores is p less the one-hot.
+    With p the softmax, the gradient of the scores is p less the one-hot, and the loss -log p of the
+    target. Where that underflows, and on a GPU, where asking would be a wait, it is log sum exp(scores)
+    less the target's score: with m the largest score, m - log max(p), as the largest p is at least 1 / V.
     """
     scores_CV, targets_C1 = logits_CV.detach(), targets_C[:, None]
     softmax_CV = torch.softmax(scores_CV, -1, dtype=torch.float32)
-    sums_C1 = scores_CV.amax(-1, keepdim=True).float() - softmax_CV.amax(-1, keepdim=True).log_()
-    loss = (sums_C1 - scores_CV.gather(1, targets_C1).float()).sum()
+    chosen_C1 = softmax_CV.gather(1, targets_C1)
+    if scores_CV.is_cuda or bool((chosen_C1 < torch.finfo(torch.float32).tiny).any()):
+        sums_C1 = scores_CV.amax(-1, keepdim=True).float() - softmax_CV.amax(-1, keepdim=True).log_()
+        loss = (sums_C1 - scores_CV.gather(1, targets_C1).float()).sum()
+    else:
+        loss = -chosen_C1.log_().sum()
     if hidden_CD is not None:
         softmax_CV.scatter_add_(1, targets_C1, softmax_CV.new_full(targets_C1.shape, -1.0))
         gradients += torch.autograd.grad(logits_CV, hidden_CD, softmax_CV.to(logits_CV.dtype))

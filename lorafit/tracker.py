@@ -258,6 +258,10 @@ def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any
     return _attention_flops(query, key, value) * 5 // 2  # scores again, and four gradients' products
 
 
+def _added_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
+    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+
+
 def _grouped_flops(tokens: Any, weights: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
     return 2 * out_val.numel() * tokens.shape[-1]
 
@@ -267,6 +271,7 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     aten._grouped_mm: _grouped_flops,
+    aten.addmm_: _added_flops,  # PyTorch's own counter passes it over
 }
 
 

@@ -34,6 +34,7 @@ STREET = [
     "data",
     "batch",
     "seals",
+    "lowrank",
     "adapter",
     "prefix",
     "checkpoint",

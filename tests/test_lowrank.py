@@ -1,0 +1,156 @@
+"""The short way through an adapted layer: PEFT's own numbers, in fewer passes; what is special stays PEFT's."""
+
+import copy
+
+import pytest
+import torch
+from families import build_config
+from peft import LoraConfig, get_peft_model
+from peft.tuners.lora.layer import Linear
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM
+
+from lorafit import lowrank
+from lorafit.tracker import Tracker
+
+TARGETS = {"llama": ["q_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
+
+
+def models(family, dtype=torch.float32, **lora):
+    """(PEFT's, the quick one): the same model with the same adapter, its B no longer zero."""
+    torch.manual_seed(0)
+    quiet = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0} if family == "gpt2" else {}
+    model = AutoModelForCausalLM.from_config(build_config(family, **quiet)).to(dtype)
+    config = LoraConfig(
+        target_modules=TARGETS[family], r=4, lora_alpha=12, fan_in_fan_out=family == "gpt2", **lora
+    )
+    plain = get_peft_model(model, config).train()
+    for name, parameter in plain.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    quick = copy.deepcopy(plain)
+    lowrank.quicken(quick)
+    return plain, quick
+
+
+def loss_of(model):
+    ids = torch.randint(3, 800, (2, 24), generator=torch.Generator().manual_seed(1))
+    return model(input_ids=ids, labels=ids).loss
+
+
+def gradients(model):
+    loss = loss_of(model)
+    loss.backward()
+    return loss.item(), {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def steps(loss):
+    """The names of all nodes of the loss's graph."""
+    found, waiting = set(), [loss.grad_fn]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        found.add(node.name())
+        waiting += [following for following, _ in node.next_functions]
+    return found
+
+
+@pytest.mark.parametrize("family", TARGETS)
+@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {TARGETS["llama"][1]: 7}}])
+def test_loss_and_gradients_are_pefts(family, more):
+    plain, quick = models(family, **more)
+    assert "_LowRankBackward" in steps(loss_of(quick)) and "_LowRankBackward" not in steps(loss_of(plain))
+    (wanted, theirs), (found, ours) = gradients(plain), gradients(quick)
+    assert found == pytest.approx(wanted, rel=1e-6) and theirs.keys() == ours.keys()
+    for name, gradient in theirs.items():
+        assert torch.allclose(ours[name], gradient, rtol=1e-4, atol=1e-7), name
+        assert ours[name].dtype == torch.float32
+
+
+@pytest.mark.parametrize("family", TARGETS)
+def test_in_bfloat16_it_is_as_near_to_the_truth_as_peft(family):
+    """Both against the same weights in float32: the loss, and the direction of the adapter's gradient."""
+    plain, quick = models(family, torch.bfloat16)
+    exact = copy.deepcopy(plain).float()
+    true, theirs, ours = (gradients(model) for model in (exact, plain, quick))
+    assert abs(ours[0] - true[0]) <= abs(theirs[0] - true[0]) + 2e-3
+
+    def off(found):
+        return sum((found[n] - g).square().sum() for n, g in true[1].items()).sqrt()
+
+    size = sum(g.square().sum() for g in true[1].values()).sqrt()
+    assert off(ours[1]) <= 1.3 * off(theirs[1]) + 0.005 * size
+
+
+@pytest.mark.parametrize(
+    "more", [{"use_dora": True}, {"lora_dropout": 0.5}, {"lora_bias": True}, {"bias": "all"}]
+)
+def test_what_is_special_stays_pefts(more):
+    _, quick = models("gpt2", **more)
+    assert "_LowRankBackward" not in steps(loss_of(quick))
+
+
+def test_an_adapter_that_is_off_or_merged_or_one_of_two_stays_pefts():
+    plain, quick = models("llama")
+    with plain.disable_adapter(), quick.disable_adapter(), torch.no_grad():
+        assert loss_of(plain).item() == loss_of(quick).item()
+    plain.merge_adapter(), quick.merge_adapter()
+    assert loss_of(plain).item() == loss_of(quick).item()
+    plain.unmerge_adapter(), quick.unmerge_adapter()
+    for model in (plain, quick):
+        torch.manual_seed(3)
+        model.add_adapter("other", LoraConfig(target_modules=TARGETS["llama"], r=2, init_lora_weights=False))
+        model.base_model.set_adapter(["default", "other"])
+    assert loss_of(plain).item() == loss_of(quick).item()
+
+
+def test_it_keeps_and_does_less():
+    """In bfloat16, against PEFT: a layer's input is kept as it is, not in float32, and the adapter's output is not
+    made, scaled, added and cast, three times in float32 and once in bfloat16."""
+    held, made = [], []
+    for model in models("llama", torch.bfloat16):
+        tracker = Tracker()
+        tracker.know(model)
+        with tracker:
+            loss = loss_of(model)
+        held.append(sum(entry.bytes for entry in tracker.log))
+        made.append(sum(entry.bytes for entry in tracker.log if entry.bytes > 0))
+        del loss
+    layers = [m for m in model.modules() if type(m) is Linear]
+    tokens = 2 * 24
+    assert held[0] - held[1] > 0.9 * sum(2 * tokens * layer.in_features for layer in layers)
+    assert made[0] - made[1] > 0.9 * sum(
+        tokens * (4 * layer.in_features + 14 * layer.out_features) for layer in layers
+    )
+
+
+def test_its_flops_are_counted():
+    """The tracker's, which knows a product that is added in place, against PyTorch's own over PEFT's way."""
+    plain, quick = models("llama")
+    counter, tracker = FlopCounterMode(display=False), Tracker()
+    with counter:
+        loss_of(plain).backward()
+    with tracker:
+        loss_of(quick).backward()
+    attention = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" in str(op))
+    assert attention == 0  # its counter knows none of the CPU's
+    products = sum(tracker.flops.values()) - attention_flops(quick)
+    assert products == counter.get_total_flops()
+
+
+def attention_flops(model):
+    """Seven products of 24 × 24 × 16 a head: two forward, five backward, each multiply and add counted."""
+    config = model.config
+    heads, width = config.num_attention_heads, config.hidden_size // config.num_attention_heads
+    return config.num_hidden_layers * 2 * heads * 7 * 2 * 24 * 24 * width
+
+
+def test_pefts_layers_are_what_it_was_written_for():
+    """The conditions under which PEFT's forward is the plain formula, by the names it has for them."""
+    _, quick = models("llama")
+    layer = next(m for m in quick.modules() if type(m) is Linear)
+    for name in ("active_adapters", "lora_variant", "lora_bias", "disable_adapters", "merged", "scaling"):
+        assert hasattr(layer, name)
