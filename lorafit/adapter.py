@@ -135,9 +135,12 @@ def save(model: PeftModel, folder: Path) -> None:
 
 def changes_its_base(config: Mapping[str, Any]) -> bool:
     """Whether an adapter leaves its base another than it found it: PiSSA's and OLoRA's start take a
-    part out of the weights, and trained biases stay when the adapter is off."""
-    return config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal") or (
-        config.get("bias", "none") != "none"
+    part out of the weights, trained biases stay when the adapter is off, and modules that were trained
+    whole when it is taken out."""
+    return (
+        config.get("init_lora_weights") not in (True, False, None, "gaussian", "orthogonal")
+        or config.get("bias", "none") != "none"
+        or bool(config.get("modules_to_save"))
     )
 
 

@@ -127,7 +127,7 @@ def _figures(results: dict[str, Any], model: str) -> Sequence[Benchmark]:
             figures.append(
                 Benchmark(
                     task,
-                    metric,
+                    metric if kind in ("", "none") else f"{metric}, {kind}",
                     model,
                     float(value),
                     float(stderr) if isinstance(stderr, (int, float)) else None,

@@ -15,7 +15,7 @@ from lorafit.plan import Plan
 from lorafit.runs import DAMAGED, Run
 from lorafit.units import bytes_text, count, figures, index_ranges, seconds_text, short
 
-OWNED = re.compile(r"[\w.-]+/[\w.-]+")  # a hub id that cannot be a folder's name
+OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the hub
 PIPELINES = {"causal": "text-generation", "masked": "fill-mask"}  # as the hub names them
 
 
@@ -27,7 +27,7 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
     lora = plan.lora
     kinds = ["rank-stabilised"] * lora.use_rslora + ["DoRA"] * lora.use_dora
     rows = [
-        ("base", f"{_code(plan.model)} ({family})"),
+        ("base", f"{_code(_called(plan.model))} ({family})"),
         ("strategy", f"{plan.preset}: {', '.join(plan.roles) or 'modules by name'}"),
         ("band", f"{plan.spec}: {layers}"),
         ("rank, alpha, dropout", f"{lora.r}, {lora.alpha:g}, {lora.dropout:g} {', '.join(kinds)}".strip()),
@@ -37,25 +37,25 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
         ),
         *_training(run),
     ]
-    place = shlex.quote(report["output"])
-    base = json.dumps(plan.model, ensure_ascii=False)
+    place = shlex.quote(name)
+    base = json.dumps(_called(plan.model), ensure_ascii=False)
     use = "AutoModelForSeq2SeqLM" if task == "seq2seq" else "AutoModelForMaskedLM"
     use = "AutoModelForCausalLM" if task == "causal" else use
     loaded = "" if plan.model == "demo" else (
         f"In Python:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {use}\n\n"
-        f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(report['output'])})\n```\n"
+        f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(name)})\n```\n"
     )  # fmt: skip
     commands = [
         f"lorafit eval {place}",
         f"lorafit merge {place} -o {shlex.quote(name + '-merged')}",
-        f"lorafit train --config {shlex.quote(report['output'] + '/run.yaml')} -o {shlex.quote(name + '-again')}",
+        f"lorafit train --config {shlex.quote(name + '/run.yaml')} -o {shlex.quote(name + '-again')}",
     ]
     return "\n".join(
         [
             *_head(plan.model, "peft", task, ["lora", "lorafit"], "adapter"),
             f"# {name}",
             "",
-            f"A LoRA adapter for {_code(plan.model)}, trained with lorafit {__version__}: "
+            f"A LoRA adapter for {_code(_called(plan.model))}, trained with lorafit {__version__}: "
             f"{', '.join(plan.roles) or 'chosen modules'} in {layers}.",
             "",
             *_table(rows),
@@ -73,12 +73,14 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
 
 def model_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]], task: str) -> str:
     """The `README.md` of a merged model's folder. `parts` are the adapters with their weights."""
+    base = _called(base)
     rows: list[tuple[str, str]] = [("base", _code(base))]
     for run, weight in parts:
-        rows.append(("adapter", _code(str(run.folder)) + (f" × {weight:g}" if weight != 1 else "")))
+        rows.append(("adapter", _code(run.folder.name) + (f" × {weight:g}" if weight != 1 else "")))
         if run.settings:
-            what = run.settings.get("preset") or ", ".join(run.settings.get("modules") or ()) or "basic"
-            rows.append(("strategy, band", f"{what}, {run.settings.get('layers') or 'as the preset says'}"))
+            what = run.settings.get("preset") or ", ".join(map(str, run.settings.get("modules") or ()))
+            layers = run.settings.get("layers") or "as the preset says"
+            rows.append(("strategy, band", f"{what or 'basic'}, {layers}"))
         rows += _training(run) if run.report else []
     rows.append(("merged", f"{count(report.adapted)} of {count(report.tensors)} tensors changed"))
     if report.verify is None:
@@ -92,7 +94,7 @@ def model_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]
             ("same most likely token", f"{v.argmax_agreement:.2%}"),
             ("loss, nats a token", f"{v.merged_loss:.4f}, base + adapter {v.loss:.4f}"),
         ]
-    output = shlex.quote(report.output)
+    output = shlex.quote(Path(report.output).name)
     return "\n".join(
         [
             *_head(base, "transformers", task, ["lora", "lorafit", "merge"], "finetune"),
@@ -118,8 +120,8 @@ def model_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]
 def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
     """What made it."""
     if len(parts) == 1 and parts[0][1] == 1:
-        return f"lorafit merge {shlex.quote(str(parts[0][0].folder))} -o {output}"
-    given = " ".join(f"--adapter {shlex.quote(f'{run.folder}={weight:g}')}" for run, weight in parts)
+        return f"lorafit merge {shlex.quote(parts[0][0].folder.name)} -o {output}"
+    given = " ".join(f"--adapter {shlex.quote(f'{run.folder.name}={weight:g}')}" for run, weight in parts)
     return f"lorafit merge {given} -o {output}"
 
 
@@ -136,7 +138,7 @@ def _told(run: Run) -> Iterable[tuple[str, str]]:
     if not report:
         return
     if look:
-        names = ", ".join(_code(source["name"]) for source in look["sources"])
+        names = ", ".join(_code(_called(source["name"])) for source in look["sources"])
         yield (
             "data",
             f"{names}: {count(look['rows'])} rows, {count(look['tokens'])} tokens, "
@@ -156,6 +158,11 @@ def _told(run: Run) -> Iterable[tuple[str, str]]:
         f"{short(report['tokens_per_second'])} tokens/s, {seconds_text(report['seconds'])} of training steps, "
         f"peak {bytes_text(report['peak_memory_bytes'])}",
     )
+
+
+def _called(text: str) -> str:
+    """An id on the hub as it is; a file or a folder by its name: where it lay here is nobody's business."""
+    return text if OWNED.fullmatch(text) else Path(text).name
 
 
 def _head(base: str, library: str, task: str, tags: Sequence[str], relation: str) -> list[str]:

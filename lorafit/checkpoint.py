@@ -37,6 +37,9 @@ if TYPE_CHECKING:
     from peft import PeftModel
 
 PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
+# What a checkpoint has beside the adapter.
+STATE_FILES = ("parameters.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
+PARAMETERS, MOMENTS, RANDOM, STATE = STATE_FILES
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -252,19 +255,19 @@ def save(
         adapter.save(model, beside)
         save_file(
             {name: p.detach().contiguous() for name, p in parameters.items()},
-            beside / "parameters.safetensors",
+            beside / PARAMETERS,
         )
         moments = {
             f"{name}/{key}": value.detach().contiguous() if torch.is_tensor(value) else torch.tensor(value)
             for name, p in parameters.items()
             for key, value in optimizer.state.get(p, {}).items()
         }
-        save_file(moments, beside / "optimizer.safetensors")
+        save_file(moments, beside / MOMENTS)
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random |= {f"cuda:{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
-        save_file(random, beside / "random.safetensors")
-        (beside / "state.json").write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        save_file(random, beside / RANDOM)
+        (beside / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         seals.seal(beside)
         for path in (*beside.iterdir(), beside):
             _sync(path)
@@ -300,7 +303,7 @@ def last_whole(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """The loop's own state in a checkpoint."""
-    return json.loads((folder / "state.json").read_text(encoding="utf-8"))
+    return json.loads((folder / STATE).read_text(encoding="utf-8"))
 
 
 def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
@@ -309,7 +312,7 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
     Raises RequestError when it does not fit this run.
     """
     parameters = trainable(model)
-    saved = load_file(folder / "parameters.safetensors")
+    saved = load_file(folder / PARAMETERS)
     if saved.keys() != parameters.keys():
         raise RequestError(
             f"`{folder}` holds other adapters than this run plans", "resume with the options it began with"
@@ -322,7 +325,7 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
                     "resume with the options it began with",
                 )
             parameter.copy_(saved[name])
-    moments = load_file(folder / "optimizer.safetensors")
+    moments = load_file(folder / MOMENTS)
     for key, value in moments.items():
         owner, _, kind = key.rpartition("/")
         parameter = parameters[owner]
@@ -331,7 +334,7 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
 
 def restore_random(folder: Path) -> None:
     """Put a checkpoint's random state back: the last thing before the run goes on."""
-    random = load_file(folder / "random.safetensors")
+    random = load_file(folder / RANDOM)
     torch.set_rng_state(random["cpu"])
     if torch.cuda.is_available():
         for number in range(torch.cuda.device_count()):

@@ -472,6 +472,8 @@ def train(
             screen.line("done", f"{folder.target} is a finished run: nothing to resume")
             if json:
                 screen.document(read_back(folder.target).report)
+            if push_to_hub:
+                _push(screen, str(folder.target), push_to_hub)
             return
         check_target(folder.target, settings.overwrite)
     show.show_header(screen, made, found, settings)
@@ -677,7 +679,9 @@ def evaluate(
             f"{OPTIONS[next(iter(given))].flag} is about --data, and none is named", "name a file with --data"
         )
     stored = _stored_settings(adapters[0], found)
-    settings = replace(stored, **{"format": "auto", "map": None, **given})
+    plain = replace(stored, format="auto", map=None)
+    settings = replace(plain, **given)
+    beside = plain if data else settings  # what is said of the data is about --data, where that is named
     read = partial(
         rows_of.read_eval_rows,
         config=settings,
@@ -697,7 +701,7 @@ def evaluate(
         )
     question = compare.Question(
         rows=rows,
-        also={file: read([file]) for file in also or ()},
+        also={file: read([file], config=beside) for file in also or ()},
         by=by or "",
         labels=rows_of.labelled(rows, by, specs) if by and rows is not None else (),
         samples=samples,
@@ -959,13 +963,15 @@ def _write_page(
     path = Path(asked).expanduser() if asked else runs[0].folder / PAGE
     title = " and ".join(run.folder.resolve().name for run in runs)
     try:
-        page.write(path, page.make(title, found, adapted, runs, report))
+        shown = page.make(title, found, adapted, runs, report)
+    except DAMAGED:
+        return "", f"no page was drawn: the record of `{runs[0].folder}` is damaged"
+    try:
+        page.write(path, shown)
     except OSError as error:
         if asked:
             raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
         return "", f"`{path}` was not written: {error.strerror}; --report names another place"
-    except DAMAGED:
-        return "", f"no page was drawn: the record of `{runs[0].folder}` is damaged"
     return str(path), ""
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
@@ -476,13 +477,16 @@ def read_eval_rows(
 
 
 def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
-    """For each row what a column of its file says, or by `file` the file's name.
+    """For each row what a column of its file says, or by `file` the file's name, with its folders where
+    two files have the same.
 
     `specs` are the files that the rows come from. Raises RequestError where there is no such column.
     """
     origins = list(rows.origins())
     if by == "file":
-        return [Path(name).name for name, _ in origins]
+        files = dict.fromkeys(name for name, _ in origins)
+        short = Counter(Path(name).name for name in files)
+        return [Path(name).name if short[Path(name).name] == 1 else name for name, _ in origins]
     wanted = set(origins)
     said: dict[tuple[str, int], str] = {}
     for source in {s.name: s for spec in specs for s in sources(weighted(spec)[0])}.values():

@@ -5,12 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from lorafit.checkpoint import STATE_FILES
 from lorafit.errors import RequestError, RunError
-from lorafit.runs import EVENTS, PAGE, RUN_FILE
+from lorafit.runs import EVENTS, RUN_FILE
+from lorafit.seals import SEAL
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 # What holds rows of the data, or where they lie, stays here, and so do checkpoints.
-KEPT_BACK = (EVENTS, PAGE, RUN_FILE, "checkpoint-*/*", "last-good/*", "*.partial/*", ".*")
+KEPT_BACK = (EVENTS, RUN_FILE, "*.html", "*.jsonl", "*/*", ".*")
 
 
 def check(name: str) -> None:
@@ -39,11 +41,14 @@ def push(folder: Path, name: str) -> str:
     if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
         raise RequestError(f"`{folder}` is neither an adapter nor a model: nothing is sent")
     check(name)
+    kept_back = list(KEPT_BACK)
+    if all((folder / file).is_file() for file in STATE_FILES):  # a checkpoint: its adapter alone
+        kept_back += [*STATE_FILES, SEAL]
     api = huggingface_hub.HfApi()
     try:
         url = api.create_repo(name, private=True, exist_ok=True)
         api.upload_folder(
-            repo_id=url.repo_id, folder_path=folder, ignore_patterns=list(KEPT_BACK), commit_message="lorafit"
+            repo_id=url.repo_id, folder_path=folder, ignore_patterns=kept_back, commit_message="lorafit"
         )
     except Exception as error:  # every kind of network, hub and upload error has the same next step
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]

@@ -380,7 +380,7 @@ def _evaluated(report: EvalReport) -> list[Html]:
                 el(
                     "section",
                     el("h2", f"Rows that changed the most{named}"),
-                    [_row("gained", row) for row in a.best],
+                    [_row("gained" if row.adapter < row.base else "lost least", row) for row in a.best],
                     [_row("gained least" if row.adapter < row.base else "lost", row) for row in a.worst],
                 )
             )

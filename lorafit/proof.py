@@ -35,8 +35,9 @@ TEXTS = (
     '{"name": "Ada", "city": "London", "year": 1843}',
 )
 PROMPTS, TOKENS = 8, 64  # so many rows are run, so many tokens of each
-# Largest logit difference that rounding the merged weights may bring, by the dtype that is stored,
-# as a share of the largest logit: half the spacing of the dtype, times what the depth adds up.
+# Largest logit difference that rounding the merged weights may bring, by the coarser of the dtype that is
+# stored and the one that is computed in, as a share of the largest logit: half the spacing of the dtype,
+# times what the depth adds up.
 TOLERANCE = {torch.float32: 2e-4, torch.bfloat16: 6e-2, torch.float16: 1e-2}
 LOADED = "the proof loaded both models whole: {}"
 
@@ -78,7 +79,7 @@ def verify(
         bare = list(forward.chunks(model, batch))
     del model
     _, model = _loaded(merged, model_map.task, dtype)
-    found = _Measured(batch, stored)
+    found = _Measured(batch, dtype, stored)
     for parts in zip(wanted, bare, forward.chunks(model, batch), strict=True):
         found.see(*parts)
     return found.verdict(f"the proof loaded both models whole: {why}")
@@ -87,8 +88,10 @@ def verify(
 class _Measured:
     """What three models say to the same places, as far as it was seen."""
 
-    def __init__(self, batch: Batch, stored: torch.dtype) -> None:
-        self.targets, self.stored = batch.targets, stored
+    def __init__(self, batch: Batch, *dtypes: torch.dtype) -> None:
+        """`dtypes` are all that the weights were rounded to."""
+        self.targets = batch.targets
+        self.rounding = max(TOLERANCE.get(dtype, 1e-2) for dtype in dtypes)
         self.worst = self.moved = self.loss = self.merged_loss = 0.0
         self.scale = 1.0
         self.agreed = self.places = 0
@@ -112,7 +115,7 @@ class _Measured:
             max_logit_diff=self.worst,
             argmax_agreement=self.agreed / self.places,
             tokens=self.places,
-            tolerance=TOLERANCE.get(self.stored, 1e-2) * self.scale,
+            tolerance=self.rounding * self.scale,
             adapter_logit_diff=self.moved,
             loss=self.loss / self.places,
             merged_loss=self.merged_loss / self.places,
@@ -144,7 +147,7 @@ def _by_blocks(
         adapted = adapter.attach_all(model, side.adapters, on_meta=True) if side.adapters else model
         _feed(adapted, homes, dtype)
         passes.append(forward.chunks(adapted, batch))
-    seen = _Measured(batch, stored)
+    seen = _Measured(batch, dtype, stored)
     try:
         for parts in zip(*passes, strict=True):
             seen.see(*parts)

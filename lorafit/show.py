@@ -899,13 +899,13 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer()
         screen.answer(table)
     for a, name in zip(report.adapters, named, strict=bool(report.adapters)):
-        for label, rows in (("gained", a.best), ("lost", a.worst)):
+        for most, rows in ((True, a.best), (False, a.worst)):
             for row in rows:
-                kept = label == "gained" or row.adapter >= row.base
+                gained = row.adapter < row.base
                 whose = f", {name}" if len(named) > 1 else ""
                 screen.answer()
                 screen.line(
-                    label if kept else "least",
+                    "lost" if not gained else "gained" if most else "least",
                     f"{row.where}: loss {row.base:.3f} → {row.adapter:.3f} over {count(row.tokens)} tokens{whose}",
                     answer=True,
                 )

@@ -3,7 +3,8 @@
     pip install -e '.[bench]'
     python tests/benchmarks/throughput.py --output results.jsonl
 
-Each contender trains each cell in a process of its own, one after another, round by round, so that
+LLaMA-Factory wants other versions of nearly everything: it goes along where `--llama-factory` names the Python
+of an environment that holds it. Each contender trains each cell in a process of its own, one after another, round by round, so that
 what else the machine does falls on all alike. The results are appended to a file; a second call
 goes on where the first ended. The table shows medians over the rounds.
 """
@@ -23,8 +24,6 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lorafit import heap
-
 ROWS, LENGTH, BATCH, EPOCHS, RATE = 16, 512, 4, 3, 1e-4
 # (layers, hidden, inner, heads, vocabulary), in Llama's shape
 SHAPES = {"12x768": (12, 768, 2048, 12, 30522), "24x768-little-head": (24, 768, 2048, 12, 4096)}
@@ -36,6 +35,7 @@ OTHER = [
     if (preset, band) not in MAIN
 ]
 PEERS = ["peft-trainer", "trl-default", "trl-best"]
+FACTORY = "llama-factory"
 OURS = ["lorafit", "lorafit-no-cache"]
 
 
@@ -157,7 +157,7 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from peft import LoraConfig, get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     from lorafit.packing import batches, in_epoch
 
@@ -190,28 +190,7 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
             self.epoch += 1
             return iter([r for n in in_epoch(len(made), 0, self.epoch) for part in made[n] for r in part])
 
-    class Clock(TrainerCallback):
-        seconds: list[float] = []
-        losses: list[float] = []
-
-        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
-            self.started = time.perf_counter()
-
-        def on_epoch_end(self, *_: Any, **__: Any) -> None:
-            self.seconds.append(time.perf_counter() - self.started)
-
-        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
-            if logs and "loss" in logs:
-                self.losses.append(float(logs["loss"]))
-
-    common = {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH,
-        "num_train_epochs": cell.epochs, "learning_rate": RATE, "lr_scheduler_type": "linear",
-        "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_strategy": "epoch",
-        "save_strategy": "no", "report_to": [], "seed": 0, "use_cpu": device() == "cpu",
-        "disable_tqdm": True,
-    }  # fmt: skip
-    clock = Clock()
+    common, clock = trainers_own(cell), a_clock()
     if contender == "peft-trainer":
 
         class Ordered(Trainer):
@@ -249,9 +228,77 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
     return {"epochs": clock.seconds, "loss": clock.losses[: cell.epochs], "mfu": [], "cache_bytes": 0}
 
 
+def trainers_own(cell: Cell) -> dict[str, Any]:
+    """What all that build on transformers' Trainer are told."""
+    return {
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH,
+        "num_train_epochs": cell.epochs, "learning_rate": RATE, "lr_scheduler_type": "linear",
+        "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_strategy": "epoch",
+        "save_strategy": "no", "report_to": [], "seed": 0, "use_cpu": device() == "cpu",
+        "disable_tqdm": True,
+    }  # fmt: skip
+
+
+def a_clock() -> Any:
+    """Seconds and losses of a Trainer's epochs."""
+    from transformers import TrainerCallback
+
+    class Clock(TrainerCallback):
+        seconds: list[float] = []
+        losses: list[float] = []
+
+        def on_epoch_begin(self, *_: Any, **__: Any) -> None:
+            self.started = time.perf_counter()
+
+        def on_epoch_end(self, *_: Any, **__: Any) -> None:
+            self.seconds.append(time.perf_counter() - self.started)
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if logs and "loss" in logs:
+                self.losses.append(float(logs["loss"]))
+
+    return Clock()
+
+
+def factory(cell: Cell, folder: Path) -> dict[str, Any]:
+    """LLaMA-Factory at its defaults, in its own environment: the same modules by their full names, rows
+    that are tokens already; its first adapter is its own, since it takes none."""
+    os.environ.setdefault("DISABLE_VERSION_CHECK", "1")
+    from datasets import Dataset, DatasetDict
+    from llamafactory.train.tuner import run_exp
+
+    half = LENGTH // 2
+    rows = [
+        {"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": [-100] * half + ids[half:]}
+        for ids in token_rows(SHAPES[cell.shape][-1])
+    ]
+    tokens = folder / f"tokens-{cell.shape}"
+    if not tokens.exists():
+        DatasetDict({"train": Dataset.from_list(rows)}).save_to_disk(tokens)
+    clock = a_clock()
+    told = json.loads(modules_file(cell, folder).read_text())
+    run_exp(
+        {
+            **trainers_own(cell), "stage": "sft", "do_train": True, "finetuning_type": "lora",
+            "model_name_or_path": str(folder / cell.shape), "template": "default", "cutoff_len": LENGTH,
+            "dataset": "rows", "tokenized_path": str(tokens), "lora_target": ",".join(told["modules"]), "lora_rank": told["r"],
+            "lora_alpha": told["alpha"], "bf16": cell.dtype == "bfloat16", "report_to": "none",
+        },
+        callbacks=[clock],
+    )  # fmt: skip
+    return {"epochs": clock.seconds, "loss": clock.losses[: cell.epochs], "mfu": [], "cache_bytes": 0}
+
+
+def modules_file(cell: Cell, folder: Path) -> Path:
+    """Where what a cell adapts is written down for who cannot ask lorafit."""
+    return folder / f"modules-{cell.shape}-{cell.preset}-{cell.band}.json"
+
+
 def one(contender: str, cell: Cell, folder: Path) -> dict[str, Any]:
     if contender in OURS:
         found = ours(cell, folder, "auto" if contender == "lorafit" else "off")
+    elif contender == FACTORY:
+        found = factory(cell, folder)
     else:
         found = theirs(cell, folder, contender)
     import torch
@@ -262,8 +309,12 @@ def one(contender: str, cell: Cell, folder: Path) -> dict[str, Any]:
     return {**found, "peak": peak, "device": device()}
 
 
-def drive(cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder: Path) -> None:
-    """Run what the file does not hold yet."""
+def drive(
+    cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder: Path, pythons: dict[str, str]
+) -> None:
+    """Run what the file does not hold yet; `pythons` are those of contenders that need one of their own."""
+    from lorafit import heap
+
     done = {(r["contender"], r["cell"], r["round"]) for r in results(output)}
     for shape in {cell.shape for cell, _ in cells}:
         make_shape(shape, folder)
@@ -273,14 +324,19 @@ def drive(cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder
             for contender in turn:
                 if (contender, cell.name, number) in done:
                     continue
-                command = [sys.executable, __file__, "--one", contender, "--folder", str(folder)]
+                if contender == FACTORY:
+                    _, _, plan = setting(cell, folder)
+                    told = {"modules": plan.modules, "r": plan.lora.r, "alpha": int(plan.lora.alpha)}
+                    modules_file(cell, folder).write_text(json.dumps(told))
+                python = pythons.get(contender, sys.executable)
+                command = [python, __file__, "--one", contender, "--folder", str(folder)]
                 started = time.perf_counter()
                 made = subprocess.run(
                     [*command, "--cell", json.dumps(asdict(cell))],
                     capture_output=True,
                     text=True,
                     check=False,
-                    env=heap.environment() if contender in OURS else None,  # as `lorafit` starts
+                    env=heap.environment() if contender in OURS else None,  # as `lorafit` starts itself
                 )
                 seconds = time.perf_counter() - started
                 line = next((x for x in made.stdout.splitlines() if x.startswith('{"epochs"')), None)
@@ -334,6 +390,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--cells", choices=["main", "other", "losses", "all"], default="main")
     parser.add_argument("--show", action="store_true", help="only print the table")
+    parser.add_argument("--llama-factory", help="the Python of an environment with LLaMA-Factory in it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
     parser.add_argument("--cell", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -342,7 +399,8 @@ def main() -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"
         print(json.dumps(one(options.one, Cell(**json.loads(options.cell)), options.folder)))
         return
-    main_cells = [(Cell("12x768", *c), [*OURS, *PEERS]) for c in reversed(MAIN)]
+    pythons = {FACTORY: options.llama_factory} if options.llama_factory else {}
+    main_cells = [(Cell("12x768", *c), [*OURS, *PEERS, *pythons]) for c in reversed(MAIN)]
     main_cells.append((Cell("24x768-little-head", "ffn", "high"), [*OURS, "peft-trainer"]))
     other_cells = [(Cell("12x768", *c, epochs=2), ["lorafit", "peft-trainer"]) for c in OTHER]
     loss_cells = [
@@ -351,7 +409,7 @@ def main() -> None:
     cells = {"main": main_cells, "other": other_cells, "losses": loss_cells}
     chosen = [*main_cells, *loss_cells, *other_cells] if options.cells == "all" else cells[options.cells]
     if not options.show:
-        drive(chosen, options.rounds, options.output, options.folder)
+        drive(chosen, options.rounds, options.output, options.folder, pythons)
     show(options.output)
 
 
