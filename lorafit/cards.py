@@ -162,7 +162,7 @@ def _told(run: Run) -> Iterable[tuple[str, str]]:
 
 def _called(text: str) -> str:
     """An id on the hub as it is; a file or a folder by its name: where it lay here is nobody's business."""
-    return text if OWNED.fullmatch(text) else Path(text).name
+    return text if OWNED.fullmatch(text) and not Path(text).exists() else Path(text).name
 
 
 def _head(base: str, library: str, task: str, tags: Sequence[str], relation: str) -> list[str]:

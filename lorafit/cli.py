@@ -670,6 +670,8 @@ def evaluate(
         "format": format, "map": map, "loss_on": loss_on, "overflow": overflow, "max_length": max_length,
     }  # fmt: skip
     _check_options({**about_data, "batch_size": batch_size, "dtype": dtype})
+    if page is not None and Path(page).expanduser().is_dir():
+        raise RequestError(f"--report `{page}` is a folder", "name a file in it, as report.html")
     source, found = _common_base(adapters, model)
     where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
@@ -679,9 +681,9 @@ def evaluate(
             f"{OPTIONS[next(iter(given))].flag} is about --data, and none is named", "name a file with --data"
         )
     stored = _stored_settings(adapters[0], found)
-    plain = replace(stored, format="auto", map=None)
-    settings = replace(plain, **given)
-    beside = plain if data else settings  # what is said of the data is about --data, where that is named
+    settings = replace(stored, **{"format": "auto", "map": None, **given})
+    # what is said of the rows' shape is about --data, where that is named
+    beside = replace(settings, format="auto", map=None) if data else settings
     read = partial(
         rows_of.read_eval_rows,
         config=settings,

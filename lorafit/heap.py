@@ -18,6 +18,7 @@ ALIGNED = 64  # bytes: what PyTorch's tensors are aligned to on the CPU
 MAPPED_FROM = 32 << 20  # bytes: the most that M_MMAP_THRESHOLD takes; larger blocks are mapped apart
 MXFAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # mallopt's names in malloc.h
 TUNABLES, NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
+STARTED = "LORAFIT_STARTED_OVER"
 STEPS = 3  # that a replay takes: holes of the first are filled by the next
 SMALL = range(24, 1032, 16)  # bytes that small objects ask for: one size of each of glibc's small bins
 SMALL_OF_A_SIZE = 64_000  # bytes of each of these sizes that are laid by
@@ -33,10 +34,11 @@ def start_over() -> None:
     is sized as a process starts, and by nothing later.
     """
     here = environment()
-    if here == os.environ or not sys.executable:
+    once = os.environ.pop(STARTED, None)  # where the setting is taken away on the way, it stays at that
+    if once or here == os.environ or not sys.executable:
         return
     with suppress(OSError):
-        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], here)
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**here, STARTED: "1"})
 
 
 def environment() -> dict[str, str]:
@@ -51,7 +53,7 @@ def library() -> str:
     """The C library and its version where it is glibc; else nothing."""
     try:
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
-    except (ValueError, OSError):  # no such name: another C library
+    except (AttributeError, ValueError, OSError):  # another C library, another system
         return ""
 
 

@@ -10,7 +10,6 @@ N tokens, I inputs, O outputs, R rank
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,32 +25,47 @@ def quicken(model: torch.nn.Module) -> None:
     over a plain weight; what else PEFT can do stays PEFT's."""
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) in (torch.nn.Linear, Conv1D):
-            module.forward = partial(_forward, module)
+            module.__class__ = Quick  # its forward as an attribute would be a cycle: never freed in time
 
 
-def _forward(layer: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
-    name = layer.active_adapters[0] if len(layer.active_adapters) == 1 else ""
-    base = layer.base_layer
-    if (
-        more
-        or named
-        or name not in layer.lora_A
-        or name in layer.lora_variant  # DoRA and its like
-        or layer.lora_bias.get(name)
-        or layer.disable_adapters
-        or layer.merged
-        or (layer.training and not isinstance(layer.lora_dropout[name], torch.nn.Identity))
-        or x.dtype not in DTYPES
-        or x.dtype != base.weight.dtype
-        or base.weight.requires_grad
-        or (base.bias is not None and base.bias.requires_grad)
-    ):
-        return Linear.forward(layer, x, *more, **named)
-    weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
-    found: torch.Tensor = _LowRank.apply(
-        x, weight_OI, base.bias, layer.lora_A[name].weight, layer.lora_B[name].weight, layer.scaling[name]
-    )
-    return found
+class Quick(Linear):
+    """PEFT's adapted linear layer, with a short way."""
+
+    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+        name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
+        base: Any = self.base_layer
+        if more or named or not self._is_plain(name, base, x.dtype):
+            return super().forward(x, *more, **named)
+        weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
+        y_NO = _LowRank.apply(
+            x.reshape(-1, x.shape[-1]),
+            weight_OI,
+            base.bias,
+            self.lora_A[name].weight,
+            self.lora_B[name].weight,
+            self.scaling[name],
+        )
+        # shaped out here: of a view that a Function returns nothing may be changed in place (OLMo clamps it)
+        found: torch.Tensor = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return found
+
+    def _is_plain(self, name: str, base: Any, dtype: torch.dtype) -> bool:
+        """Whether the one active adapter is W x + b + s B A x, over a frozen W and b of that dtype."""
+        return not (
+            name not in self.lora_A
+            or name in self.lora_variant  # DoRA and its like
+            or self.lora_bias.get(name)
+            or self.disable_adapters
+            or self.merged
+            or (self.training and not isinstance(self.lora_dropout[name], torch.nn.Identity))
+            or dtype not in DTYPES
+            or dtype != base.weight.dtype
+            or base.weight.requires_grad
+            or (base.bias is not None and base.bias.requires_grad)
+            or base._forward_pre_hooks  # somebody wants the base layer to be called
+            or base._forward_hooks
+            or "forward" in vars(base)
+        )
 
 
 class _LowRank(torch.autograd.Function):
@@ -60,30 +74,28 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        x: torch.Tensor,
+        x_NI: torch.Tensor,
         weight_OI: torch.Tensor,
         bias_O: torch.Tensor | None,
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
         scaling: float,
     ) -> torch.Tensor:
-        x_NI = x.reshape(-1, x.shape[-1])
-        a, sb = a_RI.to(x.dtype), (b_OR * scaling).to(x.dtype)
+        a, sb = a_RI.to(x_NI.dtype), (b_OR * scaling).to(x_NI.dtype)
         h_NR = x_NI @ a.t()
-        y_NO = F.linear(x_NI, weight_OI, bias_O).addmm_(h_NR, sb.t())
+        y_NO: torch.Tensor = F.linear(x_NI, weight_OI, bias_O).addmm_(h_NR, sb.t())
         ctx.save_for_backward(x_NI, weight_OI, a, sb, h_NR)
         ctx.scaling = scaling
-        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])
+        return y_NO
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x_NI, weight_OI, a, sb, h_NR = ctx.saved_tensors
-        (dy,) = gradients
-        dy_NO = dy.reshape(-1, dy.shape[-1])
+        (dy_NO,) = gradients
         u_NR = dy_NO @ sb
         da_RI = (u_NR.t() @ x_NI).float()
         db_OR = (h_NR.t() @ dy_NO).t().float().mul_(ctx.scaling)
-        dx = None
+        dx_NI = None
         if ctx.needs_input_grad[0]:
-            dx = (dy_NO @ weight_OI).addmm_(u_NR, a).view(*dy.shape[:-1], x_NI.shape[-1])
-        return dx, None, None, da_RI, db_OR, None
+            dx_NI = (dy_NO @ weight_OI).addmm_(u_NR, a)
+        return dx_NI, None, None, da_RI, db_OR, None

@@ -179,7 +179,7 @@ class Prefix:
 
         def capture(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not states:
-                states.append(hidden_of(inputs, named).detach().clone())
+                states.append(_hidden(inputs, named).detach().clone())
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -204,7 +204,7 @@ class Prefix:
             members = self.forms.get(number, 0)
 
             def forward(*inputs: Any, **named: Any) -> Any:
-                hidden = state if number == 0 else hidden_of(inputs, named)
+                hidden = state if number == 0 else _hidden(inputs, named)
                 return (hidden, *[None] * (members - 1)) if members else hidden
 
             return forward
@@ -219,8 +219,7 @@ class Prefix:
                 del block.forward
 
 
-def hidden_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    """The hidden states among what a block is given."""
+def _hidden(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
     hidden: torch.Tensor = inputs[0] if inputs else named["hidden_states"]
     return hidden
 

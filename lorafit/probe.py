@@ -14,7 +14,7 @@ from lorafit.cost import Shape, Timing, free_memory
 from lorafit.modelmap import ModelMap
 from lorafit.plan import Plan
 from lorafit.prefix import blocks_below
-from lorafit.simulate import NotSimulated, alike, blocks_of, hidden_in, meta_batch, planned_model
+from lorafit.simulate import NotSimulated, alike, blocks_of, first_tensor, meta_batch, planned_model
 from lorafit.step import Forward, base_of
 from lorafit.survey import Source
 from lorafit.units import bytes_text
@@ -125,8 +125,8 @@ def _timed(
 
         def after(_: Any, __: Any, output: Any, n: int = number) -> None:
             forwards[n] += now() - began[n]
-            hidden = hidden_in(output)
-            if hidden.requires_grad:
+            hidden = first_tensor(output)
+            if hidden is not None and hidden.requires_grad:
                 hidden.register_hook(lambda _: arrived.setdefault(n, now()) and None)
 
         hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +23,7 @@ from lorafit.cost import Profile, Shape
 from lorafit.errors import LorafitError
 from lorafit.modelmap import ModelMap, Slot
 from lorafit.plan import Plan, Target, lora_params
-from lorafit.prefix import blocks_below, hidden_of, refusal, trained_in
+from lorafit.prefix import blocks_below, refusal, trained_in
 from lorafit.step import Forward, base_of, checkpoint_activations, chunk_for
 from lorafit.survey import Source, config_of, model_class, on_meta
 from lorafit.tracker import Tracker, as_on, peaks, repeated
@@ -79,7 +79,8 @@ def track(
         def begun(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if tracker.phase != "backward":  # where checkpointing runs it again
                 tracker.block, tracker.phase = number, "prefix" if number < below else "body"
-                given[number] = tracker.number_of(hidden_of(inputs, named))
+                hidden = first_tensor([*inputs, *named.values()])
+                given[number] = 0 if hidden is None else tracker.number_of(hidden)
 
         return begun
 
@@ -90,7 +91,9 @@ def track(
         def done(_: torch.nn.Module, __: Any, output: Any) -> None:
             if tracker.phase != "backward":
                 tracker.block, tracker.phase = -1, "body"
-                hidden = hidden_in(output)
+                hidden = first_tensor(output)
+                if hidden is None:
+                    raise TypeError(f"block {number} returns no hidden states")
                 tracker.passed[number] = given[number], tracker.number_of(hidden)
                 if hidden.requires_grad:
                     hidden.register_hook(turned)
@@ -129,10 +132,11 @@ def blocks_of(model: torch.nn.Module, plan: Plan) -> list[torch.nn.Module]:
     return list(base_of(model).get_submodule(path).children())
 
 
-def hidden_in(output: Any) -> torch.Tensor:
-    """The hidden states among what a block returns."""
-    hidden: torch.Tensor = output[0] if isinstance(output, tuple) else output
-    return hidden
+def first_tensor(found: Any) -> torch.Tensor | None:
+    """The hidden states: the first tensor of what a block is given, or returns."""
+    members = found.values() if isinstance(found, Mapping) else found
+    members = [found] if isinstance(found, torch.Tensor) else members
+    return next((member for member in members if isinstance(member, torch.Tensor)), None)
 
 
 def simulate(
@@ -200,10 +204,14 @@ def planned_model(
     else:
         ((path, _),) = plan.cut.items()
         depth = found.stack(path).depth
+        model = None
         if _uniform(found, path):  # then it need not be built in its whole depth
-            _shorten_config(config, depth, kept)
-            model = on_meta(model_class(config), config)
-        else:
+            short = copy.deepcopy(config)
+            _shorten_config(short, depth, kept)
+            model = on_meta(model_class(short), short)
+        if model is None or len(model.get_submodule(path)) != len(
+            kept
+        ):  # xLSTM has another word for its depth
             model = on_meta(model_class(config), config)
             _shorten(model, path, kept)
         plan = _plan_of(plan, path, kept)

@@ -100,3 +100,16 @@ def test_without_lm_eval_the_extra_is_named(trained, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     result = run("eval", trained, "--tasks", "hellaswag")
     assert result.code == 2 and "lorafit[lm-eval]" in result.err
+
+
+def test_the_filters_of_a_metric_are_told_apart():
+    """GSM8K's exact match is given twice: strict, and wherever the number stands."""
+    from lorafit.benchmarks import _figures
+
+    row = {"alias": "gsm8k", "exact_match,strict-match": 0.31, "exact_match,flexible-extract": 0.35,
+           "exact_match_stderr,strict-match": 0.01, "exact_match_stderr,flexible-extract": "N/A", "acc,none": 0.5}  # fmt: skip
+    assert [(f.metric, f.value, f.stderr) for f in _figures({"gsm8k": row}, "base")] == [
+        ("exact_match, strict-match", 0.31, 0.01),
+        ("exact_match, flexible-extract", 0.35, None),
+        ("acc", 0.5, None),
+    ]

@@ -33,7 +33,7 @@ def runs(tmp_path_factory):
 
 @pytest.fixture
 def topics(tmp_path):
-    path = tmp_path / "topics.jsonl"
+    path = tmp_path / "rows.jsonl"
     rows = [
         {
             "prompt": f"Ada lent the lamp {n}. ",
@@ -110,14 +110,27 @@ def test_rows_by_a_column_and_by_file(runs, run, topics, pairs):
         mean = sum(g["adapters"][place]["loss"] * g["tokens"] for g in found["groups"]) / found["tokens"]
         assert mean == pytest.approx(found["adapters"][place]["loss"])
     files = run("eval", runs[0], "--data", topics, "--data", pairs, "--by", "file", "--json").document
-    assert [(g["name"], g["rows"]) for g in files["groups"]] == [("pairs.jsonl", 40), ("topics.jsonl", 12)]
-    assert "topic" in run("eval", runs[0], "--data", topics, "--by", "topic", "--samples", "0").out
+    assert [(g["name"], g["rows"]) for g in files["groups"]] == [("pairs.jsonl", 40), ("rows.jsonl", 12)]
+    shown = run("eval", runs[0], "--data", topics, "--by", "topic", "--samples", "0").out
+    assert [word for word in shown.split() if word in ("topic", "dark", "light")] == [
+        "topic",
+        "dark",
+        "light",
+    ]
+
+
+def test_files_of_one_name_are_told_apart(runs, run, topics, tmp_path):
+    (tmp_path / "other").mkdir()
+    other = tmp_path / "other" / topics.name
+    other.write_text(topics.read_text().replace("lamp", "lantern"))
+    found = run("eval", runs[0], "--data", topics, "--data", other, "--by", "file", "--json").document
+    assert {g["name"]: g["rows"] for g in found["groups"]} == {str(topics): 12, str(other): 12}
 
 
 @pytest.mark.parametrize(
     "arguments, said",
     [
-        (("--by", "topik"), "topic"),
+        (("--by", "topik"), "did you mean `topic`"),
         (("--by", "nothing-like-it"), "no column `nothing-like-it`"),
         (("--prompt", " "), "--prompt is empty"),
         (("--temperature", "nan"), "--temperature"),
@@ -136,6 +149,10 @@ def test_data_of_another_shape_are_mapped(runs, run, tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = ("--map", "prompt=question,completion=answer", "--format", "prompt-completion")
     assert run("eval", runs[0], "--data", path, *named, "--json").document["rows"] == 4
+    text = tmp_path / "general.txt"  # beside data whose shape is named, other text is seen as it is
+    text.write_text("Once there was a village by the sea. " * 30)
+    found = run("eval", runs[0], "--data", path, *named, "--also", text, "--json").document
+    assert found["rows"] == 4 and found["also"][0]["rows"] >= 1
 
 
 def test_by_needs_rows(runs, run, tmp_path):
@@ -196,9 +213,10 @@ def test_a_masked_model_fills_a_prompt_of_one_s_own(tiny, run, tmp_path, pairs):
     assert scored["rows"] == 2 and scored["base"]["exact"] is None
 
 
-def test_a_start_that_changes_the_base_leaves_the_next_adapter_whole(run, tmp_path, runs):
-    preset = tmp_path / "pissa.yaml"
-    preset.write_text("roles: [q, v]\nlora: {init_lora_weights: pissa, r: 4}\n")
+@pytest.mark.parametrize("lora", ["init_lora_weights: pissa", "modules_to_save: [lm_head]"])
+def test_an_adapter_that_changes_the_base_leaves_the_next_one_whole(run, tmp_path, runs, lora):
+    preset = tmp_path / "own.yaml"
+    preset.write_text(f"roles: [q, v]\nlora: {{{lora}, r: 4}}\n")
     assert (
         run("train", "--preset", preset, "--layers", "high", "--max-steps", "3", "-o", tmp_path / "p").code
         == 0
@@ -206,3 +224,24 @@ def test_a_start_that_changes_the_base_leaves_the_next_adapter_whole(run, tmp_pa
     found = run("eval", tmp_path / "p", runs[0], "--samples", "0", "--json").document
     alone = run("eval", runs[0], "--samples", "0", "--json").document
     assert found["adapters"][1] == alone["adapters"][0] and found["base"] == alone["base"]
+
+
+def test_rows_that_all_lost_are_not_said_to_gain(runs, run, topics, tmp_path):
+    """An adapter turned round: the least harmed rows lost too."""
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    harmed = tmp_path / "harmed"
+    shutil.copytree(runs[0], harmed)
+    weights = {
+        n: t * (-3 if "lora_B" in n else 1)
+        for n, t in load_file(harmed / "adapter_model.safetensors").items()
+    }
+    save_file(weights, harmed / "adapter_model.safetensors")
+    (harmed / "digests.json").unlink()
+    result = run("eval", harmed, "--samples", "0", "--json")
+    best = result.document["adapters"][0]["best"]
+    assert all(row["adapter"] > row["base"] for row in best)
+    shown = run("eval", harmed, "--samples", "0").out
+    assert "gained" not in shown and "lost" in shown

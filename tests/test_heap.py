@@ -41,8 +41,19 @@ def test_what_a_user_has_set_stays():
     assert started(show, GLIBC_TUNABLES=sized)[0].strip() == sized
 
 
-def test_with_another_library_nothing_is_changed(monkeypatch):
-    monkeypatch.setattr(os, "confstr", lambda name: (_ for _ in ()).throw(ValueError(name)))
+@glibc
+def test_where_the_setting_is_taken_away_it_is_not_tried_forever():
+    """A process that the system does not trust loses it on the way: here by a loader that clears it."""
+    code = "os.environ.pop(heap.TUNABLES, None); heap.start_over(); print('on', heap.STARTED in os.environ)"
+    assert started(code)[0].split() == ["on", "False"]
+
+
+@pytest.mark.parametrize("kind", ["another library", "another system"])
+def test_with_another_library_nothing_is_changed(monkeypatch, kind):
+    if kind == "another system":
+        monkeypatch.delattr(os, "confstr")
+    else:
+        monkeypatch.setattr(os, "confstr", lambda name: (_ for _ in ()).throw(ValueError(name)))
     assert heap.library() == "" and heap.environment() == dict(os.environ)
     assert heap.extent([(1, 1000)]) is None
 

@@ -133,6 +133,7 @@ def test_an_adapter_and_its_merged_model_are_sent(said, hub, tmp_path):
     assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
     assert not {"events.jsonl", "run.yaml", "report.html"} & set(hub.files)  # they hold data and places
     assert not any("checkpoint" in name for name in hub.files) and list(run.glob("checkpoint-*"))
+    assert all(str(tmp_path).encode() not in content for content in hub.files.values())
 
     from lorafit import seals
 
@@ -149,6 +150,52 @@ def test_an_adapter_and_its_merged_model_are_sent(said, hub, tmp_path):
     assert b"largest logit difference" in hub.files["README.md"]
     done = said("push", "m", "ada/again", "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["address"].endswith("ada/again")
+
+
+def test_a_place_on_this_machine_is_not_sent(said, hub, tiny, pairs, tmp_path):
+    """Absolute paths of the run, the data and the merged model: none is in a file of ours that is sent."""
+    run, merged = tmp_path / "deep" / "r", tmp_path / "deep" / "m"
+    run.parent.mkdir()
+    assert said("train", tiny("llama"), "--data", pairs, "--max-steps", "1", "-o", run).returncode == 0
+    assert said("eval", run, "--report", run / "second.html").returncode == 0
+    assert said("push", run, "ada/lamps").returncode == 0
+    assert "second.html" not in hub.files
+    card = hub.files["README.md"].decode()
+    assert "pairs.jsonl" in card and "lorafit eval r" in card
+    (tmp_path / "customer").mkdir()
+    (tmp_path / "customer" / "x.jsonl").write_bytes(pairs.read_bytes())
+    assert said("train", "--data", "customer/x.jsonl", "--max-steps", "1", "-o", "near").returncode == 0
+    near = (tmp_path / "near" / "README.md").read_text()
+    assert "`x.jsonl`" in near and "customer" not in near
+    for place in (tmp_path, tiny("llama"), pairs):
+        assert str(place) not in card
+    assert said("merge", run, "-o", merged, "--push-to-hub", "ada/merged").returncode == 0
+    assert str(tmp_path) not in hub.files["README.md"].decode()
+
+
+def test_a_checkpoint_goes_as_an_adapter(said, hub, tmp_path):
+    assert said("train", "--max-steps", "3", "--save-steps", "2", "--keep", "1", "-o", "r").returncode == 0
+    (checkpoint,) = (tmp_path / "r").glob("checkpoint-*")
+    done = said("push", checkpoint, "ada/half-way")
+    assert done.returncode == 0, done.stderr
+    assert "adapter_model.safetensors" in hub.files
+    assert not {"optimizer.safetensors", "parameters.safetensors", "random.safetensors", "state.json"} & set(
+        hub.files
+    )
+
+
+def test_a_finished_run_that_was_not_sent_is_sent(said, hub):
+    """The same command again after a hub that refused: nothing is trained, and it is sent."""
+    hub.refuse = "/api/repos/create"
+    command = ("train", "--max-steps", "1", "-o", "r", "--push-to-hub", "ada/lamps")
+    assert said(*command).returncode == 1 and not hub.files
+    hub.refuse = ""
+    done = said(*command, "--resume")
+    assert (
+        done.returncode == 0
+        and "nothing to resume" in done.stderr
+        and "adapter_model.safetensors" in hub.files
+    )
 
 
 def test_a_hub_that_refuses_loses_nothing(said, hub, tmp_path):

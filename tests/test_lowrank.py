@@ -1,9 +1,12 @@
 """The short way through an adapted layer: PEFT's own numbers, in fewer passes; what is special stays PEFT's."""
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
+import transformers
 from families import build_config
 from peft import LoraConfig, get_peft_model
 from peft.tuners.lora.layer import Linear
@@ -119,7 +122,7 @@ def test_it_keeps_and_does_less():
         held.append(sum(entry.bytes for entry in tracker.log))
         made.append(sum(entry.bytes for entry in tracker.log if entry.bytes > 0))
         del loss
-    layers = [m for m in model.modules() if type(m) is Linear]
+    layers = [m for m in model.modules() if isinstance(m, Linear)]
     tokens = 2 * 24
     assert held[0] - held[1] > 0.9 * sum(2 * tokens * layer.in_features for layer in layers)
     assert made[0] - made[1] > 0.9 * sum(
@@ -151,6 +154,47 @@ def attention_flops(model):
 def test_pefts_layers_are_what_it_was_written_for():
     """The conditions under which PEFT's forward is the plain formula, by the names it has for them."""
     _, quick = models("llama")
-    layer = next(m for m in quick.modules() if type(m) is Linear)
+    layer = next(m for m in quick.modules() if isinstance(m, Linear))
+    assert type(layer) is lowrank.Quick
     for name in ("active_adapters", "lora_variant", "lora_bias", "disable_adapters", "merged", "scaling"):
         assert hasattr(layer, name)
+
+
+def test_a_base_layer_that_is_watched_is_called():
+    _, quick = models("llama")
+    layer = next(m for m in quick.modules() if isinstance(m, Linear))
+    seen = []
+    layer.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    loss_of(quick)
+    assert seen == [1]
+
+
+def test_a_model_that_changes_the_output_in_place_trains():
+    """OLMo clamps its queries, keys and values where they lie."""
+    config = transformers.OlmoConfig(
+        vocab_size=900, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=4, clip_qkv=0.05, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    plain = get_peft_model(
+        AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
+    )
+    quick = copy.deepcopy(plain)
+    lowrank.quicken(quick)
+    (wanted, theirs), (found, ours) = gradients(plain), gradients(quick)
+    assert found == pytest.approx(wanted, rel=1e-6)
+    assert all(
+        torch.allclose(ours[name], gradient, rtol=1e-4, atol=1e-7) for name, gradient in theirs.items()
+    )
+
+
+def test_a_layer_is_freed_with_its_model():
+    """Without the collector: the weights of a model that was only probed go back at once."""
+    _, quick = models("llama")
+    layers = [weakref.ref(m.base_layer.weight) for m in quick.modules() if isinstance(m, Linear)]
+    gc.disable()
+    try:
+        del quick
+        assert not any(layer() is not None for layer in layers)
+    finally:
+        gc.enable()

@@ -77,6 +77,21 @@ def test_a_bfloat16_base_merges_to_peft_s_bits(tmp_path, family):
     assert any(not torch.equal(tensor, before[name]) for name, tensor in mine.items())
 
 
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_a_finer_dtype_than_the_bases_verifies(tmp_path, dtype):
+    """Both sides of the proof are run in the base's dtype: its rounding is allowed, whatever is stored."""
+    from families import tokenizer
+
+    base = tmp_path / "base"
+    build_model("llama").to(torch.bfloat16).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    source, found, _ = make_adapter(tmp_path / "a", base)
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m", dtype=dtype)
+    assert report.verify.max_logit_diff <= report.verify.tolerance
+    (path,) = shards(tmp_path / "m")
+    assert all(tensor.dtype == getattr(torch, dtype) for tensor in load_file(path).values())
+
+
 @pytest.mark.parametrize(
     "lora", [Lora(use_rslora=True, r=4), Lora(rank_pattern={"q_proj": 4}, alpha_pattern={"v_proj": 3, "q_proj": 64}), Lora(use_dora=True), Lora(bias="all"), Lora(modules_to_save=("lm_head",)), Lora(modules_to_save=("embed_tokens",))],
     ids=["rslora", "patterns", "dora", "bias", "head", "embedding"],

@@ -125,6 +125,8 @@ def test_eval_writes_the_page_into_the_run(trained, run, tmp_path):
     assert "95 % interval" in (tmp_path / "r.html").read_text(encoding="utf-8")
     result = run("eval", trained, "--samples", "0", "--report", tmp_path / "none" / "r.html")
     assert result.code == 2 and "cannot write --report" in result.err
+    result = run("eval", trained, "--samples", "0", "--report", ".")
+    assert result.code == 2 and "--report `.` is a folder" in result.err
     assert sorted(p.name for p in trained.iterdir() if p.name.startswith(".")) == []
 
 
