@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from lorafit.batch import Batch
 from lorafit.rows import IGNORED
 
-CHUNK_BYTES = {"cpu": 32e6, "cuda": 512e6}  # of a chunk's float32 logits
+CHUNK_BYTES = {"cpu": 16e6, "cuda": 512e6}  # of a chunk's float32 logits
 
 
 class _Reached(Exception):

@@ -213,7 +213,7 @@ def test_a_masked_model_fills_a_prompt_of_one_s_own(tiny, run, tmp_path, pairs):
     assert scored["rows"] == 2 and scored["base"]["exact"] is None
 
 
-@pytest.mark.parametrize("lora", ["init_lora_weights: pissa", "modules_to_save: [lm_head]"])
+@pytest.mark.parametrize("lora", ["init_lora_weights: pissa", "modules_to_save: [norm]"])
 def test_an_adapter_that_changes_the_base_leaves_the_next_one_whole(run, tmp_path, runs, lora):
     preset = tmp_path / "own.yaml"
     preset.write_text(f"roles: [q, v]\nlora: {{{lora}, r: 4}}\n")
