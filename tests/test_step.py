@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import transformers
-from families import FAMILIES, LLAMA_LIKE, build_model, tokenizer
+from families import FAMILIES, LLAMA_LIKE, build_config, build_model, tokenizer
 
 from lorafit.batch import collate
 from lorafit.evaluate import Evaluator
@@ -110,3 +110,15 @@ def test_bfloat16_takes_its_softmax_in_float32():
     loss = Forward.of(model, task, 4).loss_sum(model, batch)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, wanted, atol=1e-2, rtol=1e-5)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_rounding_is_no_reason_to_run_the_head_whole(seed):
+    """At a width of 512 in float32 the two ways to the logits differ by a few spacings."""
+    torch.manual_seed(seed)
+    config = build_config(
+        "llama", hidden_size=512, intermediate_size=512, num_attention_heads=8, num_key_value_heads=8, head_dim=64,
+        num_hidden_layers=2, vocab_size=4000,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    assert Forward.of(model, "causal").head == "apart"
