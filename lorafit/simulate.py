@@ -209,9 +209,8 @@ def planned_model(
             short = copy.deepcopy(config)
             _shorten_config(short, depth, kept)
             model = on_meta(model_class(short), short)
-        if model is None or len(model.get_submodule(path)) != len(
-            kept
-        ):  # xLSTM has another word for its depth
+        # xLSTM has another word for its depth: its config cannot be shortened
+        if model is None or len(model.get_submodule(path)) != len(kept):
             model = on_meta(model_class(config), config)
             _shorten(model, path, kept)
         plan = _plan_of(plan, path, kept)

@@ -122,3 +122,18 @@ def test_rounding_is_no_reason_to_run_the_head_whole(seed):
     )  # fmt: skip
     model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
     assert Forward.of(model, "causal").head == "apart"
+
+
+def test_a_target_that_the_model_rules_out_costs_what_it_costs():
+    """Its probability is below the smallest float32: the loss is no infinity, and the gradient is right."""
+    from lorafit.step import _softmax_loss
+
+    hidden = torch.eye(3).requires_grad_()
+    weight = torch.tensor([[300.0, 0.0, -5.0], [1.0, 2.0, 3.0], [-250.0, 0.0, 250.0]])
+    targets = torch.tensor([2, 1, 0])
+    wanted = F.cross_entropy(hidden @ weight, targets, reduction="sum")
+    (slope,) = torch.autograd.grad(wanted, hidden)
+    gradients = []
+    found = _softmax_loss(hidden @ weight, targets, gradients, hidden)
+    assert found.item() == pytest.approx(wanted.item(), rel=1e-6) and wanted > 800
+    assert torch.allclose(gradients[0], slope, rtol=1e-5)
