@@ -19,6 +19,7 @@ from typing import Any
 
 from lorafit.errors import RequestError
 from lorafit.modelmap import cache_folder
+from lorafit.outputs import alive
 
 KINDS = ("prefix", "rows")
 INDEX, FILLING = "index.json", ".filling-"
@@ -70,18 +71,8 @@ def index_of(entry: Path) -> dict[str, Any] | None:
 def _sweep(parent: Path) -> None:
     for path in parent.glob(f"*{FILLING}*"):
         pid = path.name.rpartition("-")[2]
-        if not pid.isdigit() or not _alive(int(pid)):
+        if not pid.isdigit() or not alive(int(pid)):
             shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it is another user's, and there
-        return True
-    return True
 
 
 def kept() -> list[Stored]:

@@ -9,24 +9,22 @@ working folder dies with the process that holds it.
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lorafit import adapter, seals
-from lorafit.errors import RequestError, RunError
-from lorafit.runs import EDITED
+from lorafit.errors import RequestError
+from lorafit.outputs import EDITABLE, RUN_FILE, check_target, put_in_place, sync
 
 try:
     import fcntl
@@ -40,7 +38,13 @@ PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
 # What a checkpoint has beside the adapter.
 STATE_FILES = ("parameters.safetensors", "optimizer.safetensors", "random.safetensors", "state.json")
 PARAMETERS, MOMENTS, RANDOM, STATE = STATE_FILES
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+# What a run writes into its working folder; anything else there is somebody else's.
+WRITTEN = re.compile(
+    r"\.?(adapter_config\.json|adapter_model\.safetensors|base\.json|run\.yaml|events\.jsonl|README\.md|report\.html"
+    r"|digests\.json|generation_config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt|tokenizer[\w.]*"
+    r"|chat_template\.\w+|vocab\.\w+|[\w.-]+\.(model|spm|tiktoken|jinja)|checkpoint-\d+(\.old-\d+)?|last-good"
+    r"|additional_chat_templates)"
+)
 
 
 @dataclass(slots=True)
@@ -59,16 +63,19 @@ class RunFolder:
         """The checkpoints of an unfinished run, the oldest first."""
         return _checkpoints(self.work)
 
-    def open(self, overwrite: bool, resume: bool) -> None:
-        """Make the working folder, and take its lock.
+    def open(self, overwrite: bool, resume: bool, reads: Sequence[Path] = ()) -> None:
+        """Make the working folder, and take its lock. `reads` are the files and folders the run reads.
 
-        Raises RequestError when the target is there and may not be replaced, when another run is
-        writing there, or when an unfinished run lies there and is neither resumed nor replaced.
+        Raises RequestError when the target is there and may not be replaced, when the working folder
+        holds anything that is not a run's, when another run is writing there, or when an unfinished
+        run lies there and is neither resumed nor replaced.
         """
-        check_target(self.target, overwrite)
+        check_target(self.target, overwrite, reads)
         if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
-            raise RequestError(f"`{self.work}` is no folder", "another -o")
+            raise RequestError(f"`{self.work}` is not a folder", "another -o")
         there = self.work.is_dir()
+        if there and (odd := _not_a_run(self.work)):
+            raise RequestError(f"`{self.work}` holds `{odd}`, which is not part of a run", "another -o")
         try:
             self.work.mkdir(parents=True, exist_ok=True)
             self.lock = _lock(self.work)
@@ -104,8 +111,8 @@ class RunFolder:
         Of the checkpoints the last `keep` stay, and the one of step `best`. What is there to be edited is
         not sealed.
         """
-        kept = {f"checkpoint-{best}", *(p.name for p in self.checkpoints[len(self.checkpoints) - keep :])}
-        seals.seal(self.work, but=EDITED)
+        kept = {f"checkpoint-{best}", *(p.name for p in (self.checkpoints[-keep:] if keep else ()))}
+        seals.seal(self.work, but=EDITABLE)
         put_in_place(self.work, self.target)
         self.release()
         for path in _checkpoints(self.target):
@@ -122,6 +129,14 @@ class RunFolder:
                 with suppress(OSError):  # it holds other runs
                     self.work.parent.rmdir()
         self.release()
+
+
+def _not_a_run(folder: Path) -> str:
+    """The name of something in a working folder that no run writes; empty where there is none."""
+    names = sorted(path.name for path in folder.iterdir())
+    if names and RUN_FILE not in names:
+        return names[0]
+    return next((name for name in names if not WRITTEN.fullmatch(name)), "")
 
 
 def _checkpoints(folder: Path) -> list[Path]:
@@ -149,76 +164,6 @@ def _lock(folder: Path) -> int | None:
         pass
     os.close(descriptor)
     return None
-
-
-@contextmanager
-def writing(folder: Path, again: str = "--resume") -> Iterator[None]:
-    """What goes wrong where a folder is written, as RunError: what was saved before is whole.
-
-    `again` is what goes on once there is room.
-    """
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        number = getattr(error, "errno", None)
-        full = number in FULL or "os error 28" in str(error) or "os error 27" in str(error)
-        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
-        raise RunError(
-            f"`{folder}` cannot be written: {why}; what was saved before is whole",
-            f"{'make room' if full else 'look at the disk'}, then {again}",
-        ) from error
-
-
-def check_target(target: Path, overwrite: bool, kept: Sequence[Path] = ()) -> None:
-    """Whether a folder may be made at `target`.
-
-    Raises RequestError when something is there that may not be replaced: without `overwrite`
-    anything, with it all but an empty folder, a run or a model; and ever what holds `kept`.
-    """
-    if target.name in ("", ".."):
-        raise RequestError(f"`{target}` is no name for a new folder", "-o DIR names one")
-    if target.is_symlink() and not target.exists():
-        raise RequestError(f"`{target}` is a link to nothing", "another -o")
-    if not target.exists():
-        return
-    if not target.is_dir():
-        raise RequestError(f"`{target}` is a file", "another -o")
-    if not overwrite:
-        raise RequestError(f"`{target}` exists", "another -o, or --overwrite to replace it")
-    held = [path for path in kept if path.resolve().is_relative_to(target.resolve())]
-    if held:
-        raise RequestError(f"`{target}` holds `{held[0]}`, which is needed", "another -o")
-    ours = any((target / name).is_file() for name in ("adapter_config.json", "config.json"))
-    if not ours and any(target.iterdir()):
-        raise RequestError(f"`{target}` is neither a run nor a model: it is not replaced", "another -o")
-
-
-def put_in_place(work: Path, target: Path) -> None:
-    """Rename a finished folder to its target; an older one there is moved aside first, then removed."""
-    old = target.with_name(target.name + ".old")
-    if target.exists() or target.is_symlink():
-        _remove(old)
-        target.rename(old)
-    work.rename(target)
-    _sync(target.parent)
-    _remove(old)
-
-
-def _remove(path: Path) -> None:
-    """A folder with all in it; of a link only the link."""
-    if path.is_symlink():
-        path.unlink()
-    elif path.exists():
-        shutil.rmtree(path)
-
-
-def _sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def claim(stem: str) -> RunFolder:
@@ -270,7 +215,7 @@ def save(
         (beside / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
         seals.seal(beside)
         for path in (*beside.iterdir(), beside):
-            _sync(path)
+            sync(path)
         target = folder / f"checkpoint-{step}"
         put_in_place(beside, target)
     finally:

@@ -319,6 +319,15 @@ def plan(
             show_default=False,
         ),
     ] = True,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Time the device again; do not use an earlier answer.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = False,
     matrix: Annotated[
         bool,
         typer.Option(
@@ -363,7 +372,7 @@ def plan(
         return
     with screen.bar("reading", bytes_text) as tick:
         ahead, settings = forecast.prepare(
-            settings, source, found, probing=probe, elsewhere=room is not None, tick=tick
+            settings, source, found, probing=probe, elsewhere=room is not None, fresh=fresh, tick=tick
         )
     free = forecast.free_on(ahead.device) if room is None else room
     if made is None:
@@ -452,7 +461,8 @@ def train(
     with without_collecting():
         from lorafit import data as rows_of
         from lorafit import train as trainer
-        from lorafit.checkpoint import RunFolder, check_target, claim
+        from lorafit.checkpoint import RunFolder, claim
+    from lorafit.outputs import check_target
 
     flags = _given(locals())
     settings, chosen = settle(flags, config)
@@ -465,7 +475,7 @@ def train(
     found = survey(source)
     settings = derive_from_model(settings, found)
     made = _resolve(found, chosen, settings)
-    folder = None
+    folder, reads = None, settings.reads(source.place if source.local else "", config, chosen.path)
     if settings.output is not None:
         folder = RunFolder(Path(settings.output).expanduser())
         if settings.resume and folder.target.exists() and not settings.overwrite:
@@ -475,7 +485,7 @@ def train(
             if push_to_hub:
                 _push(screen, str(folder.target), push_to_hub)
             return
-        check_target(folder.target, settings.overwrite)
+        check_target(folder.target, settings.overwrite, reads)
     show.show_header(screen, made, found, settings)
 
     pick_device(settings.device)
@@ -488,7 +498,7 @@ def train(
     if folder is None:
         folder = claim(_stem(found, made))
     else:
-        folder.open(settings.overwrite, settings.resume)
+        folder.open(settings.overwrite, settings.resume, reads)
     view = show.TrainView(screen)
     report = None
     try:
@@ -670,8 +680,11 @@ def evaluate(
         "format": format, "map": map, "loss_on": loss_on, "overflow": overflow, "max_length": max_length,
     }  # fmt: skip
     _check_options({**about_data, "batch_size": batch_size, "dtype": dtype})
-    if page is not None and Path(page).expanduser().is_dir():
-        raise RequestError(f"--report `{page}` is a folder", "name a file in it, as report.html")
+    if page is not None:
+        from lorafit.outputs import check_file
+        from lorafit.page import MARK
+
+        check_file(Path(page).expanduser(), "--report", MARK)
     source, found = _common_base(adapters, model)
     where = pick_device(device or "auto")
     tokenizer = load_tokenizer(_tokenizer_of(adapters[0], source.place), adapters[0])
@@ -957,7 +970,8 @@ def _write_page(
     """
     from lorafit import page
     from lorafit.adapter import run_of
-    from lorafit.runs import DAMAGED, PAGE, read_back
+    from lorafit.outputs import PAGE
+    from lorafit.runs import DAMAGED, read_back
 
     runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
     if asked is None and not runs[0].report:

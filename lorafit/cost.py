@@ -20,6 +20,7 @@ from lorafit.plan import ADAPTER_ITEMSIZE, Plan
 from lorafit.roles import Part
 from lorafit.units import bytes_text, percent, short
 
+SURE = 0.15  # how far apart, as a share, the fastest tries of a probe may lie
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 
@@ -100,13 +101,20 @@ class Profile:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds a token of a micro-batch, with all layers and with the prefix replayed; of the optimizer
-    a step; the tokens a row, and in words what they were taken from."""
+    a step; the tokens a row, in words what they were taken from, and how far the fastest tries lay apart,
+    as a share."""
 
     token: float
     token_replayed: float
     step: float
     length: int
     source: str
+    spread: float = 0.0
+
+    @property
+    def sure(self) -> bool:
+        """Whether the fastest tries agreed."""
+        return self.spread <= SURE
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,9 +170,9 @@ class Estimate:
         return {**jsonable(self), "memory": memory}
 
 
-# Bytes that PyTorch's libraries keep for themselves once a step has run. On CUDA cuBLAS is given 2 blocks
-# of 4 MiB and 8 of 16 KiB; on the CPU they are kernels' code and scratch, as measured with torch 2.13.
-LIBRARIES = {"cuda": 8_519_680, "cpu": 45_000_000}
+# Bytes that PyTorch's libraries keep for themselves once a step has run: on CUDA cuBLAS is given 2 blocks of
+# 4 MiB and 8 of 16 KiB. On the CPU they are there before a run's memory is counted (`train.load_kernels`).
+LIBRARIES = {"cuda": 8_519_680}
 # FLOPs a second that are assumed where nothing is timed.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
 
@@ -209,7 +217,16 @@ def estimate(
         replayed = work.tokens * timing.token_replayed + steps if replay else None
         later = replayed if replayed is not None and cache.where != "off" else whole
         total = min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
-    source = f"seconds: {timing.source}" if timing.source else f"seconds: {short(rate)} FLOP/s assumed"
+    if timing.source and not timing.sure:
+        notes = (
+            *notes,
+            f"the machine is busy: its timings differ by {percent(timing.spread, 1)}, and the seconds are too many",
+        )
+    source = (
+        f"seconds: {timing.source}, best of several tries that agree to {percent(timing.spread, 1)}"
+        if timing.source
+        else f"seconds: {short(rate)} FLOP/s assumed"
+    )
     return Estimate(
         shape=shape,
         memory=Memory(

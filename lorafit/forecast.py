@@ -155,6 +155,7 @@ class Forecast:
     kept: Kept = field(default_factory=Kept)
     notes: list[str] = field(default_factory=list)
     look: Look | None = None
+    fresh: bool = False  # measures the device again, whatever was kept
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
@@ -185,7 +186,7 @@ class Forecast:
         shape = self._typical(self.shape)
         machine = [platform.node(), platform.processor(), os.cpu_count(), self.device]
         facts = [*self._facts(plan, shape), machine]
-        found = self.kept.get(Timing, facts)
+        found = None if self.fresh else self.kept.get(Timing, facts)
         if found is None:
             with without_collecting():
                 from lorafit import probe
@@ -196,7 +197,8 @@ class Forecast:
             except LorafitError as error:
                 self.notes.append(f"nothing was timed: {error.message}")
                 return None
-            self.kept.put(found, facts)
+            if found.sure:  # a busy machine's answer is not one to remember
+                self.kept.put(found, facts)
         if found.length < shape.length:  # what there was no time for: longer rows cost more a token
             found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
         return found
@@ -416,11 +418,13 @@ def prepare(
     elsewhere: bool = False,
     look: Look | None = None,
     seconds: float = 5.0,
+    fresh: bool = False,
     tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
     """The forecast of a run, and its settings with what follows from its rows.
 
-    `config` has what follows from the model. `look` is that of rows which are read already.
+    `config` has what follows from the model. `look` is that of rows which are read already; `fresh`
+    times the device again, even where an earlier answer is kept.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
@@ -458,6 +462,7 @@ def prepare(
         seconds,
         kept,
         look=look,
+        fresh=fresh,
     )
     return made, config
 

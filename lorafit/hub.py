@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lorafit.checkpoint import STATE_FILES
 from lorafit.errors import RequestError, RunError
-from lorafit.runs import EVENTS, RUN_FILE
+from lorafit.outputs import EVENTS, RUN_FILE
 from lorafit.seals import SEAL
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import count
 from pathlib import Path
 from threading import Lock
 from typing import Any
@@ -21,20 +22,20 @@ from typing import Any
 import torch
 
 from lorafit import adapter, cards, seals
-from lorafit.checkpoint import check_target, put_in_place, writing
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
 from lorafit.modelmap import ModelMap
+from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
 from lorafit.proof import Side, named_in, stored_dtype, verify
 from lorafit.rows import Row
-from lorafit.runs import CARD, read_back
+from lorafit.runs import read_back
 from lorafit.spelling import pattern_value
 from lorafit.survey import Source, load_model
 from lorafit.tensorfiles import INDEX, Change, Sheet, lay_out, open_file, shards, write
 
 CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
 NOT_CARRIED = (adapter.CONFIG, adapter.BASE, seals.SEAL, INDEX, CARD)
-MERGING, UNVERIFIED = ".merging", ".unverified"
+UNVERIFIED = ".unverified"
 STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # a dtype as a safetensors header names it
 
 
@@ -158,14 +159,12 @@ def merge(
     """
     output = wish.output
     local = [Path(source.place)] if source.local else []
-    check_target(output, wish.overwrite, kept=(*(folder for folder, _ in adapters), *local))
+    check_target(output, wish.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
     base = base_folder(source)
     notes = []
-    work = output.with_name(output.name + MERGING)
-    with writing(work, "merge again"):
-        shutil.rmtree(work, ignore_errors=True)
-        work.mkdir(parents=True)
+    with writing(output, "merge again"):
+        work = work_folder(output, "merging")
     try:
         with writing(work, "merge again"):
             why, sheets, changes = _streamable(adapters, base, model_map, wish)
@@ -200,6 +199,7 @@ def merge(
             parts = [(read_back(folder), weight) for folder, weight in adapters]
             card = cards.model_card(report, source.name, parts, model_map.task)
             (work / CARD).write_text(card, encoding="utf-8")
+            seals.seal(work, but=EDITABLE)
             put_in_place(work, output)
     finally:
         shutil.rmtree(work, ignore_errors=True)
@@ -208,10 +208,10 @@ def merge(
 
 def _judge(verified: Verified, work: Path, output: Path) -> None:
     """Raises RunError, the work moved out of harm's way, when the merged model says something else."""
-    if verified.max_logit_diff <= verified.tolerance:
+    if verified.max_logit_diff <= verified.tolerance:  # false for NaN too
         return
-    aside = output.with_name(output.name + UNVERIFIED)  # so that what is no number fails too
-    shutil.rmtree(aside, ignore_errors=True)
+    names = (f"{output.name}{UNVERIFIED}{f'-{n}' if n > 1 else ''}" for n in count(1))
+    aside = next(path for path in map(output.with_name, names) if not path.exists() and not path.is_symlink())
     work.rename(aside)
     raise RunError(
         f"the merged model differs from base + adapter: logits by {verified.max_logit_diff:.3g}, "
@@ -275,13 +275,13 @@ def _stream(
 
     lock = Lock()
 
-    def count(size: int) -> None:
+    def written(size: int) -> None:
         nonlocal done
         with lock:
             done += size
             tick(done, total)
 
-    write(sheets, work, changes, count)
+    write(sheets, work, changes, written)
     if len(sheets) > 1 or (base / INDEX).is_file():
         table = {entry.name: sheet.name for sheet in sheets for _, entry, _ in sheet.pieces}
         index: dict[str, Any] = {}

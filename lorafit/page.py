@@ -23,6 +23,7 @@ WIDTH, HEIGHT = 720, 300
 LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
 CURVES = 6  # colours there are
 
+MARK = '<meta name="generator" content="lorafit">'  # by which a page of ours is told from other files
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6570; --line: #d5dae0; --back: #ffffff;
   --card: #f5f7f9; --mark: #fff3c4; --c0: #1a63b8; --c1: #b4471c; --c2: #2c7a4b; --c3: #7c3fa8; --c4: #8a6d00; --c5: #a3245c; }
@@ -110,6 +111,7 @@ def make(
     head = el(
         "head",
         Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(MARK),
         el("title", title),
         Html(f"<style>{STYLE}</style>"),
     )

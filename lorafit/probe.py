@@ -10,7 +10,7 @@ import torch
 
 from lorafit import heap
 from lorafit.batch import Batch
-from lorafit.cost import Shape, Timing, free_memory
+from lorafit.cost import SURE, Shape, Timing, free_memory
 from lorafit.modelmap import ModelMap
 from lorafit.plan import Plan
 from lorafit.prefix import blocks_below
@@ -29,7 +29,8 @@ def probe(
     """Seconds of a step on that device, from its own blocks with random weights.
 
     One block of each kind is built and trained on a few rows; what each takes forward and backward is
-    timed, and extended over the depth and the tokens. Raises NotSimulated where it does not fit.
+    timed, and extended over the depth and the tokens. While the fastest tries disagree there are more, for as
+    long again. Raises NotSimulated where it does not fit.
     """
     groups = alike(source, found, plan)
     kept = sorted(layers[0] for layers in groups.values()) if groups else None
@@ -62,11 +63,16 @@ def probe(
         tokens = int((seconds - (began - started)) / (3 * alone))
         length = min(shape.length, max(length, tokens))
         rows = max(1, min(shape.batch, tokens // length))
-        while len(taken) < 2 or (time.perf_counter() - started < seconds and len(taken) < 9):
+        while len(taken) < 3 or (time.perf_counter() - started < seconds and len(taken) < 9):
+            taken.append(once(rows, length))
+        again = time.perf_counter() + max(1.0, seconds)
+        while taken_apart(taken) > SURE and time.perf_counter() < again and len(taken) < 40:
             taken.append(once(rows, length))
     except Exception as error:  # any model's code may fail over random weights, as memory may run out
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-    token, replayed, step = sorted(taken)[len(taken) // 2]
+    # other work on the machine only ever adds time: the fastest try is the nearest to the truth
+    token, replayed, step = min(taken)
+    spread = taken_apart(taken)
     share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
     return Timing(
         token / (rows * length),
@@ -74,7 +80,14 @@ def probe(
         step * share,
         length,
         f"{rows} × {length} tokens through one block of each kind",
+        round(spread, 3),
     )
+
+
+def taken_apart(taken: list[tuple[float, float, float]]) -> float:
+    """How far the third fastest try lies above the fastest, as a share of it: near 0 on a quiet machine."""
+    fastest = sorted(whole for whole, _, _ in taken)
+    return fastest[min(2, len(fastest) - 1)] / fastest[0] - 1
 
 
 def _check_room(model: torch.nn.Module, device: torch.device) -> None:

@@ -9,11 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
+from lorafit.outputs import EVENTS, RUN_FILE
 from lorafit.presets import read_yaml
 
-EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
-CARD, PAGE = "README.md", "report.html"
-EDITED = (EVENTS, RUN_FILE, CARD, PAGE)  # what a person may change, or lorafit adds to, later
 DAMAGED = (KeyError, TypeError, ValueError, AttributeError)  # what a record lacks, or has as something else
 
 

@@ -52,10 +52,10 @@ from lorafit.events import (
 )
 from lorafit.forecast import Fit
 from lorafit.modelmap import ModelMap, Slot, Stack, jsonable, sum_params
+from lorafit.outputs import PAGE
 from lorafit.plan import Plan, lora_params
 from lorafit.presets import Preset
 from lorafit.roles import MEANING, Part, Role
-from lorafit.runs import PAGE
 from lorafit.units import bytes_text, count, figures, index_ranges, percent, seconds_text, short
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.

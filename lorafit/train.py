@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 import yaml
 
-from lorafit import adapter, cards, checkpoint, heap, page, seals
+from lorafit import adapter, cards, checkpoint, heap, page, schedule, seals
 from lorafit import prefix as prefixes
 from lorafit.batch import Batch, collate, mask_tokens
 from lorafit.checkpoint import RunFolder
@@ -41,10 +41,11 @@ from lorafit.events import (
     record,
 )
 from lorafit.modelmap import ModelMap, jsonable
+from lorafit.outputs import CARD, EVENTS, PAGE, RUN_FILE, writing
 from lorafit.packing import Part, batches, in_epoch
 from lorafit.plan import Plan
 from lorafit.prefix import DiskStore, Prefix, blocks_below, refusal, trained_in
-from lorafit.runs import CARD, EVENTS, PAGE, RUN_FILE, read_back
+from lorafit.runs import read_back
 from lorafit.step import Forward, base_of, checkpoint_activations
 from lorafit.survey import Source, load_model, pick_device, pick_dtype
 from lorafit.tensorfiles import fingerprint
@@ -141,9 +142,11 @@ def assemble(
     device = pick_device(config.device)
     if device.type == "cpu":
         heap.keep_freed()
+    dtype = pick_dtype(config.dtype, device)
+    load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
-    model = load_model(source, pick_dtype(config.dtype, device), device)
+    model = load_model(source, dtype, device)
     peft_model = adapter.inject(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
@@ -211,19 +214,14 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)
 
 
-def learning_rate(config: RunConfig, step: int, steps: int) -> float:
-    """The rate of optimizer step `step`, from 1 to `steps`: a linear warm-up, then the schedule."""
-    peak = config.learning_rate or 0.0
-    warm = config.warmup * steps if config.warmup < 1 else config.warmup
-    if step <= warm:
-        return peak * step / max(1.0, warm)
-    done = (step - warm - 1) / max(1.0, steps - warm)
-    match config.scheduler:
-        case "linear":
-            return peak * (1 - done)
-        case "cosine":
-            return peak * 0.5 * (1 + math.cos(math.pi * done))
-    return peak
+def efficiency(achieved: float, *measured: float) -> float | None:
+    """The share of the device's matrix rate that `achieved` FLOPs a second are; None where none was measured.
+
+    The rate is the highest of those measured before and after: other work on the machine can only lower
+    one. What was achieved was within reach too, so the share is never above 1.
+    """
+    best = max(measured)
+    return achieved / max(best, achieved) if best else None
 
 
 def matrix_rate(job: Job, seconds: float = 0.15) -> float:
@@ -252,6 +250,22 @@ def peak_memory(device: torch.device) -> int:
         return found
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
+    """Take a small training step, so that PyTorch's libraries hold their code and scratch memory already
+    when a run's own memory begins to be counted: 45 MB on a CPU, whatever the model."""
+    weight = torch.nn.Parameter(torch.zeros(64, 64, device=device))
+    optimizer = torch.optim.AdamW([weight], fused=device.type != "mps")
+    rows = torch.ones(1, 64, 64, device=device, dtype=dtype)
+    rows = torch.nn.functional.linear(rows, weight.to(dtype))
+    heads = rows.view(1, 64, 4, 16).transpose(1, 2)
+    rows = torch.nn.functional.scaled_dot_product_attention(heads, heads, heads, is_causal=True)
+    scores = torch.nn.functional.silu(torch.nn.functional.layer_norm(rows, (16,))).float()
+    torch.nn.functional.cross_entropy(
+        scores.flatten(0, 2), torch.zeros(256, dtype=torch.long, device=device)
+    ).backward()
+    optimizer.step()
 
 
 def memory_before(device: torch.device) -> int:
@@ -361,6 +375,7 @@ def _steps(
         state.before = _held_out_loss(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
+    rates = schedule.rates(config, job.steps)
     model.train()
     good = _Good(job, state.before.loss)
     saved_at = started = time.perf_counter()
@@ -372,7 +387,7 @@ def _steps(
         for number, group in enumerate(job.micro_batches(epoch)):
             if number < done:  # done before the run was resumed
                 continue
-            rate = learning_rate(config, state.step + 1, job.steps)
+            rate = rates(state.step + 1)
             loss, norm = _optimizer_step(
                 job, forward, prefix, optimizer, scaler, group, state.step + 1, rate, good
             )
@@ -576,7 +591,7 @@ class _State:
             self.epoch_seconds,
             speed,
             self.epoch_supervised,
-            speed * (flops.forward + flops.backward) / self.rate if self.rate else None,
+            efficiency(speed * (flops.forward + flops.backward), self.rate, matrix_rate(job, 0.05)),
             replayed,
         )
         self.epochs.append(done)
@@ -675,7 +690,7 @@ def recorded(job: Job, events: Iterator[Event]) -> Iterator[Event]:
     folder = job.folder
     log_file = folder.work / EVENTS
     try:
-        with checkpoint.writing(folder.work):
+        with writing(folder.work):
             first = next(events)  # Started: by then a resumed run is known to be the same
             checkpoint.rewind(log_file, first.resumed_at if isinstance(first, Started) else 0)
             run_file = yaml.safe_dump(job.config.as_file(), sort_keys=False, allow_unicode=True)

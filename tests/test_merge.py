@@ -171,7 +171,7 @@ def test_a_start_that_changes_the_base_merges_through_the_model(tiny, tmp_path):
 def test_neither_base_nor_adapter_is_overwritten(tiny, tmp_path):
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
     for output in (tmp_path / "a", tiny("llama")):
-        with pytest.raises(RequestError, match="which is needed"):
+        with pytest.raises(RequestError, match="is read by this command"):
             do_merge(tmp_path / "a", source, found, output, overwrite=True)
 
 

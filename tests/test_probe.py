@@ -35,3 +35,42 @@ def test_blocks_that_do_not_fit_are_not_built(tiny, monkeypatch):
     monkeypatch.setattr(probe, "free_memory", lambda: 1000)
     with pytest.raises(NotSimulated, match="a block of each kind takes"):
         probe.probe(source, found, resolve(found, load("ffn"), "last:1"), Shape(4, 64), torch.device("cpu"))
+
+
+def test_the_fastest_try_counts_and_a_busy_machine_is_unsure(tiny, monkeypatch):
+    source = find(str(tiny("llama")))
+    found = survey(source)
+    plan = resolve(found, load("ffn"), "last:1")
+    tries = iter([9.0, 9.0, 8.0, 1.0, 5.0, 7.0, *[1.1, 1.05] * 99])
+    monkeypatch.setattr(probe, "_timed", lambda *_: (next(tries), 0.5, 0.1))
+    timing = probe.probe(source, found, plan, Shape(4, 64), torch.device("cpu"), 0.0)
+    assert timing.token * 64 == pytest.approx(1.0) and timing.sure
+    tries = iter([float(2**n) for n in range(99)])
+    timing = probe.probe(source, found, plan, Shape(4, 64), torch.device("cpu"), 0.0)
+    assert timing.token * 64 == pytest.approx(4.0) and not timing.sure and timing.spread == pytest.approx(3)
+
+
+def test_an_unsure_timing_is_not_kept_and_fresh_measures_again(tiny, monkeypatch):
+    from lorafit import forecast
+    from lorafit.config import derive_from_model, settle
+    from lorafit.cost import Timing
+
+    source = find(str(tiny("llama")))
+    found = survey(source)
+    plan = resolve(found, load("ffn"), "last:1")
+    settings = derive_from_model(settle({"model": source.place})[0], found)
+    answers = iter(
+        [Timing(9.0, 9.0, 9.0, 64, "x", 2.0), *[Timing(float(n), 1.0, 1.0, 64, "x", 0.01) for n in (1, 2)]]
+    )
+    monkeypatch.setattr(probe, "probe", lambda *_: next(answers))
+
+    def token(**more):
+        ahead, _ = forecast.prepare(settings, source, found, **more)
+        cost = ahead.estimate(plan, timing := ahead.timing(plan))
+        assert any("busy" in note for note in cost.assumptions) is not timing.sure
+        return (
+            ahead.kept.get(Timing, [*ahead._facts(plan, ahead._typical(ahead.shape)), "x"]) or timing.spread
+        )
+
+    assert [token(), token(), token(), token(fresh=True)] == [2.0, 0.01, 0.01, 0.01]
+    assert next(answers, None) is None, "the second answer was kept, and --fresh asked for a third"

@@ -320,7 +320,7 @@ def test_links_in_the_output_path(tiny, pairs, tmp_path):
     with pytest.raises(RequestError, match="exists"):
         RunFolder(tmp_path / "link").open(False, False)
     (tmp_path / "new.partial").symlink_to(tmp_path / "real")
-    with pytest.raises(RequestError, match="is no folder"):
+    with pytest.raises(RequestError, match="is not a folder"):
         RunFolder(tmp_path / "new").open(True, False)
     events_of(job_for(tiny("llama"), tmp_path / "link" / "r", data=(str(pairs),), max_steps=1))
     assert (tmp_path / "real" / "r" / adapter.WEIGHTS).is_file()

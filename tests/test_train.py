@@ -1,7 +1,5 @@
 import json
 import math
-from dataclasses import replace
-from itertools import pairwise
 
 import pytest
 import torch
@@ -220,16 +218,6 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
     assert ran == [{3}, {3}]
 
 
-@pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])
-def test_the_rate_warms_up_and_falls(scheduler):
-    config = replace(settle({})[0], learning_rate=1.0, scheduler=scheduler, warmup=0.1)
-    rates = [train.learning_rate(config, step, 100) for step in range(1, 101)]
-    assert rates[0] == 0.1 and max(rates) == 1.0 and rates[9] == 1.0
-    assert all(a >= b > 0 for a, b in pairwise(rates[9:]))
-    assert rates[-1] == (1.0 if scheduler == "constant" else pytest.approx(0, abs=0.02))
-    assert train.learning_rate(replace(config, warmup=20), 10, 100) == 0.5
-
-
 def test_devices_that_are_not_there():
     for name in ("cuda:99", "gpu", "meta", "cuda" if not torch.cuda.is_available() else "cuda:77"):
         with pytest.raises(RequestError):
@@ -257,31 +245,16 @@ def test_runs_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     assert len({f.target for f in folders}) == 16 and all(f.work.is_dir() for f in folders)
 
 
-def test_what_may_be_replaced(tmp_path):
-    from lorafit.checkpoint import check_target
-
-    run = tmp_path / "run"
-    run.mkdir()
-    check_target(run, overwrite=True)
-    (run / "notes.txt").write_text("mine")
-    with pytest.raises(RequestError, match="neither a run nor a model"):
-        check_target(run, overwrite=True)
-    (run / "adapter_config.json").write_text("{}")
-    check_target(run, overwrite=True)
-    with pytest.raises(RequestError, match="which is needed"):
-        check_target(run, overwrite=True, kept=(run / "base",))
-    with pytest.raises(RequestError, match="neither a run nor a model"):
-        check_target(tmp_path, overwrite=True)
-    for name in (".", "/", "a/.."):
-        with pytest.raises(RequestError):
-            check_target(type(tmp_path)(name), overwrite=True)
-    with pytest.raises(RequestError, match="is a file"):
-        check_target(run / "notes.txt", overwrite=True)
-
-
 def test_a_trained_adapter_survives_what_fails_behind_it(tiny, pairs, tmp_path, monkeypatch):
     job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=2)
     monkeypatch.setattr(RunFolder, "finish", lambda self, keep, best: (_ for _ in ()).throw(OSError("busy")))
     with pytest.raises(RunError, match="busy"):
         events_of(job)
     assert (tmp_path / "r.partial" / adapter.WEIGHTS).is_file()
+
+
+def test_no_share_of_the_matrix_rate_is_above_one():
+    assert train.efficiency(50.0, 100.0, 80.0) == 0.5
+    assert train.efficiency(214.0, 100.0, 90.0) == 1.0
+    assert train.efficiency(50.0, 20.0, 100.0) == 0.5, "the better of both measurements counts"
+    assert train.efficiency(50.0, 0.0) is None

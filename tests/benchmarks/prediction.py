@@ -134,7 +134,7 @@ def one(cell: Cell) -> dict[str, Any]:
         tracked = simulate._profile(simulate.track(job.model, plan, forward, batch, "cpu"), ahead.shape, "")
         fixed = cost.memory.weights + cost.memory.adapter + cost.memory.gradients + cost.memory.optimizer
         result["tracked_peak"] = fixed + tracked.activations + tracked.logits + tracked.workspace
-        result["simulated_peak"] = cost.memory.peak - cost.memory.heap - LIBRARIES["cpu"]
+        result["simulated_peak"] = cost.memory.peak - cost.memory.heap - LIBRARIES.get("cpu", 0)
     return result
 
 

@@ -1,0 +1,146 @@
+"""The folders that commands write: made under another name and renamed, and never in place of anything
+that lorafit did not write or that the command reads."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from lorafit import seals
+from lorafit.errors import RequestError, RunError
+
+CARD, PAGE = "README.md", "report.html"
+EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
+EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE)  # what a person may edit, or lorafit adds to, later
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> None:
+    """Check that a folder may be made at `target`. `reads` are the files and folders the command reads.
+
+    Raises RequestError when something is there that may not be replaced: without `overwrite`
+    anything; with it whatever lorafit did not write (by its digests), and whatever is, holds or lies in
+    something that is read, or is or holds the working directory.
+    """
+    if target.name in ("", ".."):
+        raise RequestError(f"`{target}` is not a name for a new folder", "-o DIR names one")
+    if target.is_symlink() and not target.exists():
+        raise RequestError(f"`{target}` is a link whose target is missing", "another -o")
+    if not target.exists():
+        return
+    if not target.is_dir():
+        raise RequestError(f"`{target}` is a file", "another -o")
+    if not overwrite:
+        raise RequestError(f"`{target}` exists", "another -o, or --overwrite to replace it")
+    place = target.resolve()
+    if Path.cwd().resolve().is_relative_to(place):
+        raise RequestError(f"`{target}` holds the working directory: it is not replaced", "another -o")
+    for path in reads:
+        other = path.expanduser().resolve()
+        if other == place:
+            raise RequestError(f"`{target}` is read by this command: it is not replaced", "another -o")
+        if other.is_relative_to(place):
+            raise RequestError(
+                f"`{target}` holds `{path}`, which this command reads: it is not replaced", "another -o"
+            )
+        if place.is_relative_to(other):
+            raise RequestError(
+                f"`{target}` lies in `{path}`, which this command reads: it is not replaced", "another -o"
+            )
+    if found := seals.not_ours(target, EDITABLE):
+        raise RequestError(
+            f"`{target}` holds {found}: it is not replaced", "another -o, or remove the folder yourself"
+        )
+
+
+def check_file(path: Path, option: str, mark: str) -> None:
+    """Check that a page may be written to `path`: nothing is there, or a file that holds `mark` near its
+    start, as lorafit's own do.
+
+    Raises RequestError otherwise, naming the option.
+    """
+    if path.is_dir():
+        raise RequestError(f"{option} `{path}` is a folder", "name a file in it, as report.html")
+    if not path.exists() or not path.stat().st_size:
+        return
+    with path.open("rb") as file:
+        start = file.read(2000)
+    if mark.encode() not in start:
+        raise RequestError(
+            f"{option} `{path}` is a file that lorafit did not write: it is not replaced", "another name"
+        )
+
+
+def work_folder(target: Path, what: str) -> Path:
+    """A new folder beside `target` in which this process makes what will stand there; what processes
+    that were killed left under such a name is removed.
+
+    Raises OSError where it cannot be made.
+    """
+    stem = f".{target.name}.{what}-"
+    for path in target.parent.glob(f"{stem}*") if target.parent.is_dir() else ():
+        pid = path.name.removeprefix(stem)
+        if pid.isdigit() and not alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+    work = target.with_name(f"{stem}{os.getpid()}")
+    shutil.rmtree(work, ignore_errors=True)
+    work.mkdir(parents=True)
+    return work
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+def put_in_place(work: Path, target: Path) -> None:
+    """Rename a finished folder to its target; an older one there is moved aside first, then removed."""
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    if target.exists() or target.is_symlink():
+        target.rename(old)
+    work.rename(target)
+    sync(target.parent)
+    if old.is_symlink():
+        old.unlink()
+    elif old.exists():
+        shutil.rmtree(old)
+
+
+def sync(path: Path) -> None:
+    """Have the disk hold what was written to a file or a folder."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def writing(folder: Path, again: str = "--resume") -> Iterator[None]:
+    """What goes wrong where a folder is written, as RunError: what was saved before is whole.
+
+    `again` is what continues once there is room.
+    """
+    try:
+        yield
+    except Exception as error:
+        # safetensors has an error of its own for a full disk, and is imported only where tensors are
+        if not isinstance(error, OSError) and type(error).__name__ != "SafetensorError":
+            raise
+        number = getattr(error, "errno", None)
+        full = number in FULL or "os error 28" in str(error) or "os error 27" in str(error)
+        why = "the disk is full" if full else getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise RunError(
+            f"`{folder}` cannot be written: {why}; what was saved before is whole",
+            f"{'make room' if full else 'check the disk'}, then {again}",
+        ) from error
