@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import NoReturn
 
-from lorafit import heap
+from lorafit.estimate import start_over
 
 STEPPING = ("train", "plan")  # the commands that run, or time, training steps
 
@@ -13,7 +13,7 @@ STEPPING = ("train", "plan")  # the commands that run, or time, training steps
 def main() -> NoReturn:
     """The entry point of the `lorafit` command."""
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in STEPPING:
-        heap.start_over()
+        start_over()
     from lorafit.cli import main as command
 
     command()

@@ -1,5 +1,6 @@
 """What a run says while it runs, and the reports it ends with. The screen, `--json`,
-`events.jsonl` and the tests all read this one stream."""
+`events.jsonl` and the tests all read this one stream.
+"""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
-from lorafit.modelmap import jsonable
+from lorafit.jsonio import jsonable
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +45,7 @@ class Rendered:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class DataReport:
     """What a run's rows are like, and what was done to get them.
 
     `lengths` are quantiles in tokens (min, p50, p90, p99, max); `typical` is the length that a token
@@ -87,14 +88,14 @@ class Look:
         return self.supervised_tokens / self.tokens
 
     @staticmethod
-    def of(data: dict[str, Any]) -> Look:
+    def of(data: dict[str, Any]) -> DataReport:
         """The look that was written as that JSON. Raises TypeError or KeyError for what is none."""
         samples = (
             Rendered(**{**row, "pieces": tuple((str(t), bool(b)) for t, b in row["pieces"])})
             for row in data["samples"]
         )
         rows = (ReadSource(**row) for row in data["sources"])
-        return Look(
+        return DataReport(
             **{**data, "sources": tuple(rows), "samples": tuple(samples), "notes": tuple(data["notes"])}
         )
 
@@ -336,7 +337,7 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
-Event = Look | Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+Event = DataReport | Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
 
 
 def record(event: Event) -> dict[str, Any]:

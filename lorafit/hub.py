@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from lorafit.checkpoint import STATE_FILES
+from lorafit.digests import SEAL
 from lorafit.errors import RequestError, RunError
 from lorafit.outputs import EVENTS, RUN_FILE
-from lorafit.seals import SEAL
+from lorafit.train import STATE_FILES
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
+
 # What holds rows of the data, or where they lie, stays here, and so do checkpoints.
 KEPT_BACK = (EVENTS, RUN_FILE, "*.html", "*.jsonl", "*/*", ".*")
 

@@ -1,5 +1,6 @@
 """The folders that commands write: made under another name and renamed, and never in place of anything
-that lorafit did not write or that the command reads."""
+that lorafit did not write or that the command reads.
+"""
 
 from __future__ import annotations
 
@@ -10,12 +11,16 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from lorafit import seals
+from lorafit.digests import not_ours
 from lorafit.errors import RequestError, RunError
+from lorafit.system import alive
 
 CARD, PAGE = "README.md", "report.html"
+
 EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
+
 EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE)  # what a person may edit, or lorafit adds to, later
+
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -51,7 +56,7 @@ def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> N
             raise RequestError(
                 f"`{target}` lies in `{path}`, which this command reads: it is not replaced", "another -o"
             )
-    if found := seals.not_ours(target, EDITABLE):
+    if found := not_ours(target, EDITABLE):
         raise RequestError(
             f"`{target}` holds {found}: it is not replaced", "another -o, or remove the folder yourself"
         )
@@ -90,17 +95,6 @@ def work_folder(target: Path, what: str) -> Path:
     shutil.rmtree(work, ignore_errors=True)
     work.mkdir(parents=True)
     return work
-
-
-def alive(pid: int) -> bool:
-    """Whether a process of that number runs on this machine."""
-    try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
-        return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
 
 
 def put_in_place(work: Path, target: Path) -> None:

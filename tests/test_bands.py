@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.bands import BANDS, Band, LayerChoice
 from lorafit.errors import RequestError
+from lorafit.settings.bands import BANDS, Band, LayerChoice
 
 depths = st.integers(min_value=3, max_value=2000)
 

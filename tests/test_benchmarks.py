@@ -41,8 +41,9 @@ def trained(tmp_path_factory):
 
 
 def test_a_task_of_one_s_own(trained, run, task):
-    from lorafit import adapter
-    from lorafit.survey import find, load_model, load_tokenizer
+    from lorafit.adapter.inject import attach
+    from lorafit.model.load import load_model, load_tokenizer
+    from lorafit.model.source import find
 
     path, rows = task
     found = run("eval", trained, "--tasks", path, "--json").document
@@ -60,7 +61,7 @@ def test_a_task_of_one_s_own(trained, run, task):
         scores = model(ids).logits[0].log_softmax(-1)
         return sum(float(scores[n - 1, ids[0, n]]) for n in range(len(before), ids.shape[1]))
 
-    for figure, judged in zip(found["benchmarks"], (model, adapter.attach(model, trained)), strict=True):
+    for figure, judged in zip(found["benchmarks"], (model, attach(model, trained)), strict=True):
         model.eval()
         with torch.no_grad():
             said = [
@@ -104,7 +105,7 @@ def test_without_lm_eval_the_extra_is_named(trained, run, monkeypatch):
 
 def test_the_filters_of_a_metric_are_told_apart():
     """GSM8K's exact match is given twice: strict, and wherever the number stands."""
-    from lorafit.benchmarks import _figures
+    from lorafit.evaluate.lm_eval import _figures
 
     row = {"alias": "gsm8k", "exact_match,strict-match": 0.31, "exact_match,flexible-extract": 0.35,
            "exact_match_stderr,strict-match": 0.01, "exact_match_stderr,flexible-extract": "N/A", "acc,none": 0.5}  # fmt: skip

@@ -48,11 +48,11 @@ def topics(tmp_path):
 
 def test_together_they_score_what_each_scores_alone(runs, run, monkeypatch):
     """Each adapter above its own cut, the prefix run once: no figure differs from whole passes."""
-    from lorafit import compare
+    from lorafit.evaluate import side_by_side
 
     together = run("eval", *runs, "--samples", "0", "--json").document
     alone = [run("eval", path, "--samples", "0", "--json").document for path in runs]
-    monkeypatch.setattr(compare, "COMFORTABLE", 0.0)  # no room for any state: every pass is a whole one
+    monkeypatch.setattr(side_by_side, "COMFORTABLE", 0.0)  # no room for any state: every pass is a whole one
     whole = run("eval", *runs, "--samples", "0", "--json").document
     assert together == whole
     assert together["base"] == alone[0]["base"] == alone[1]["base"]
@@ -64,17 +64,20 @@ def test_the_prefix_is_run_once_for_all(runs, monkeypatch):
     """Block passes are counted: below its cut an adapter's pass runs no block."""
     import torch
 
-    from lorafit import compare, data
-    from lorafit.config import derive_from_model, settle
-    from lorafit.prefix import Prefix
-    from lorafit.survey import find, load_tokenizer, survey
+    from lorafit.data.dataset import load
+    from lorafit.evaluate import side_by_side
+    from lorafit.forward.prefix import Prefix
+    from lorafit.model.chart import chart_of
+    from lorafit.model.load import load_tokenizer
+    from lorafit.model.source import find
+    from lorafit.settings.precedence import derive_from_model, settle
 
     source = find("demo")
-    found, tokenizer = survey(source), load_tokenizer(source.place, source.name)
+    found, tokenizer = chart_of(source), load_tokenizer(source.place, source.name)
     settings = derive_from_model(settle({})[0], found)
-    rows = data.load(settings, tokenizer, found.task, found.vocab_size).held_out
+    rows = load(settings, tokenizer, found.task, found.vocab_size).held_out
     ran = []
-    whole = compare.load_model
+    whole = side_by_side.load_model
 
     def counted(*arguments):
         model = whole(*arguments)
@@ -82,7 +85,7 @@ def test_the_prefix_is_run_once_for_all(runs, monkeypatch):
             block.mlp.gate_proj.register_forward_hook(lambda *_, number=number: ran.append(number))
         return model
 
-    monkeypatch.setattr(compare, "load_model", counted)
+    monkeypatch.setattr(side_by_side, "load_model", counted)
     captured = []
     around = Prefix.around
 
@@ -91,8 +94,8 @@ def test_the_prefix_is_run_once_for_all(runs, monkeypatch):
         return around(self, batch)
 
     monkeypatch.setattr(Prefix, "around", seen)
-    question = compare.Question(rows)
-    compare.compare(
+    question = side_by_side.Question(rows)
+    side_by_side.compare(
         question, source, found, [str(runs[1])], tokenizer, torch.float32, {}, torch.device("cpu")
     )
     batches = len(captured) // 2

@@ -3,14 +3,14 @@ from dataclasses import replace
 import pytest
 import yaml
 
-from lorafit.config import derive_from_model, derive_from_rows, settle
 from lorafit.errors import RequestError
-from lorafit.options import OPTIONS
+from lorafit.settings.precedence import derive_from_model, derive_from_rows, settle
+from lorafit.settings.run_config import OPTIONS
 
 
 @pytest.fixture(scope="module")
 def demo_map():
-    from lorafit.survey import map_of
+    from lorafit.model.chart import map_of
 
     return map_of("demo")
 

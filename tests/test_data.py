@@ -10,12 +10,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit import demo
-from lorafit.batch import collate, mask_tokens
-from lorafit.config import settle
-from lorafit.data import Tokens, load, prepare
+from lorafit.data.collate import collate_rows, mask_tokens
+from lorafit.data.dataset import load, prepare
+from lorafit.data.files import sources
+from lorafit.data.formats import Example, read
+from lorafit.data.rows import IGNORED, Row
+from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError
-from lorafit.examples import Example, read, sources
-from lorafit.rows import IGNORED, Row
+from lorafit.settings.precedence import settle
 
 
 def tokens(task="causal", length=64, **more) -> Tokens:
@@ -249,7 +251,7 @@ def test_a_model_of_ones_own_needs_data():
 
 def test_collate_pads_on_the_right():
     rows = [Row((5, 6, 7), (IGNORED, 6, 7), "a"), Row((8,), (8,), "b")]
-    batch = collate(rows, pad=0, task="causal")
+    batch = collate_rows(rows, pad=0, task="causal")
     assert batch.inputs["input_ids"].tolist() == [[5, 6, 7], [8, 0, 0]]
     assert batch.inputs["attention_mask"].tolist() == [[1, 1, 1], [1, 0, 0]]
     assert batch.labels.tolist() == [[IGNORED, 6, 7], [8, IGNORED, IGNORED]] and (
@@ -264,7 +266,7 @@ def test_masking_hides_a_share_and_at_least_one_a_row():
         Row(tuple(range(10, 410)), tuple(range(10, 410)), "a"),
         Row((5, 6, 7), (IGNORED, 6, IGNORED), "b"),
     ]
-    batch = collate(rows, 0, "masked")
+    batch = collate_rows(rows, 0, "masked")
     masked = mask_tokens(batch, 9, 500, torch.Generator().manual_seed(0))
     hidden = masked.labels != IGNORED
     assert 30 < int(hidden[0].sum()) < 100 and hidden[1].nonzero().flatten().tolist() == [1]
@@ -457,16 +459,17 @@ def test_a_look_before_training(tmp_path):
 
 
 def test_a_large_file_is_made_into_rows_once(tmp_path, monkeypatch):
-    from lorafit import caches, data
+    from lorafit import cache
+    from lorafit.data import dataset
 
     path = write(tmp_path, *({"text": f"Ada has {n} lamps."} for n in range(300)))
     small = rows_of({"data": (path,)})
-    monkeypatch.setattr(data, "STORED_FROM", 1)
-    before = {kept.key for kept in caches.kept()}
+    monkeypatch.setattr(dataset, "STORED_FROM", 1)
+    before = {kept.key for kept in cache.kept()}
     one = rows_of({"data": (path,)})
-    (key,) = {kept.key for kept in caches.kept()} - before
-    entry = caches.folder("rows") / key
-    monkeypatch.setattr(data, "read", None)  # it is not read again
+    (key,) = {kept.key for kept in cache.kept()} - before
+    entry = cache.folder("rows") / key
+    monkeypatch.setattr(dataset, "read", None)  # it is not read again
     two = rows_of({"data": (path,)})
     assert one.train.digest == two.train.digest == small.train.digest and one.look == two.look
     assert [r.ids for r in two.train] == [r.ids for r in small.train] and two.train[5] == small.train[5]
@@ -474,7 +477,7 @@ def test_a_large_file_is_made_into_rows_once(tmp_path, monkeypatch):
     raw[10] ^= 1
     (entry / "ids.bin").write_bytes(bytes(raw))
     monkeypatch.undo()
-    monkeypatch.setattr(data, "STORED_FROM", 1)
+    monkeypatch.setattr(dataset, "STORED_FROM", 1)
     monkeypatch.setenv("XDG_CACHE_HOME", str(entry.parents[2]))
     three = rows_of({"data": (path,)})  # the damaged one is made again
     assert three.train.digest == small.train.digest
@@ -498,5 +501,5 @@ def test_a_tokenizer_without_any_special_token(tmp_path):
     config = replace(settle({"data": (path,)})[0], max_length=128)
     rows = load(config, bare, "causal", 32)
     assert bare.pad_token_id is not None and rows.look.no_end == rows.look.rows == 8
-    batch = collate(list(rows.train[:2]), bare.pad_token_id, "causal")
+    batch = collate_rows(list(rows.train[:2]), bare.pad_token_id, "causal")
     assert batch.supervised == 8

@@ -4,10 +4,11 @@ import pytest
 import torch
 from families import FAMILIES, build_model, tokenizer
 
-from lorafit.batch import collate
-from lorafit.evaluate import Evaluator, RowScore, paired, short_answer, summed
-from lorafit.rows import IGNORED, Row, RowSet
-from lorafit.step import Forward
+from lorafit.data.collate import collate_rows
+from lorafit.data.rows import IGNORED, Row, RowSet
+from lorafit.evaluate.paired import RowScore, paired_score, summed
+from lorafit.evaluate.score import Evaluator, short_answer
+from lorafit.forward.head import Forward
 
 
 def evaluator(model, rows, task="causal", size=3):
@@ -27,10 +28,10 @@ def test_a_row_scores_the_same_alone_and_padded_beside_others(family):
     model, task = build_model(family), FAMILIES[family].task
     found = evaluator(model, ROWS, task)
     rows = [found.masked(n) for n in range(len(ROWS))] if task == "masked" else ROWS
-    together = collate(rows, 0, task)
+    together = collate_rows(rows, 0, task)
     losses = found.forward.scores(model, together)[0].split(together.counts)
     for row, loss in zip(rows, losses, strict=True):
-        alone = found.forward.scores(model, collate([row], 0, task))[0]
+        alone = found.forward.scores(model, collate_rows([row], 0, task))[0]
         torch.testing.assert_close(alone, loss, atol=1e-5, rtol=0)
 
 
@@ -55,13 +56,13 @@ def test_a_masked_model_hides_the_same_tokens_each_time():
 def test_paired_against_the_arithmetic():
     base = [RowScore(10.0, 4, 1), RowScore(6.0, 2, 1), RowScore(9.0, 3, 0)]
     other = [RowScore(8.0, 4, 3), RowScore(5.0, 2, 1), RowScore(9.0, 3, 3)]
-    found = paired("a", base, other)
+    found = paired_score("a", base, other)
     assert found.delta == pytest.approx(-3 / 9) and found.loss == pytest.approx(22 / 9)
     assert found.delta == pytest.approx(found.loss - summed(base).loss)
     residuals = [-2 + 4 / 3, -1 + 2 / 3, 0 + 1]
     assert found.stderr == pytest.approx(math.sqrt(3 / 2 * sum(r * r for r in residuals)) / 9)
     assert found.accuracy == pytest.approx(7 / 9) and found.perplexity == pytest.approx(math.exp(22 / 9))
-    assert paired("a", base[:1], other[:1]).stderr == 0
+    assert paired_score("a", base[:1], other[:1]).stderr == 0
 
 
 def test_the_standard_error_is_that_of_resampled_rows():
@@ -72,23 +73,23 @@ def test_the_standard_error_is_that_of_resampled_rows():
     other = [RowScore(100.0 + float(g), int(n), 0) for g, n in zip(gains, tokens, strict=True)]
     draws = torch.randint(400, (2000, 400), generator=generator)
     resampled = gains[draws].sum(1) / tokens[draws].sum(1)
-    assert paired("a", base, other).stderr == pytest.approx(float(resampled.std()), rel=0.1)
+    assert paired_score("a", base, other).stderr == pytest.approx(float(resampled.std()), rel=0.1)
 
 
 def test_the_interval_is_that_of_normal_theory_where_rows_are_many():
     generator = torch.Generator().manual_seed(1)
     gains = (torch.randn(300, generator=generator) - 0.5).tolist()
     base = [RowScore(50.0, 10, 0)] * 300
-    found = paired("a", base, [RowScore(50.0 + g, 10, 0) for g in gains])
+    found = paired_score("a", base, [RowScore(50.0 + g, 10, 0) for g in gains])
     assert found.low < found.delta < found.high
     assert found.high - found.low == pytest.approx(2 * 1.96 * found.stderr, rel=0.1)
-    same = paired("a", base, base)
+    same = paired_score("a", base, base)
     assert (same.delta, same.low, same.high) == (0, 0, 0)
 
 
 def test_an_exact_match_is_what_greedy_decoding_says():
     """On real generation: a row counts where the model, decoding greedily, says its answer."""
-    from lorafit.samples import Voice, of_rows
+    from lorafit.evaluate.generate import Generator, Sampling, row_prompts
 
     model = build_model("llama").eval()
     end = tokenizer().eos_token_id
@@ -104,10 +105,14 @@ def test_an_exact_match_is_what_greedy_decoding_says():
     scores = found.scores(model)
     assert [s.exact for s in scores] == [True, False] * 3 and all(s.short for s in scores)
     assert summed(scores).exact == 0.5
-    voice = Voice(tokenizer(), found.forward, torch.device("cpu"), most=4)
+    generator = Generator(
+        tokenizer(), found.forward, torch.device("cpu"), sampling=Sampling(max_new_tokens=4)
+    )
     model.generation_config.eos_token_id = [end, 1, 2]
     read = tokenizer().decode
-    for row, score, said in zip(rows, scores, voice.says(model, of_rows(found, 6)), strict=True):
+    for row, score, said in zip(
+        rows, scores, generator.completions(model, row_prompts(found, 6)), strict=True
+    ):
         whole = str(read(list(row.ids[3:]), skip_special_tokens=True))
         assert (said == whole) == score.exact or end in row.ids
 

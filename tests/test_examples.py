@@ -11,9 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lorafit import examples
+from lorafit.data import formats
+from lorafit.data.files import sources
+from lorafit.data.formats import parse_map, read
 from lorafit.errors import RequestError
-from lorafit.examples import parse_map, read, sources
 
 ROWS = [{"prompt": f"What is {n}?", "completion": f"It is {n}, “zwölf”."} for n in range(5)]
 SAID = [(row["prompt"], row["completion"]) for row in ROWS]
@@ -200,7 +201,7 @@ def test_a_line_of_a_hundred_megabytes(tmp_path):
 
 
 def test_a_document_is_read_in_blocks_that_make_it_up(tmp_path, monkeypatch):
-    monkeypatch.setattr(examples, "BLOCK", 1000)
+    monkeypatch.setattr(formats, "BLOCK", 1000)
     text = "".join(f"Line {n}.\n" + "\n  indented\n" * (n % 3 == 0) for n in range(400))
     (tmp_path / "a.txt").write_text(text)
     blocks = found(tmp_path / "a.txt")

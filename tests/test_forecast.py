@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from lorafit import forecast
-from lorafit.events import Look, ReadSource, Rendered
+from lorafit.estimate.forecast import Kept
+from lorafit.events import DataReport, ReadSource, Rendered
 from lorafit.units import parse_bytes
 
 
@@ -137,8 +137,8 @@ def test_a_plan_that_was_asked_for_before_needs_no_torch(tmp_path):
 
 
 def test_a_damaged_cache_is_made_again(tmp_path):
-    kept = forecast.Kept(tmp_path)
-    look = Look(
+    kept = Kept(tmp_path)
+    look = DataReport(
         (ReadSource("a", "text", 1),),
         1,
         2,
@@ -151,7 +151,7 @@ def test_a_damaged_cache_is_made_again(tmp_path):
         samples=(Rendered("a:1", 2, 1, (("c", True),)),),
     )
     kept.put(look, ["facts"])
-    assert kept.get(Look, ["facts"]) == look
+    assert kept.get(DataReport, ["facts"]) == look
     (path,) = tmp_path.glob("*.json")
     path.write_text("{half")
-    assert kept.get(Look, ["facts"]) is None
+    assert kept.get(DataReport, ["facts"]) is None

@@ -12,10 +12,12 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from test_train import events_of, job_for
 
-from lorafit import adapter, bands, presets
-from lorafit.config import read_run_file, settle
+from lorafit.adapter.folder import CONFIG, WEIGHTS
 from lorafit.errors import LorafitError, RequestError
-from lorafit.tensorfiles import SINGLE
+from lorafit.model.safetensors_io import SINGLE
+from lorafit.settings import preset
+from lorafit.settings.bands import LayerChoice
+from lorafit.settings.precedence import read_run_file, settle
 
 
 @pytest.fixture
@@ -144,7 +146,7 @@ def test_code_beside_a_model_is_never_run(base, pairs, tmp_path, run, monkeypatc
     assert not (tmp_path / "boom").exists()
 
 
-@pytest.mark.parametrize("name", [adapter.WEIGHTS, adapter.CONFIG, "tokenizer.json", "digests.json"])
+@pytest.mark.parametrize("name", [WEIGHTS, CONFIG, "tokenizer.json", "digests.json"])
 def test_a_flipped_bit_in_an_adapter_is_found(finished, tmp_path, run, name):
     folder = shutil.copytree(finished, tmp_path / "r")
     flip(folder / name, (folder / name).stat().st_size // 2)
@@ -185,7 +187,7 @@ def test_an_adapter_of_another_shape(finished, tiny, run, tmp_path):
 def test_yaml_that_means_harm(tmp_path, text, words):
     path = tmp_path / "p.yaml"
     path.write_text(text)
-    for read in (presets.load, read_run_file):
+    for read in (preset.load, read_run_file):
         with pytest.raises(RequestError) as error:
             read(str(path))
         assert read is read_run_file or words in error.value.message
@@ -236,7 +238,7 @@ def test_any_preset_and_run_file(tmp_path_factory, document):
         document if isinstance(document, str) else json.dumps(document), encoding="utf-8", errors="replace"
     )
     for read in (
-        lambda: presets.load(str(path)),
+        lambda: preset.load(str(path)),
         lambda: settle({}, str(path)),
         lambda: settle({"preset": str(path)}),
     ):
@@ -253,7 +255,7 @@ def test_any_preset_and_run_file(tmp_path_factory, document):
 )
 def test_any_layer_spelling(text, depth):
     try:
-        found = bands.LayerChoice(text).indices(depth)
+        found = LayerChoice(text).indices(depth)
         assert found and list(found) == sorted(set(found)) and found[0] >= 0 and found[-1] < depth
     except LorafitError as error:
         assert error.message

@@ -135,13 +135,13 @@ def test_an_adapter_and_its_merged_model_are_sent(said, hub, tmp_path):
     assert not any("checkpoint" in name for name in hub.files) and list(run.glob("checkpoint-*"))
     assert all(str(tmp_path).encode() not in content for content in hub.files.values())
 
-    from lorafit import seals
+    from lorafit import digests
 
     there = tmp_path / "fetched"
     there.mkdir()
     for name, content in hub.files.items():
         (there / name).write_bytes(content)
-    seals.check(there)  # what was sent is whole for who fetches it
+    digests.check(there)  # what was sent is whole for who fetches it
 
     hub.files.clear()
     done = said("merge", "r", "-o", "m", "--push-to-hub", "ada/lamps-merged")

@@ -9,8 +9,8 @@ from statistics import mean
 import pytest
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from lorafit import demo, seals
-from lorafit.survey import load_tokenizer
+from lorafit import demo, digests
+from lorafit.model.load import load_tokenizer
 
 STEPS = 20_000
 RUN = """
@@ -18,7 +18,9 @@ import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from test_train import job_for
-from lorafit import train
+from lorafit.train.loggers import recorded
+from lorafit.train.loop import run
+from lorafit.train.measure import _status
 from lorafit.events import Stepped
 
 model, data, output, steps = sys.argv[2:]
@@ -27,9 +29,9 @@ job = job_for(
     save_steps=1000, eval_steps=1000, keep=2, learning_rate=1e-4,
 )
 held = []
-for event in train.recorded(job, train.run(job)):
+for event in recorded(job, run(job)):
     if isinstance(event, Stepped) and event.step % 100 == 0:
-        held.append((event.step, train._status("VmRSS")))
+        held.append((event.step, _status("VmRSS")))
 print(json.dumps(held))
 """
 
@@ -60,4 +62,4 @@ def test_memory_stays_flat_over_twenty_thousand_steps(tmp_path):
     kept = sorted((tmp_path / "r").glob("checkpoint-*"))
     assert 2 <= len(kept) <= 3  # the last two, and the best where it is another
     for folder in (*kept, tmp_path / "r"):
-        seals.check(folder)
+        digests.check(folder)

@@ -13,8 +13,8 @@ from peft.tuners.lora.layer import Linear
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
-from lorafit import lowrank
-from lorafit.tracker import Tracker
+from lorafit.adapter.lora_linear import Quick, quicken
+from lorafit.estimate.memory_trace import MemoryTrace
 
 TARGETS = {"llama": ["q_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
 
@@ -32,7 +32,7 @@ def models(family, dtype=torch.float32, **lora):
         if "lora_B" in name:
             parameter.data.normal_(0, 0.02)
     quick = copy.deepcopy(plain)
-    lowrank.quicken(quick)
+    quicken(quick)
     return plain, quick
 
 
@@ -115,7 +115,7 @@ def test_it_keeps_and_does_less():
     made, scaled, added and cast, three times in float32 and once in bfloat16."""
     held, made = [], []
     for model in models("llama", torch.bfloat16):
-        tracker = Tracker()
+        tracker = MemoryTrace()
         tracker.know(model)
         with tracker:
             loss = loss_of(model)
@@ -133,7 +133,7 @@ def test_it_keeps_and_does_less():
 def test_its_flops_are_counted():
     """The tracker's, which knows a product that is added in place, against PyTorch's own over PEFT's way."""
     plain, quick = models("llama")
-    counter, tracker = FlopCounterMode(display=False), Tracker()
+    counter, tracker = FlopCounterMode(display=False), MemoryTrace()
     with counter:
         loss_of(plain).backward()
     with tracker:
@@ -155,7 +155,7 @@ def test_pefts_layers_are_what_it_was_written_for():
     """The conditions under which PEFT's forward is the plain formula, by the names it has for them."""
     _, quick = models("llama")
     layer = next(m for m in quick.modules() if isinstance(m, Linear))
-    assert type(layer) is lowrank.Quick
+    assert type(layer) is Quick
     for name in ("active_adapters", "lora_variant", "lora_bias", "disable_adapters", "merged", "scaling"):
         assert hasattr(layer, name)
 
@@ -180,7 +180,7 @@ def test_a_model_that_changes_the_output_in_place_trains():
         AutoModelForCausalLM.from_config(config), LoraConfig(target_modules=["q_proj", "v_proj"], r=4)
     )
     quick = copy.deepcopy(plain)
-    lowrank.quicken(quick)
+    quicken(quick)
     (wanted, theirs), (found, ours) = gradients(plain), gradients(quick)
     assert found == pytest.approx(wanted, rel=1e-6)
     assert all(

@@ -6,12 +6,18 @@ import torch
 from families import FAMILIES, build_model
 from safetensors.torch import load_file, save_file
 
-from lorafit import adapter, merge, proof
+from lorafit.adapter.folder import WEIGHTS, read_config, save_adapter
+from lorafit.adapter.inject import adapted_names, inject_plan
+from lorafit.adapter.plan import resolve
 from lorafit.errors import RequestError, RunError
-from lorafit.plan import resolve
-from lorafit.presets import Lora, load
-from lorafit.survey import Source, find, load_tokenizer, survey
-from lorafit.tensorfiles import open_file, shards, spans
+from lorafit.merge import merge, verify
+from lorafit.merge.merge import MergeSettings
+from lorafit.merge.verify import verify_merge
+from lorafit.model.chart import chart_of
+from lorafit.model.load import load_tokenizer
+from lorafit.model.safetensors_io import open_file, shards, spans
+from lorafit.model.source import ModelSource, find
+from lorafit.settings.preset import Lora, load_preset
 
 
 def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude=()):
@@ -19,26 +25,26 @@ def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude
     from dataclasses import replace
 
     source = find(str(base))
-    found = survey(source)
-    chosen = load(preset)
+    found = chart_of(source)
+    chosen = load_preset(preset)
     if found.reinterpreted:
         exclude = ("feed-forward", "shared-experts")
     plan = resolve(found, replace(chosen, lora=lora or chosen.lora), layers, exclude=exclude)
     cls = type(build_model(found.family if found.family in FAMILIES else "llama"))
-    model = adapter.inject(cls.from_pretrained(base), plan, found.task)
+    model = inject_plan(cls.from_pretrained(base), plan, found.task)
     torch.manual_seed(1)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.normal_(0, 0.1)
-    adapter.save(model, folder)
+    save_adapter(model, folder)
     return source, found, model
 
 
 def do_merge(folder, source, found, output, **more):
     tokenizer = load_tokenizer(source.place, "base")
     folders = folder if isinstance(folder, list) else [(folder, 1.0)]
-    return merge.merge(folders, source, found, merge.Wish(output, **more), [], tokenizer)
+    return merge.merge_adapters(folders, source, found, MergeSettings(output, **more), [], tokenizer)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -46,8 +52,7 @@ def test_merge_equals_peft_merge_on_every_family(tiny, tmp_path, family):
     source, found, model = make_adapter(tmp_path / "a", tiny(family))
     report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert (
-        report.adapted == len(adapter.adapted(model))
-        and report.verify.max_logit_diff < report.verify.tolerance
+        report.adapted == len(adapted_names(model)) and report.verify.max_logit_diff < report.verify.tolerance
     )
     assert report.verify.argmax_agreement > 0.99
     mine = {n: t for path in shards(tmp_path / "m") for n, t in load_file(path).items()}
@@ -138,7 +143,7 @@ def test_a_wrong_base_is_an_error_and_leaves_nothing(tiny, tmp_path):
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
     other = find(str(tiny("qwen3")))
     with pytest.raises((RequestError, RunError)):
-        do_merge(tmp_path / "a", find(str(tiny("gpt2"))), survey(find(str(tiny("gpt2")))), tmp_path / "m")
+        do_merge(tmp_path / "a", find(str(tiny("gpt2"))), chart_of(find(str(tiny("gpt2")))), tmp_path / "m")
     assert not (tmp_path / "m").exists() and not (tmp_path / "m.partial").exists()
     assert other.config["model_type"] == "qwen3"
     do_merge(tmp_path / "a", source, found, tmp_path / "m")
@@ -195,7 +200,7 @@ def test_files_that_are_damaged(tiny, tmp_path):
         with pytest.raises(RequestError):
             do_merge(tmp_path / "a", find(str(base)), found, tmp_path / "m")
     assert not (tmp_path / "m").exists()
-    broken = tmp_path / "a" / adapter.WEIGHTS
+    broken = tmp_path / "a" / WEIGHTS
     broken.write_bytes(broken.read_bytes()[:-10])
     with pytest.raises(RequestError, match="damaged"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
@@ -258,10 +263,10 @@ def test_the_proof_by_blocks_says_what_the_proof_of_whole_models_says(tiny, tmp_
     report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert not report.notes, report.notes
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    base = proof.Side(source, ((tmp_path / "a", 1.0),))
-    merged = proof.Side(Source("m", str(tmp_path / "m"), config))
+    base = verify.Side(source, ((tmp_path / "a", 1.0),))
+    merged = verify.Side(ModelSource("m", str(tmp_path / "m"), config))
     tokenizer = load_tokenizer(source.place, "base")
-    whole = proof.verify(base, merged, found, [], tokenizer, by_blocks=False)
+    whole = verify_merge(base, merged, found, [], tokenizer, by_blocks=False)
     assert "whole" in whole.note and report.verify.tokens == whole.tokens
     assert report.verify.loss == pytest.approx(whole.loss, rel=1e-4)
     assert report.verify.merged_loss == pytest.approx(whole.merged_loss, rel=1e-4)
@@ -282,7 +287,7 @@ def test_several_adapters_are_summed_by_their_weights(tiny, tmp_path):
     base = load_file(tiny("llama") / "model.safetensors")
     wanted = {name: tensor.double() for name, tensor in base.items()}
     for folder, weight in adapters:
-        config = adapter.read_config(folder)
+        config = read_config(folder)
         tensors = load_file(folder / "adapter_model.safetensors")
         scale = config["lora_alpha"] / (config["r"] ** 0.5 if config["use_rslora"] else config["r"])
         for name, down in tensors.items():

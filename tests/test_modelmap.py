@@ -3,9 +3,10 @@ import json
 import pytest
 from families import FAMILIES, build_config, build_model
 
-from lorafit import modelmap
-from lorafit.modelmap import MapCache, from_json, jsonable, sum_params
-from lorafit.survey import map_of
+from lorafit import system
+from lorafit.jsonio import jsonable
+from lorafit.model.chart import map_of
+from lorafit.model.map import MapCache, from_json, sum_params
 
 
 @pytest.mark.parametrize("name", FAMILIES)
@@ -46,7 +47,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
 
 def test_another_version_reads_no_old_map(monkeypatch):
     before = MapCache.key({})
-    monkeypatch.setattr(modelmap, "installed", lambda package: "0.0")
+    monkeypatch.setattr(system, "installed", lambda package: "0.0")
     assert MapCache.key({}) != before
 
 

@@ -6,21 +6,21 @@ from pathlib import Path
 
 import pytest
 
-from lorafit import seals
-from lorafit.checkpoint import RunFolder
+from lorafit import digests
 from lorafit.errors import RequestError
 from lorafit.outputs import EDITABLE, check_file, check_target, put_in_place, work_folder
+from lorafit.train.run_folder import RunFolder
 
 
 def ours(folder: Path) -> Path:
     """A folder as a finished run leaves it."""
     (folder / "checkpoint-3").mkdir(parents=True)
     (folder / "checkpoint-3" / "state.json").write_text("{}")
-    seals.seal(folder / "checkpoint-3")
+    digests.seal(folder / "checkpoint-3")
     (folder / "templates").mkdir()
     for name in ("adapter_config.json", "templates/tool.jinja", *EDITABLE):
         (folder / name).write_text("{}")
-    seals.seal(folder, but=EDITABLE)
+    digests.seal(folder, but=EDITABLE)
     return folder
 
 

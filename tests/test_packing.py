@@ -1,7 +1,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.packing import MOST_PADDING, batches, held_out, in_epoch, in_order
+from lorafit.data.batching import MOST_PADDING, batches, held_out, in_epoch, in_order
 
 lengths = st.lists(st.integers(1, 300), min_size=1, max_size=300)
 

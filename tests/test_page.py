@@ -6,10 +6,14 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lorafit import page
 from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample, Score
-from lorafit.runs import EDITED, read_back
-from lorafit.survey import find, survey
+from lorafit.model.chart import chart_of
+from lorafit.model.source import find
+from lorafit.outputs import EDITABLE
+from lorafit.report import html
+from lorafit.report.html import make_page
+from lorafit.report.run import read_back
+from lorafit.report.svg import _ticks, curves
 
 NASTY = '<script>alert(1)</script> & "quoted" \u202e\x1b[31m'
 VOID = {"meta"}
@@ -70,12 +74,12 @@ def test_the_page_of_a_run_shows_what_was_done(trained):
 
 
 def test_nothing_from_data_is_markup(trained):
-    found = survey(find("demo"))
+    found = chart_of(find("demo"))
     run = read_back(trained)
     look = run.first("data")
     look["samples"][0]["pieces"] = [[NASTY, True]]
     run.settings["data"] = [NASTY]
-    text = page.make(NASTY, found, {NASTY: (NASTY,)}, [run], report())
+    text = make_page(NASTY, found, {NASTY: (NASTY,)}, [run], report())
     tags = Tags(text)
     assert not tags.open and "script" not in tags.seen
     assert "\x1b" not in text and "\u202e" not in text
@@ -89,9 +93,9 @@ def test_one_row_is_sure_of_nothing(trained, run, tmp_path):
 
 
 def test_a_page_without_a_run_or_figures():
-    found = survey(find("demo"))
+    found = chart_of(find("demo"))
     plain = EvalReport(0, 0, None, (), (Sample("a", "", "b", ("c",)),), ("x",))
-    tags = Tags(page.make("x", found, {"x": ("model.layers.0.mlp.up_proj",)}, [], plain))
+    tags = Tags(make_page("x", found, {"x": ("model.layers.0.mlp.up_proj",)}, [], plain))
     assert not tags.open and "svg" not in tags.seen
 
 
@@ -99,14 +103,14 @@ def test_long_curves_are_thinned(trained):
     run = read_back(trained)
     step = run.first("step")
     long = [{**step, "step": n, "loss": 1 / n if n % 500 else float("nan")} for n in range(1, 20_001)]
-    drawn = page._curves([type(run)(run.folder, {}, (*long, *run.every("report")))])
+    drawn = curves([type(run)(run.folder, {}, (*long, *run.every("report")))])
     points = re.findall(r'points="([^"]*)"', drawn)
-    assert len(points) == 2 and all(len(p.split()) <= page.POINTS for p in points) and "nan" not in drawn
+    assert len(points) == 2 and all(len(p.split()) <= html.POINTS for p in points) and "nan" not in drawn
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.4, 1.3), (0, 20_000), (2.0, 2.0), (1e-4, 3e-4), (0, 1e6)])
 def test_ticks_are_round_and_few(low, high):
-    ticks = page._ticks(low, high)
+    ticks = _ticks(low, high)
     assert len(ticks) <= 9 and all(low - 1e-9 <= t <= high + 1e-9 for t in ticks)
     if high > low:
         assert len(ticks) >= 2
@@ -134,7 +138,7 @@ def test_the_page_and_the_card_may_be_edited(trained, run):
     """They are not sealed: the adapter is as sound as before."""
     (trained / "README.md").write_text((trained / "README.md").read_text() + "\nmine\n")
     sealed = json.loads((trained / "digests.json").read_text())
-    assert not set(EDITED) & set(sealed) and "adapter_model.safetensors" in sealed
+    assert not set(EDITABLE) & set(sealed) and "adapter_model.safetensors" in sealed
     assert run("eval", trained, "--samples", "0").code == 0
 
 
@@ -155,7 +159,7 @@ def test_the_cards(trained, run, tmp_path):
 
 
 def test_a_name_of_the_hub_stands_in_the_card(trained):
-    from lorafit.cards import _head
+    from lorafit.report.model_card import _head
 
     assert "base_model: Qwen/Qwen2.5-0.5B" in _head("Qwen/Qwen2.5-0.5B", "peft", "causal", [], "adapter")
     assert not any("base_model" in line for line in _head("my folder", "peft", "causal", [], "adapter"))

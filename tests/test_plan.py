@@ -4,12 +4,12 @@ from dataclasses import replace
 import pytest
 from families import FAMILIES, build_config, build_model
 
+from lorafit.adapter.plan import resolve
 from lorafit.errors import RequestError, RunError
-from lorafit.modelmap import jsonable
-from lorafit.plan import resolve
-from lorafit.presets import Lora, load, names, parse
-from lorafit.roles import Part, Role
-from lorafit.survey import map_of
+from lorafit.jsonio import jsonable
+from lorafit.model.chart import map_of
+from lorafit.model.roles import Part, Role
+from lorafit.settings.preset import Lora, load_preset, parse, preset_names
 
 
 @pytest.fixture(scope="module")
@@ -25,14 +25,14 @@ def maps():
 
 
 def plan_for(maps, family, preset="ffn", layers="high", **more):
-    return resolve(maps(family), load(preset), layers, **more)
+    return resolve(maps(family), load_preset(preset), layers, **more)
 
 
-@pytest.mark.parametrize("preset", names())
+@pytest.mark.parametrize("preset", preset_names())
 @pytest.mark.parametrize("family", FAMILIES)
 def test_plan_equals_what_peft_adapted_and_counts(maps, family, preset):
     """Every preset × every family × a band: PEFT's own module set and parameter counts."""
-    from lorafit.adapter import inject
+    from lorafit.adapter.inject import inject_plan
 
     layers = "last:2"
     try:
@@ -45,13 +45,13 @@ def test_plan_equals_what_peft_adapted_and_counts(maps, family, preset):
         )
     model = build_model(family)
     before = model.num_parameters()
-    peft_model = inject(model, plan, maps(family).task)  # compares the sets, and raises
+    peft_model = inject_plan(model, plan, maps(family).task)  # compares the sets, and raises
     trainable, total = peft_model.get_nb_trainable_parameters()
     assert (plan.trainable_params, plan.total_params) == (trainable, total) and total > before
 
 
 def test_what_a_plan_says_of_the_demo():
-    plan = resolve(map_of("demo"), load("ffn"), "high")
+    plan = resolve(map_of("demo"), load_preset("ffn"), "high")
     assert plan.indices == (9, 10, 11) and plan.trainable_params == 69_120
     assert plan.peft.target_modules == ("down_proj", "gate_proj", "up_proj")
     assert plan.peft.layers_to_transform == (9, 10, 11) and plan.cut == {"model.layers": 9}
@@ -105,17 +105,19 @@ def test_a_missing_gate_is_said_and_other_missing_roles_are_errors(maps):
 
 
 def test_literal_modules_go_the_same_way(maps):
-    plan = resolve(maps("llama"), load("basic").with_modules(["q_proj", "mlp.down_proj"]), "high")
+    plan = resolve(maps("llama"), load_preset("basic").with_modules(["q_proj", "mlp.down_proj"]), "high")
     assert plan.modules == ("model.layers.3.self_attn.q_proj", "model.layers.3.mlp.down_proj")
-    one = resolve(maps("llama"), load("basic").with_modules(["model.layers.3.self_attn.q_proj"]), "all")
+    one = resolve(
+        maps("llama"), load_preset("basic").with_modules(["model.layers.3.self_attn.q_proj"]), "all"
+    )
     assert one.modules == ("model.layers.3.self_attn.q_proj",)
-    odd = resolve(maps("deepseek_v3"), load("basic").with_modules(["q_a_proj"]), "0")
+    odd = resolve(maps("deepseek_v3"), load_preset("basic").with_modules(["q_a_proj"]), "0")
     assert odd.modules == ("model.layers.0.self_attn.q_a_proj",)
     with pytest.raises(RequestError, match="has no module `q_porj`") as error:
-        resolve(maps("llama"), load("basic").with_modules(["q_porj"]), "all")
+        resolve(maps("llama"), load_preset("basic").with_modules(["q_porj"]), "all")
     assert "`q_proj`" in error.value.hint
     with pytest.raises(RequestError, match="no adaptable weight of a layer"):
-        resolve(maps("llama"), load("basic").with_modules(["lm_head"]), "all")
+        resolve(maps("llama"), load_preset("basic").with_modules(["lm_head"]), "all")
 
 
 def test_layers_that_hold_nothing_are_reported(maps):
@@ -136,7 +138,7 @@ def test_experts_are_parameters_by_full_name(maps):
     )
     assert plan.trainable_params == 4 * 16 * ((32 + 96) + (48 + 32))
     for setting in ({"dropout": 0.1}, {"use_dora": True}, {"bias": "all"}):
-        preset = replace(load("ffn"), lora=Lora(**setting))
+        preset = replace(load_preset("ffn"), lora=Lora(**setting))
         with pytest.raises(RequestError) as error:
             resolve(maps("mixtral"), preset, "high")
         assert "--exclude experts" in error.value.hint
@@ -174,16 +176,16 @@ def test_a_shared_block_has_no_bands():
         )
     )
     with pytest.raises(RequestError, match="runs one shared block 6 times"):
-        resolve(found, load("basic"), "high")
-    assert resolve(found, load("basic"), "all").modules
+        resolve(found, load_preset("basic"), "high")
+    assert resolve(found, load_preset("basic"), "all").modules
 
 
 def test_two_layers_have_no_band(maps):
     found = map_of(build_config("llama", num_hidden_layers=2))
     with pytest.raises(RequestError, match="a stack of 2 has no band `high`") as error:
-        resolve(found, load("ffn"), "high")
+        resolve(found, load_preset("ffn"), "high")
     assert "`all`" in error.value.hint
-    assert resolve(found, load("ffn"), "1").indices == (1,)
+    assert resolve(found, load_preset("ffn"), "1").indices == (1,)
 
 
 @pytest.mark.parametrize(
@@ -210,43 +212,44 @@ def test_everything_excluded(maps):
     ids=["dora", "rslora", "bias all", "bias lora_only", "modules_to_save", "rank_pattern", "rank by layer"],
 )  # fmt: skip
 def test_counts_hold_for_all_of_loras_settings(maps, lora):
-    from lorafit.adapter import inject
+    from lorafit.adapter.inject import inject_plan
 
     for family in ("opt", "llama"):
         if lora.modules_to_save and family == "opt":
             continue
-        plan = resolve(maps(family), replace(load("all"), lora=lora), "2-3")
+        plan = resolve(maps(family), replace(load_preset("all"), lora=lora), "2-3")
         model = (
             build_model(family, tie_word_embeddings=False) if lora.modules_to_save else build_model(family)
         )
         found = map_of(model.config) if lora.modules_to_save else maps(family)
-        plan = resolve(found, replace(load("all"), lora=lora), "2-3")
-        trainable, total = inject(model, plan, "causal").get_nb_trainable_parameters()
+        plan = resolve(found, replace(load_preset("all"), lora=lora), "2-3")
+        trainable, total = inject_plan(model, plan, "causal").get_nb_trainable_parameters()
         assert (plan.trainable_params, plan.total_params) == (trainable, total)
 
 
 def test_modules_to_save_follow_peft_and_stay_apart_from_the_plan(maps):
-    from lorafit.adapter import inject
+    from lorafit.adapter.inject import inject_plan
 
-    preset = replace(load("ffn"), lora=Lora(modules_to_save=("norm",)))
+    preset = replace(load_preset("ffn"), lora=Lora(modules_to_save=("norm",)))
     plan = resolve(maps("llama"), preset, "high")
-    trainable, total = inject(build_model("llama"), plan, "causal").get_nb_trainable_parameters()
+    trainable, total = inject_plan(build_model("llama"), plan, "causal").get_nb_trainable_parameters()
     assert (plan.trainable_params, plan.total_params) == (trainable, total)
     with pytest.raises(RequestError, match="which the plan adapts"):
-        resolve(maps("llama"), replace(load("ffn"), lora=Lora(modules_to_save=("mlp",))), "high")
+        resolve(maps("llama"), replace(load_preset("ffn"), lora=Lora(modules_to_save=("mlp",))), "high")
     tied = map_of(build_config("llama", tie_word_embeddings=True))
     with pytest.raises(RequestError, match="tied"):
-        resolve(tied, replace(load("ffn"), lora=Lora(modules_to_save=("lm_head",))), "high")
+        resolve(tied, replace(load_preset("ffn"), lora=Lora(modules_to_save=("lm_head",))), "high")
 
 
 def test_patterns_mean_after_a_reload_what_they_meant_before(maps, tmp_path):
     """PEFT takes the first pattern that matches, and sorts them when it saves."""
-    from lorafit.adapter import inject, save
+    from lorafit.adapter.folder import save_adapter
+    from lorafit.adapter.inject import inject_plan
 
     patterns = {r"model\.layers\.3\.mlp\.down_proj": 64, "down_proj": 8}
-    plan = resolve(maps("llama"), replace(load("ffn"), lora=Lora(alpha_pattern=patterns)), "2-3")
-    model = inject(build_model("llama"), plan, "causal")
-    save(model, tmp_path)
+    plan = resolve(maps("llama"), replace(load_preset("ffn"), lora=Lora(alpha_pattern=patterns)), "2-3")
+    model = inject_plan(build_model("llama"), plan, "causal")
+    save_adapter(model, tmp_path)
     from peft import PeftModel
 
     again = PeftModel.from_pretrained(build_model("llama"), tmp_path)
@@ -261,7 +264,7 @@ def test_roles_stand_in_one_order(maps):
 
 
 def test_a_difference_between_plan_and_adapter_stops_the_run():
-    from lorafit.adapter import compare
+    from lorafit.adapter.inject import compare
 
     compare(["a", "b"], ["b", "a"])
     with pytest.raises(RunError, match="not adapted: `b`; adapted unasked: `c`"):

@@ -11,11 +11,13 @@ from families import FAMILIES
 from safetensors.torch import load_file
 from test_train import events_of, job_for, losses
 
-from lorafit import caches, prefix, train
-from lorafit.adapter import WEIGHTS
-from lorafit.cost import choose
+from lorafit import cache
+from lorafit.adapter.folder import WEIGHTS
 from lorafit.errors import RequestError
 from lorafit.events import EpochDone, PrefixCache, TrainReport
+from lorafit.forward import prefix_store
+from lorafit.forward.placement import choose
+from lorafit.train import loop
 
 # Families in which the state at the cut is all that the layers above it need.
 EXACT = [
@@ -133,11 +135,11 @@ def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
     assert [e.replayed for e in again if isinstance(e, EpochDone)] == [True, True, True]
     assert next(e for e in same if isinstance(e, PrefixCache)).where == "disk"  # one pass, and it is there
     assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "first")
-    (kept,) = caches.kept()
+    (kept,) = cache.kept()
     assert kept.about.endswith("layers 0–1") and kept.tokens == job.rows.look.tokens
     tokens = kept.tokens + job.rows.look.held_out_tokens
     assert (
-        prefix.folder() / kept.key / "states.bin"
+        prefix_store.folder() / kept.key / "states.bin"
     ).stat().st_size <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
 
 
@@ -149,40 +151,40 @@ def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, m
     trained(tiny, other, tmp_path / "b", prefix_cache="disk")
     trained(tiny, pairs, tmp_path / "c", prefix_cache="disk", layers="last:1")
     trained(tiny, pairs, tmp_path / "d", "qwen3", prefix_cache="disk")
-    assert len(caches.kept()) == 4
+    assert len(cache.kept()) == 4
 
 
 def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix.folder() / caches.kept()[0].key / "states.bin"
+    path = prefix_store.folder() / cache.kept()[0].key / "states.bin"
     raw = bytearray(path.read_bytes())
     raw[1000] ^= 1
     path.write_bytes(raw)
     trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
     assert adapter_of(tmp_path / "first") == adapter_of(tmp_path / "again")
-    assert not caches.kept()
+    assert not cache.kept()
 
 
 def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix.folder() / caches.kept()[0].key / "states.bin"
+    path = prefix_store.folder() / cache.kept()[0].key / "states.bin"
     path.write_bytes(path.read_bytes()[:-8])
     _, events = trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
     assert next(e for e in events if isinstance(e, EpochDone)).replayed is False
-    assert len(caches.kept()) == 1
+    assert len(cache.kept()) == 1
 
 
 def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "short", prefix_cache="disk", max_steps=2)
-    assert not caches.kept() and not list(prefix.folder().iterdir())
-    dead = prefix.folder() / f"{'0' * 32}{caches.FILLING}999999999"  # of a process that was killed
+    assert not cache.kept() and not list(prefix_store.folder().iterdir())
+    dead = prefix_store.folder() / f"{'0' * 32}{cache.FILLING}999999999"  # of a process that was killed
     dead.mkdir()
     (dead / "states.bin").write_bytes(b"half")
     trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")
-    assert not dead.exists() and len(caches.kept()) == 1
+    assert not dead.exists() and len(cache.kept()) == 1
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, monkeypatch):
@@ -197,7 +199,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, 
     resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a state fits, all of them do not
     try:
         events = []
-        for event in train.run(job):
+        for event in loop.run(job):
             events.append(event)
             if isinstance(event, PrefixCache) and event.where == "off":
                 resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -209,7 +211,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, 
     assert load_file(job.folder.work / WEIGHTS).keys() and adapter_of(job.folder.work) == adapter_of(
         tmp_path / "off"
     )
-    assert not caches.kept() and not list(prefix.folder().iterdir())
+    assert not cache.kept() and not list(prefix_store.folder().iterdir())
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit.errors import RequestError
-from lorafit.presets import load, names, parse
-from lorafit.roles import Role
+from lorafit.model.roles import Role
+from lorafit.settings.preset import load_preset, parse, preset_names
 
 OURS = Path(__file__).parent.parent / "presets"
 
 
 def test_the_five_strategies():
-    assert names() == ("basic", "attention", "extended", "ffn", "all")
-    roles = {name: " ".join(load(name).roles) for name in names()}
+    assert preset_names() == ("basic", "attention", "extended", "ffn", "all")
+    roles = {name: " ".join(load_preset(name).roles) for name in preset_names()}
     assert roles == {
         "basic": "q v", "attention": "q k v", "extended": "q k v o", "ffn": "gate up down",
         "all": "q k v o gate up down",
@@ -23,7 +23,7 @@ def test_the_five_strategies():
 
 @pytest.mark.parametrize("path", sorted(OURS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_every_preset_opens_with_its_command(path):
-    preset = load(path.stem)
+    preset = load_preset(path.stem)
     assert path.read_text().startswith(f"# lorafit train MODEL --preset {path.stem}")
     assert preset.description and preset.lora.dropout == 0 and preset.lora.bias == "none"
     assert preset.lora.modules_to_save == () and preset.layers == "all"
@@ -40,13 +40,13 @@ def test_a_preset_of_ones_own(tmp_path):
         tmp_path, description="ends", roles=["v", "q"], layers="ends", bands={"ends": "first:1,last:1", "core": [0.25, 0.75]},
         lora={"r": 4, "alpha": 8, "use_rslora": True}, training={"epochs": 1, "learning_rate": 1e-4},
     )  # fmt: skip
-    preset = load(path)
+    preset = load_preset(path)
     assert preset.name == "mine" and preset.roles == (Role.Q, Role.V) and preset.lora.r == 4
     assert preset.choice().indices(12) == (0, 11) and preset.choice("core").indices(12) == tuple(range(3, 9))
 
 
 def test_literal_modules_and_layers(tmp_path):
-    preset = load(write(tmp_path, modules=["q_proj", "v_proj"], layers_to_transform=[0, 1, 2]))
+    preset = load_preset(write(tmp_path, modules=["q_proj", "v_proj"], layers_to_transform=[0, 1, 2]))
     assert preset.modules == ("q_proj", "v_proj") and preset.choice().indices(12) == (0, 1, 2)
 
 
@@ -98,20 +98,20 @@ def test_yaml_that_is_none_of_ours(tmp_path, text, word):
     path = tmp_path / "mine.yaml"
     path.write_text(text)
     with pytest.raises(RequestError) as error:
-        load(str(path))
+        load_preset(str(path))
     assert word in error.value.message
 
 
 def test_no_such_preset(tmp_path):
     with pytest.raises(RequestError) as error:
-        load("fnn")
+        load_preset("fnn")
     assert "`ffn`" in error.value.hint
     for name in (str(tmp_path / "none.yaml"), "../basic", ""):
         with pytest.raises(RequestError):
-            load(name)
+            load_preset(name)
     (tmp_path / "latin.yaml").write_bytes(b"description: caf\xe9\n")
     with pytest.raises(RequestError) as error:
-        load(str(tmp_path / "latin.yaml"))
+        load_preset(str(tmp_path / "latin.yaml"))
     assert "UTF-8" in error.value.message
 
 

@@ -78,10 +78,10 @@ def test_the_python_runs():
 
 
 def test_the_preset_of_ones_own_is_one(tmp_path):
-    from lorafit.presets import load
+    from lorafit.settings.preset import load_preset
 
     (tmp_path / "mine.yaml").write_text(next(body for kind, body in BLOCKS if kind == "yaml"))
-    preset = load(str(tmp_path / "mine.yaml"))
+    preset = load_preset(str(tmp_path / "mine.yaml"))
     assert preset.choice().indices(12) == (0, 1, 10, 11) and preset.training["epochs"] == 2
 
 

@@ -18,17 +18,19 @@ import torch
 from safetensors.torch import load_file
 from test_train import events_of, job_for
 
-from lorafit import adapter, checkpoint, seals
-from lorafit.checkpoint import RunFolder
+from lorafit import digests
+from lorafit.adapter.folder import WEIGHTS, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Started, Stepped, TrainReport
+from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 # A process that has imported everything, and forks a child for each command it reads; the child may
 # kill itself inside a save: while the checkpoint of that step is written.
 DRIVER = """
 import json, os, signal, sys
 import torch, transformers, peft
-from lorafit import checkpoint, seals, show, train
+from lorafit.train.run_folder import LAST_GOOD
+from lorafit import digests
 from lorafit.cli import app
 
 for line in sys.stdin:
@@ -38,12 +40,12 @@ for line in sys.stdin:
         null = os.open(os.devnull, os.O_WRONLY)
         os.dup2(null, 1)
         if inside:
-            was = seals.seal
+            was = digests.seal
             def seal(folder, but=()):
                 if folder.name == f".checkpoint-{inside}":
                     os.kill(os.getpid(), signal.SIGKILL)
                 was(folder, but)
-            seals.seal = seal
+            digests.seal = seal
         try:
             app(arguments)
             code = 0
@@ -98,7 +100,7 @@ def command(tiny, pairs, output, *more: object) -> list[str]:
 
 
 def same(one: Path, other: Path) -> bool:
-    a, b = load_file(one / adapter.WEIGHTS), load_file(other / adapter.WEIGHTS)
+    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
@@ -142,7 +144,8 @@ def stopped(tiny, pairs, folder, at=6, **more):
     job = job_for(tiny("llama"), folder, **{k: v for k, v in flags.items() if v is not None})
     job.stop = lambda: 2 if len(seen) >= at else 0
     with pytest.raises(Interrupted) as stop:
-        from lorafit.train import recorded, run
+        from lorafit.train.loggers import recorded
+        from lorafit.train.loop import run
 
         for event in recorded(job, run(job)):
             seen += [event] if isinstance(event, Stepped) else []
@@ -232,8 +235,8 @@ def test_the_best_on_the_way_is_kept(tiny, pairs, tmp_path):
     assert report.best is not None and (report.best.loss, report.best.step) == min(evaluated)
     (kept,) = (tmp_path / "r").glob("checkpoint-*")
     assert kept.name == f"checkpoint-{report.best.step}"
-    seals.check(kept)
-    assert adapter.read_config(kept)["peft_type"] == "LORA"
+    digests.check(kept)
+    assert read_config(kept)["peft_type"] == "LORA"
 
 
 def test_two_runs_into_one_folder(tiny, pairs, tmp_path):
@@ -246,7 +249,8 @@ def test_two_runs_into_one_folder(tiny, pairs, tmp_path):
 
 @pytest.mark.parametrize("rate, words", [(1e4, "step [34]"), (1e30, "step 2")])
 def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp_path, rate, words):
-    from lorafit.train import recorded, run
+    from lorafit.train.loggers import recorded
+    from lorafit.train.loop import run
 
     job = job_for(
         tiny("llama"),
@@ -261,11 +265,11 @@ def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp
     with pytest.raises(RunError, match=words) as error:
         list(recorded(job, run(job)))
     assert "a lower --learning-rate" in error.value.hint
-    good = tmp_path / "r.partial" / checkpoint.LAST_GOOD
+    good = tmp_path / "r.partial" / LAST_GOOD
     if good.is_dir():
         assert str(good) in error.value.message
-        seals.check(good)
-        assert all(t.isfinite().all() for t in load_file(good / adapter.WEIGHTS).values())
+        digests.check(good)
+        assert all(t.isfinite().all() for t in load_file(good / WEIGHTS).values())
     else:
         assert rate > 1e4  # nothing was learned yet
 
@@ -301,7 +305,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
 
 
 def test_memory_that_runs_out_says_what_would_fit(tiny, pairs, tmp_path, run, monkeypatch):
-    from lorafit.step import Forward
+    from lorafit.forward.head import Forward
 
     def out(self, model, batch):
         raise RuntimeError(
@@ -323,11 +327,11 @@ def test_links_in_the_output_path(tiny, pairs, tmp_path):
     with pytest.raises(RequestError, match="is not a folder"):
         RunFolder(tmp_path / "new").open(True, False)
     events_of(job_for(tiny("llama"), tmp_path / "link" / "r", data=(str(pairs),), max_steps=1))
-    assert (tmp_path / "real" / "r" / adapter.WEIGHTS).is_file()
+    assert (tmp_path / "real" / "r" / WEIGHTS).is_file()
     with pytest.raises(RequestError, match="neither a run nor a model"):
         RunFolder(tmp_path / "link").open(True, False)
     (tmp_path / "other").symlink_to(tmp_path / "real" / "r")
-    before = (tmp_path / "real" / "r" / adapter.WEIGHTS).read_bytes()
+    before = (tmp_path / "real" / "r" / WEIGHTS).read_bytes()
     events_of(job_for(tiny("llama"), tmp_path / "other", data=(str(pairs),), max_steps=2, overwrite=True))
     assert not (tmp_path / "other").is_symlink()  # what it led to stays as it was
-    assert (tmp_path / "real" / "r" / adapter.WEIGHTS).read_bytes() == before
+    assert (tmp_path / "real" / "r" / WEIGHTS).read_bytes() == before

@@ -1,6 +1,15 @@
 import pytest
 
-from lorafit.roles import DEFAULT_PARTS, Part, Role, bare_part, place_of, roles_of, tower_of, with_fusion
+from lorafit.model.roles import (
+    DEFAULT_PARTS,
+    Part,
+    Role,
+    bare_part,
+    place_of,
+    roles_of,
+    tower_of,
+    with_fusion,
+)
 
 BLOCK = ("layers", "SomeDecoderLayer")
 

@@ -6,8 +6,8 @@ import pytest
 import torch
 from transformers import get_scheduler
 
-from lorafit.config import settle
-from lorafit.schedule import rates, warmup_steps
+from lorafit.settings.precedence import settle
+from lorafit.train.schedule import rates, warmup_steps
 
 
 @pytest.mark.parametrize("scheduler", ["linear", "cosine", "constant"])

@@ -7,12 +7,13 @@ import torch
 from families import FAMILIES, build_config
 from test_train import job_for
 
-from lorafit import simulate
-from lorafit.cost import Shape
-from lorafit.plan import resolve
-from lorafit.presets import load
-from lorafit.step import Forward
-from lorafit.survey import Source, find, survey
+from lorafit.adapter.plan import resolve
+from lorafit.estimate.simulate import _profile, meta_batch, simulate_step, track
+from lorafit.estimate.terms import Shape
+from lorafit.forward.head import Forward
+from lorafit.model.chart import chart_of
+from lorafit.model.source import ModelSource, find
+from lorafit.settings.preset import load_preset
 
 
 def peak(profile):
@@ -20,7 +21,7 @@ def peak(profile):
 
 
 def named(config, name="model"):
-    return Source(name, name, config.to_dict())
+    return ModelSource(name, name, config.to_dict())
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -32,12 +33,12 @@ def test_a_simulated_step_holds_what_a_real_one_holds(tiny, pairs, tmp_path, fam
     )  # fmt: skip
     source = find(str(tiny(family)))
     shape = Shape(4, 64, supervised=0.5)
-    batch = simulate.meta_batch(shape, job.task, "cpu")
+    batch = meta_batch(shape, job.task, "cpu")
     batch = replace(batch, inputs={**batch.inputs, "input_ids": torch.randint(3, 800, (4, 64))})
     forward = Forward.of(job.model, job.task)
     job.model.train()
-    real = simulate._profile(simulate.track(job.model, job.plan, forward, batch, "cpu"), shape, "")
-    found = simulate.simulate(source, job.found, job.plan, shape, "cpu", whole_depth=True)
+    real = _profile(track(job.model, job.plan, forward, batch, "cpu"), shape, "")
+    found = simulate_step(source, job.found, job.plan, shape, "cpu", whole_depth=True)
     assert peak(found) == pytest.approx(peak(real), rel=0.005)
     assert (found.forward, found.backward) == pytest.approx((real.forward, real.backward), rel=0.005)
 
@@ -50,12 +51,12 @@ def test_what_is_extended_agrees_with_the_whole_depth(family, band):
         family, num_hidden_layers=16, **({"layer_types": kinds} if family == "qwen3_next" else {})
     )
     source = named(config)
-    found = survey(source)
+    found = chart_of(source)
     parts = ["feed-forward", "shared-experts"] if found.reinterpreted else []
-    plan = resolve(found, load("all"), band, exclude=parts)
+    plan = resolve(found, load_preset("all"), band, exclude=parts)
     for shape in (Shape(2, 64), Shape(2, 64, "bfloat16", checkpointing=True)):
-        short = simulate.simulate(source, found, plan, shape, "cpu")
-        whole = simulate.simulate(source, found, plan, shape, "cpu", whole_depth=True)
+        short = simulate_step(source, found, plan, shape, "cpu")
+        whole = simulate_step(source, found, plan, shape, "cpu", whole_depth=True)
         assert (short.forward, short.backward, short.prefix) == pytest.approx(
             (whole.forward, whole.backward, whole.prefix), rel=1e-6, abs=2
         )
@@ -77,9 +78,9 @@ def test_flops_are_those_of_the_hand_formula():
         num_key_value_heads=4, head_dim=16,
     )  # fmt: skip
     source = named(config)
-    found = survey(source)
-    plan = resolve(found, load("all"), "all")
-    profile = simulate.simulate(source, found, plan, Shape(2, length), "cpu", whole_depth=True)
+    found = chart_of(source)
+    plan = resolve(found, load_preset("all"), "all")
+    profile = simulate_step(source, found, plan, Shape(2, length), "cpu", whole_depth=True)
     block = 2 * (4 * hidden * hidden + 3 * hidden * inner)
     attention = 4 * length * hidden
     lora = 2 * plan.trainable_params
@@ -94,18 +95,18 @@ def test_flops_are_those_of_the_hand_formula():
 
 def test_the_prefix_is_the_part_of_forward_below_the_cut():
     source = named(build_config("llama", num_hidden_layers=12))
-    found = survey(source)
+    found = chart_of(source)
     shapes = Shape(2, 64)
-    high = simulate.simulate(source, found, resolve(found, load("ffn"), "high"), shapes, "cpu")
-    low = simulate.simulate(source, found, resolve(found, load("ffn"), "low"), shapes, "cpu")
+    high = simulate_step(source, found, resolve(found, load_preset("ffn"), "high"), shapes, "cpu")
+    low = simulate_step(source, found, resolve(found, load_preset("ffn"), "low"), shapes, "cpu")
     assert low.prefix == 0 and high.prefix * 3 > high.forward > high.prefix
     assert high.backward < low.backward and not high.refusal and "layer 0" in low.refusal
 
 
 def test_checkpointing_holds_less_and_computes_more():
     source = named(build_config("llama", num_hidden_layers=12))
-    found = survey(source)
-    plan = resolve(found, load("all"), "all")
-    plain = simulate.simulate(source, found, plan, Shape(2, 128), "cpu")
-    again = simulate.simulate(source, found, plan, Shape(2, 128, checkpointing=True), "cpu")
+    found = chart_of(source)
+    plan = resolve(found, load_preset("all"), "all")
+    plain = simulate_step(source, found, plan, Shape(2, 128), "cpu")
+    again = simulate_step(source, found, plan, Shape(2, 128, checkpointing=True), "cpu")
     assert peak(again) < 0.5 * peak(plain) and again.backward > 1.3 * plain.backward

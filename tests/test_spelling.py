@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig
 from peft.tuners.tuners_utils import check_target_module_exists
 
-from lorafit.spelling import Spelling, pattern_value, spell
+from lorafit.adapter.peft_names import Spelling, pattern_value, spell
 
 names = st.lists(
     st.sampled_from(["model", "layers", "0", "1", "12", "self_attn", "mlp", "q_proj", "experts", "h", "c_proj"]),

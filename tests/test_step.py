@@ -6,10 +6,10 @@ import torch.nn.functional as F
 import transformers
 from families import FAMILIES, LLAMA_LIKE, build_config, build_model, tokenizer
 
-from lorafit.batch import collate
-from lorafit.evaluate import Evaluator
-from lorafit.rows import IGNORED, Row, RowSet
-from lorafit.step import Forward
+from lorafit.data.collate import collate_rows
+from lorafit.data.rows import IGNORED, Row, RowSet
+from lorafit.evaluate.score import Evaluator
+from lorafit.forward.head import Forward
 
 ROWS = [Row(tuple(range(5, 5 + n)), (IGNORED, IGNORED, *range(7, 5 + n)), "x") for n in (9, 4, 17, 12)]
 # Heads that scale, divide or bias their logits, beside gemma2 of the families, which caps them.
@@ -40,9 +40,9 @@ def model_of(name):
 
 def batch_of(model, task):
     if task != "masked":
-        return collate(ROWS, 0, task)
+        return collate_rows(ROWS, 0, task)
     rows = Evaluator(RowSet.of(ROWS), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu"))
-    return collate([rows.masked(n) for n in range(len(ROWS))], 0, task)
+    return collate_rows([rows.masked(n) for n in range(len(ROWS))], 0, task)
 
 
 def plainly(model, task, batch):
@@ -126,7 +126,7 @@ def test_rounding_is_no_reason_to_run_the_head_whole(seed):
 
 def test_a_target_that_the_model_rules_out_costs_what_it_costs():
     """Its probability is below the smallest float32: the loss is no infinity, and the gradient is right."""
-    from lorafit.step import _softmax_loss
+    from lorafit.forward.loss import _softmax_loss
 
     hidden = torch.eye(3).requires_grad_()
     weight = torch.tensor([[300.0, 0.0, -5.0], [1.0, 2.0, 3.0], [-250.0, 0.0, 250.0]])

@@ -4,8 +4,10 @@ import pytest
 from families import build_config, save_model
 
 from lorafit.errors import RequestError
-from lorafit.roles import Part
-from lorafit.survey import find, load_model, load_tokenizer, map_of, survey
+from lorafit.model.chart import chart_of, map_of
+from lorafit.model.load import load_model, load_tokenizer
+from lorafit.model.roles import Part
+from lorafit.model.source import find
 
 
 def roles_of_layer(name: str, layer: int = 0, stack: str | None = None) -> dict[str, str]:
@@ -215,9 +217,9 @@ def test_a_map_seen_before_needs_no_torch(tmp_path):
     import subprocess
     import sys
 
-    survey(find("demo"))
+    chart_of(find("demo"))
     code = (
-        "import sys; from lorafit.survey import find, survey; found = survey(find('demo'));"
+        "import sys; from lorafit.survey import find, survey; found = chart_of(find('demo'));"
         "assert found.total_params == 2525952; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

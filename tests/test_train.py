@@ -7,35 +7,43 @@ from families import FAMILIES, build_model, tokenizer
 from peft import PeftModel
 from safetensors.torch import load_file
 
-from lorafit import adapter, data, train
-from lorafit.batch import collate
-from lorafit.checkpoint import RunFolder
-from lorafit.config import derive_from_model, derive_from_rows, settle
+from lorafit.adapter.folder import CONFIG, WEIGHTS
+from lorafit.adapter.inject import attach
+from lorafit.adapter.plan import resolve
+from lorafit.data.collate import collate_rows
+from lorafit.data.dataset import load
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.events import Evaluated, Saved, Stepped, TrainReport
-from lorafit.plan import resolve
-from lorafit.step import Forward
-from lorafit.survey import find, load_tokenizer, survey
+from lorafit.forward.head import Forward
+from lorafit.model.chart import chart_of
+from lorafit.model.load import load_tokenizer, pick_device, pick_dtype
+from lorafit.model.source import find
+from lorafit.settings.precedence import derive_from_model, derive_from_rows, settle
+from lorafit.train.job import assemble
+from lorafit.train.loggers import recorded
+from lorafit.train.loop import run
+from lorafit.train.measure import efficiency
+from lorafit.train.run_folder import RunFolder
 
 
 def job_for(model, output, stop=lambda: 0, **flags):
     """A job as the command makes it."""
     config, preset = settle({"model": str(model), **flags})
     source = find(config.model)
-    found = survey(source)
+    found = chart_of(source)
     config = derive_from_model(config, found)
     exclude = ["feed-forward", "shared-experts"] if found.reinterpreted else []
     plan = resolve(found, preset, config.layers, exclude=exclude)
     found_tokenizer = load_tokenizer(source.place, source.name)
-    rows = data.load(config, found_tokenizer, found.task, found.vocab_size)
+    rows = load(config, found_tokenizer, found.task, found.vocab_size)
     config = derive_from_rows(config, rows.look.mean, len(rows.train))
     folder = RunFolder(output)
     folder.open(config.overwrite, config.resume)
-    return train.assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
+    return assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
 
 
 def events_of(job):
-    return list(train.recorded(job, train.run(job)))
+    return list(recorded(job, run(job)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -57,7 +65,7 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
     assert isinstance(report, TrainReport) and report.steps == 12
     assert report.eval["after"].loss < report.eval["before"].loss - 0.1
 
-    batch = collate(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
+    batch = collate_rows(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
     forward = Forward.of(job.model, job.task)
     job.model.eval()
     with torch.no_grad():
@@ -66,7 +74,7 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
             type(job.model.get_base_model()).from_pretrained(tiny(family)), output
         )
         got = forward.logits(plain.eval(), batch)
-        attached = adapter.attach(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
+        attached = attach(type(job.model.get_base_model()).from_pretrained(tiny(family)), output)
         mine = forward.logits(attached.eval(), batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
@@ -81,12 +89,9 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny, pairs, tmp_path):
     one, two = (events_of(job_for(tiny("llama"), tmp_path / n, **flags)) for n in ("a", "b"))
     other = events_of(job_for(tiny("llama"), tmp_path / "c", seed=1, **flags))
     assert losses(one) == losses(two) != losses(other)
-    assert (
-        load_file(tmp_path / "a" / adapter.WEIGHTS).keys()
-        == load_file(tmp_path / "b" / adapter.WEIGHTS).keys()
-    )
-    assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
-    assert (tmp_path / "a" / adapter.CONFIG).read_bytes() == (tmp_path / "b" / adapter.CONFIG).read_bytes()
+    assert load_file(tmp_path / "a" / WEIGHTS).keys() == load_file(tmp_path / "b" / WEIGHTS).keys()
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
+    assert (tmp_path / "a" / CONFIG).read_bytes() == (tmp_path / "b" / CONFIG).read_bytes()
 
 
 def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
@@ -99,7 +104,9 @@ def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
     for size in (8, 2):
         job.model.zero_grad()
         for at in range(0, 8, size):
-            (forward.loss_sum(job.model, collate(rows[at : at + size], 0, "causal")) / supervised).backward()
+            (
+                forward.loss_sum(job.model, collate_rows(rows[at : at + size], 0, "causal")) / supervised
+            ).backward()
         grads.append(torch.cat([p.grad.flatten() for p in job.parameters]))
     torch.testing.assert_close(*grads, atol=1e-6, rtol=1e-4)
 
@@ -114,7 +121,7 @@ def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
         tiny("llama"), tmp_path / "b", stop=lambda: 15 if len(seen) >= stop_after - 1 else 0, **flags
     )
     with pytest.raises(Interrupted) as end:
-        for event in train.recorded(job, train.run(job)):
+        for event in recorded(job, run(job)):
             seen += [event] if isinstance(event, Stepped) else []
     assert end.value.exit_code == 143 and "--resume" in end.value.hint
     assert not (tmp_path / "b").exists() and job.folder.checkpoints
@@ -125,7 +132,7 @@ def test_a_resumed_run_equals_a_straight_run(tiny, pairs, tmp_path, stop_after):
     assert [(e.epoch, e.loss, e.tokens) for e in one.epochs] == [
         (e.epoch, e.loss, e.tokens) for e in two.epochs
     ]
-    assert (tmp_path / "a" / adapter.WEIGHTS).read_bytes() == (tmp_path / "b" / adapter.WEIGHTS).read_bytes()
+    assert (tmp_path / "a" / WEIGHTS).read_bytes() == (tmp_path / "b" / WEIGHTS).read_bytes()
     assert not list((tmp_path / "b").glob("checkpoint-*"))
 
 
@@ -153,7 +160,7 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path, after, wo
     if after is None:
         spoil()
     with pytest.raises(RunError, match=words):
-        for event in train.recorded(job, train.run(job)):
+        for event in recorded(job, run(job)):
             if after is not None and isinstance(event, after):
                 spoil()
     assert not list(tmp_path.iterdir())
@@ -162,14 +169,14 @@ def test_a_loss_that_is_no_number_stops_the_run(tiny, pairs, tmp_path, after, wo
 def test_the_old_run_stays_until_the_new_one_is_whole(tiny, pairs, tmp_path):
     flags = {"data": (str(pairs),), "max_steps": 2}
     events_of(job_for(tiny("llama"), tmp_path / "r", **flags))
-    old = (tmp_path / "r" / adapter.WEIGHTS).read_bytes()
+    old = (tmp_path / "r" / WEIGHTS).read_bytes()
     with pytest.raises(RequestError, match="exists"):
         job_for(tiny("llama"), tmp_path / "r", **flags)
     job = job_for(tiny("llama"), tmp_path / "r", overwrite=True, seed=5, **flags)
-    for event in train.recorded(job, train.run(job)):
+    for event in recorded(job, run(job)):
         if isinstance(event, Stepped):
-            assert (tmp_path / "r" / adapter.WEIGHTS).read_bytes() == old
-    assert (tmp_path / "r" / adapter.WEIGHTS).read_bytes() != old
+            assert (tmp_path / "r" / WEIGHTS).read_bytes() == old
+    assert (tmp_path / "r" / WEIGHTS).read_bytes() != old
     assert [p.name for p in tmp_path.iterdir()] == ["r"]
 
 
@@ -211,7 +218,7 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
             block.register_full_backward_hook(lambda m, i, o, n=number, seen=calls: seen.append(n))
         job.model.train()
         forward = Forward.of(job.model, "causal")
-        forward.loss_sum(job.model, collate(list(job.rows.train[:4]), 0, "causal")).backward()
+        forward.loss_sum(job.model, collate_rows(list(job.rows.train[:4]), 0, "causal")).backward()
         grads.append(torch.cat([p.grad.flatten() for p in job.parameters]))
         ran.append(set(calls))
     assert torch.equal(*grads)
@@ -221,8 +228,8 @@ def test_checkpointing_keeps_gradients_and_stays_above_the_cut(tiny, pairs, tmp_
 def test_devices_that_are_not_there():
     for name in ("cuda:99", "gpu", "meta", "cuda" if not torch.cuda.is_available() else "cuda:77"):
         with pytest.raises(RequestError):
-            train.pick_device(name)
-    assert train.pick_dtype("auto", torch.device("cpu")) is torch.float32
+            pick_device(name)
+    assert pick_dtype("auto", torch.device("cpu")) is torch.float32
 
 
 def test_a_masked_model_needs_a_mask_token(pairs, tmp_path):
@@ -237,7 +244,7 @@ def test_a_masked_model_needs_a_mask_token(pairs, tmp_path):
 def test_runs_started_at_once_get_folders_of_their_own(tmp_path, monkeypatch):
     from concurrent.futures import ThreadPoolExecutor
 
-    from lorafit.checkpoint import claim
+    from lorafit.train.run_folder import claim
 
     monkeypatch.chdir(tmp_path)
     with ThreadPoolExecutor(8) as pool:
@@ -250,11 +257,11 @@ def test_a_trained_adapter_survives_what_fails_behind_it(tiny, pairs, tmp_path, 
     monkeypatch.setattr(RunFolder, "finish", lambda self, keep, best: (_ for _ in ()).throw(OSError("busy")))
     with pytest.raises(RunError, match="busy"):
         events_of(job)
-    assert (tmp_path / "r.partial" / adapter.WEIGHTS).is_file()
+    assert (tmp_path / "r.partial" / WEIGHTS).is_file()
 
 
 def test_no_share_of_the_matrix_rate_is_above_one():
-    assert train.efficiency(50.0, 100.0, 80.0) == 0.5
-    assert train.efficiency(214.0, 100.0, 90.0) == 1.0
-    assert train.efficiency(50.0, 20.0, 100.0) == 0.5, "the better of both measurements counts"
-    assert train.efficiency(50.0, 0.0) is None
+    assert efficiency(50.0, 100.0, 80.0) == 0.5
+    assert efficiency(214.0, 100.0, 90.0) == 1.0
+    assert efficiency(50.0, 20.0, 100.0) == 0.5, "the better of both measurements counts"
+    assert efficiency(50.0, 0.0) is None

@@ -5,11 +5,12 @@ import json
 import pytest
 from families import build_config, build_model
 
-from lorafit import adapter
+from lorafit.adapter.folder import CONFIG, save_adapter
+from lorafit.adapter.inject import adapted_names, inject_plan
+from lorafit.adapter.plan import resolve
 from lorafit.errors import RequestError
-from lorafit.plan import resolve
-from lorafit.presets import load, parse
-from lorafit.survey import map_of
+from lorafit.model.chart import map_of
+from lorafit.settings.preset import load_preset, parse
 
 
 @pytest.fixture(scope="module")
@@ -18,20 +19,20 @@ def llama():
 
 
 def named(*modules):
-    return load("basic").with_modules(modules)
+    return load_preset("basic").with_modules(modules)
 
 
 def test_an_empty_list_of_layers_is_not_all_of_them():
     with pytest.raises(RequestError, match="a list of layer numbers"):
         parse({"roles": ["q"], "layers_to_transform": []}, "mine")
     with pytest.raises(RequestError, match="the choice is empty"):
-        load("basic").choice("")
+        load_preset("basic").choice("")
 
 
 @pytest.mark.parametrize("layers", ["3,4,99", "99", "-1"])
 def test_a_layer_that_is_not_there_is_not_dropped(llama, layers):
     with pytest.raises(RequestError):
-        resolve(llama, load("basic"), layers)
+        resolve(llama, load_preset("basic"), layers)
 
 
 def test_a_misspelt_name_beside_a_good_one_is_not_dropped(llama):
@@ -46,7 +47,7 @@ def test_a_full_path_does_not_slip_past_the_layers(llama):
     assert both.modules == (
         "model.layers.2.self_attn.q_proj", "model.layers.3.self_attn.q_proj", "model.layers.3.self_attn.v_proj",
     )  # fmt: skip
-    assert adapter.adapted(adapter.inject(build_model("llama"), both, "causal"))
+    assert adapted_names(inject_plan(build_model("llama"), both, "causal"))
 
 
 @pytest.mark.parametrize("name", ["lm_head", "embed_tokens", "norm"])
@@ -63,12 +64,12 @@ def test_a_pattern_is_no_name(llama, name):
 
 def test_an_index_is_that_of_one_stack_and_not_of_cross_attention():
     t5 = map_of(build_config("t5"))
-    plan = resolve(t5, load("basic"), "1", stack="decoder")
+    plan = resolve(t5, load_preset("basic"), "1", stack="decoder")
     assert plan.modules == (
         "decoder.block.1.layer.0.SelfAttention.q",
         "decoder.block.1.layer.0.SelfAttention.v",
     )
-    assert set(adapter.adapted(adapter.inject(build_model("t5"), plan, "seq2seq"))) == set(plan.modules)
+    assert set(adapted_names(inject_plan(build_model("t5"), plan, "seq2seq"))) == set(plan.modules)
 
 
 def test_an_output_is_not_a_down():
@@ -79,8 +80,8 @@ def test_an_output_is_not_a_down():
 
 def test_a_band_holds_for_expert_parameters():
     mixtral = map_of(build_config("mixtral"))
-    plan = resolve(mixtral, load("all"), "1")
-    found = adapter.adapted(adapter.inject(build_model("mixtral"), plan, "causal"))
+    plan = resolve(mixtral, load_preset("all"), "1")
+    found = adapted_names(inject_plan(build_model("mixtral"), plan, "causal"))
     assert all(".layers.1." in name for name in found) and sum("experts" in name for name in found) == 2
 
 
@@ -88,7 +89,7 @@ def test_dense_layers_are_not_turned_into_experts():
     deepseek = map_of(build_config("deepseek_v3"))
     for layers in ("0", "1", "all"):
         with pytest.raises(RequestError, match="expert parameters of every layer"):
-            resolve(deepseek, load("ffn"), layers)
+            resolve(deepseek, load_preset("ffn"), layers)
 
 
 def test_one_tensor_does_not_get_three_adapters():
@@ -99,11 +100,11 @@ def test_one_tensor_does_not_get_three_adapters():
         mamba_d_state=4, mamba_dt_rank=4, attn_layer_period=2, attn_layer_offset=1, use_mamba_kernels=False,
     )  # fmt: skip
     with pytest.raises(RequestError, match="is one tensor with"):
-        resolve(map_of(config), load("basic"), "all")
+        resolve(map_of(config), load_preset("basic"), "all")
 
 
 def test_names_are_saved_in_one_order(tmp_path):
-    plan = resolve(map_of(build_config("llama")), load("all"), "high")
-    adapter.save(adapter.inject(build_model("llama"), plan, "causal"), tmp_path)
-    saved = json.loads((tmp_path / adapter.CONFIG).read_text())["target_modules"]
+    plan = resolve(map_of(build_config("llama")), load_preset("all"), "high")
+    save_adapter(inject_plan(build_model("llama"), plan, "causal"), tmp_path)
+    saved = json.loads((tmp_path / CONFIG).read_text())["target_modules"]
     assert saved == sorted(saved) and len(saved) == 7

@@ -12,13 +12,13 @@ from functools import lru_cache
 import pytest
 import zoo
 
-from lorafit import adapter
+from lorafit.adapter.inject import inject_plan
+from lorafit.adapter.plan import resolve
 from lorafit.errors import RequestError
-from lorafit.modelmap import ModelMap, sum_params
-from lorafit.plan import resolve
-from lorafit.presets import load, names
-from lorafit.roles import DEFAULT_PARTS, Part, Role
-from lorafit.survey import chart
+from lorafit.model.chart import chart
+from lorafit.model.map import ModelMap, sum_params
+from lorafit.model.roles import DEFAULT_PARTS, Part, Role
+from lorafit.settings.preset import load_preset, preset_names
 
 CLASSES = zoo.classes()
 BANDS = ("low", "mid", "high", "all")
@@ -104,26 +104,26 @@ def check_plans(model: object, found: ModelMap) -> int:
     """Every strategy × band: chosen slots lie where they should, and PEFT adapts exactly them."""
     adapted = 0
     texts = {s.path for s in found.text_stacks}
-    for preset in names():
+    for preset in preset_names():
         for band in BANDS:
             try:
-                plan = resolve(found, load(preset), band)
+                plan = resolve(found, load_preset(preset), band)
             except RequestError as error:
                 assert error.hint or "no repeated blocks" in error.message, error.message
                 continue
-            roles = set(load(preset).roles)
+            roles = set(load_preset(preset).roles)
             for slot in plan.slots:
                 assert slot.stack in texts and slot.part in DEFAULT_PARTS
                 assert slot.layer in plan.layers[slot.stack] and set(slot.roles) & roles
-            inject(model, found, plan)
+            put_in_and_out(model, found, plan)
             adapted += 1
     return adapted
 
 
-def inject(model: object, found: ModelMap, plan) -> None:
+def put_in_and_out(model: object, found: ModelMap, plan) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        peft_model = adapter.inject(model, plan, found.task)  # compares names and counts, and raises
+        peft_model = inject_plan(model, plan, found.task)  # compares names and counts, and raises
         peft_model.unload()
 
 

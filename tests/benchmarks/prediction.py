@@ -20,7 +20,7 @@ from pathlib import Path
 from statistics import median, quantiles
 from typing import Any
 
-from lorafit import heap
+from lorafit.estimate.glibc_heap import environment
 
 
 @dataclass(frozen=True)
@@ -76,18 +76,24 @@ def one(cell: Cell) -> dict[str, Any]:
     import torch
     import transformers
 
-    from lorafit import forecast, simulate, train
-    from lorafit.checkpoint import RunFolder
-    from lorafit.config import derive_from_model, settle
-    from lorafit.cost import LIBRARIES
-    from lorafit.data import Rows
+    from lorafit.adapter.plan import resolve
+    from lorafit.data.dataset import Rows
+    from lorafit.data.rows import IGNORED, Row
     from lorafit.demo import MODEL
+    from lorafit.estimate.cost import LIBRARIES
+    from lorafit.estimate.forecast import prepare
+    from lorafit.estimate.simulate import _profile, track
     from lorafit.events import EpochDone, TrainReport
-    from lorafit.plan import resolve
-    from lorafit.presets import load
-    from lorafit.rows import IGNORED, Row
-    from lorafit.step import Forward
-    from lorafit.survey import find, load_tokenizer, survey
+    from lorafit.forward.head import Forward
+    from lorafit.model.chart import chart_of
+    from lorafit.model.load import load_tokenizer
+    from lorafit.model.source import find
+    from lorafit.settings.precedence import derive_from_model, settle
+    from lorafit.settings.preset import load_preset
+    from lorafit.train import loop
+    from lorafit.train.job import assemble
+    from lorafit.train.loggers import recorded
+    from lorafit.train.run_folder import RunFolder
 
     folder = Path(tempfile.mkdtemp())
     name, arguments = SHAPES[cell.family]
@@ -95,8 +101,8 @@ def one(cell: Cell) -> dict[str, Any]:
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder / "model")
     tokenizer = load_tokenizer(str(MODEL), "demo")
     source = find(str(folder / "model"))
-    found = survey(source)
-    plan = resolve(found, load(cell.preset), cell.band)
+    found = chart_of(source)
+    plan = resolve(found, load_preset(cell.preset), cell.band)
     ids = torch.randint(3, 16000, (ROWS, cell.length), generator=torch.Generator().manual_seed(0)).tolist()
     half = cell.length // 2
     rows = tuple(Row(tuple(i), (IGNORED,) * half + tuple(i[half:]), "") for i in ids)
@@ -109,7 +115,7 @@ def one(cell: Cell) -> dict[str, Any]:
         }
     )  # fmt: skip
     settings = derive_from_model(settings, found)
-    ahead, settings = forecast.prepare(settings, source, found, look=given.look)
+    ahead, settings = prepare(settings, source, found, look=given.look)
     cost = ahead.estimate(plan, ahead.timing(plan))
     result: dict[str, Any] = {
         "predicted_peak": cost.memory.peak,
@@ -119,8 +125,8 @@ def one(cell: Cell) -> dict[str, Any]:
 
     run = RunFolder(folder / "run")
     run.open(False, False)
-    job = train.assemble(source, found, settings, plan, given, tokenizer, run)
-    events = list(train.recorded(job, train.run(job)))
+    job = assemble(source, found, settings, plan, given, tokenizer, run)
+    events = list(recorded(job, loop.run(job)))
     report = events[-1]
     assert isinstance(report, TrainReport)
     result["growth"] = report.memory_growth_bytes
@@ -131,7 +137,7 @@ def one(cell: Cell) -> dict[str, Any]:
         batch = job.micro_batch(0, 0)
         forward = Forward.of(job.model, found.task)
         job.model.train()
-        tracked = simulate._profile(simulate.track(job.model, plan, forward, batch, "cpu"), ahead.shape, "")
+        tracked = _profile(track(job.model, plan, forward, batch, "cpu"), ahead.shape, "")
         fixed = cost.memory.weights + cost.memory.adapter + cost.memory.gradients + cost.memory.optimizer
         result["tracked_peak"] = fixed + tracked.activations + tracked.logits + tracked.workspace
         result["simulated_peak"] = cost.memory.peak - cost.memory.heap - LIBRARIES.get("cpu", 0)
@@ -180,7 +186,7 @@ def main() -> None:
         if cell.name in done:
             continue
         command = [sys.executable, __file__, "--one", json.dumps(asdict(cell))]
-        made = subprocess.run(command, capture_output=True, text=True, check=False, env=heap.environment())
+        made = subprocess.run(command, capture_output=True, text=True, check=False, env=environment())
         line = next((x for x in made.stdout.splitlines() if x.startswith('{"predicted')), None)
         if line is None:
             print(f"{cell.name} failed: {made.stderr[-600:]}", file=sys.stderr)

@@ -58,7 +58,7 @@ def make_shape(shape: str, folder: Path) -> Path:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from lorafit.demo import MODEL
-    from lorafit.survey import load_tokenizer
+    from lorafit.model.load import load_tokenizer
 
     path = folder / shape
     if not (path / "model.safetensors").exists():
@@ -84,24 +84,27 @@ def token_rows(vocabulary: int) -> list[list[int]]:
 
 def setting(cell: Cell, folder: Path) -> tuple[Any, Any, Any]:
     """(source, map, plan) of a cell."""
-    from lorafit.plan import resolve
-    from lorafit.presets import load
-    from lorafit.survey import find, survey
+    from lorafit.adapter.plan import resolve
+    from lorafit.model.chart import chart_of
+    from lorafit.model.source import find
+    from lorafit.settings.preset import load_preset
 
     source = find(str(folder / cell.shape))
-    found = survey(source)
-    return source, found, resolve(found, load(cell.preset), cell.band)
+    found = chart_of(source)
+    return source, found, resolve(found, load_preset(cell.preset), cell.band)
 
 
 def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
     """lorafit's own loop, as `lorafit train` runs it."""
-    from lorafit import train
-    from lorafit.checkpoint import RunFolder
-    from lorafit.config import derive_from_model, settle
-    from lorafit.data import Rows
+    from lorafit.data.dataset import Rows
+    from lorafit.data.rows import IGNORED, Row
     from lorafit.events import EpochDone, TrainReport
-    from lorafit.rows import IGNORED, Row
-    from lorafit.survey import load_tokenizer
+    from lorafit.model.load import load_tokenizer
+    from lorafit.settings.precedence import derive_from_model, settle
+    from lorafit.train import loop
+    from lorafit.train.job import assemble
+    from lorafit.train.loggers import recorded
+    from lorafit.train.run_folder import RunFolder
 
     source, found, plan = setting(cell, folder)
     half = LENGTH // 2
@@ -120,9 +123,9 @@ def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
     run.open(False, False)
     tokenizer = load_tokenizer(source.place, "")
     given = Rows.of(rows, rows[:1], tokenizer, found.task)
-    job = train.assemble(source, found, config, plan, given, tokenizer, run)
+    job = assemble(source, found, config, plan, given, tokenizer, run)
     start_alike(job.model, cell, folder)
-    events = list(train.recorded(job, train.run(job)))
+    events = list(recorded(job, loop.run(job)))
     report = events[-1]
     assert isinstance(report, TrainReport)
     cache = report.prefix_cache
@@ -159,7 +162,7 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
-    from lorafit.packing import batches, in_epoch
+    from lorafit.data.batching import batches, in_epoch
 
     source, found, plan = setting(cell, folder)
     half = LENGTH // 2
@@ -205,7 +208,7 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
     else:
         from trl import SFTConfig, SFTTrainer
 
-        from lorafit.survey import load_tokenizer
+        from lorafit.model.load import load_tokenizer
 
         class OrderedSFT(SFTTrainer):
             def _get_train_sampler(self, *_: Any) -> Any:
@@ -313,7 +316,7 @@ def drive(
     cells: list[tuple[Cell, list[str]]], rounds: int, output: Path, folder: Path, pythons: dict[str, str]
 ) -> None:
     """Run what the file does not hold yet; `pythons` are those of contenders that need one of their own."""
-    from lorafit import heap
+    from lorafit.estimate.glibc_heap import environment
 
     done = {(r["contender"], r["cell"], r["round"]) for r in results(output)}
     for shape in {cell.shape for cell, _ in cells}:
@@ -336,7 +339,7 @@ def drive(
                     capture_output=True,
                     text=True,
                     check=False,
-                    env=heap.environment() if contender in OURS else None,  # as `lorafit` starts itself
+                    env=environment() if contender in OURS else None,  # as `lorafit` starts itself
                 )
                 seconds = time.perf_counter() - started
                 line = next((x for x in made.stdout.splitlines() if x.startswith('{"epochs"')), None)

@@ -1,0 +1,43 @@
+"""Adapters: the plan, its names for PEFT, putting it into a model, its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.adapter.base import common_base as common_base
+    from lorafit.adapter.base import tokenizer_place as tokenizer_place
+    from lorafit.adapter.folder import BASE as BASE
+    from lorafit.adapter.folder import CONFIG as CONFIG
+    from lorafit.adapter.folder import WEIGHTS as WEIGHTS
+    from lorafit.adapter.folder import changes_its_base as changes_its_base
+    from lorafit.adapter.folder import read_config as read_config
+    from lorafit.adapter.folder import run_of as run_of
+    from lorafit.adapter.folder import save_adapter as save_adapter
+    from lorafit.adapter.folder import tensor_names as tensor_names
+    from lorafit.adapter.folder import write_base as write_base
+    from lorafit.adapter.inject import adapted_names as adapted_names
+    from lorafit.adapter.inject import attach as attach
+    from lorafit.adapter.inject import attach_all as attach_all
+    from lorafit.adapter.inject import compare as compare
+    from lorafit.adapter.inject import inject_plan as inject_plan
+    from lorafit.adapter.peft_names import pattern_value as pattern_value
+    from lorafit.adapter.plan import ADAPTER_ITEMSIZE as ADAPTER_ITEMSIZE
+    from lorafit.adapter.plan import Plan as Plan
+    from lorafit.adapter.plan import Target as Target
+    from lorafit.adapter.plan import lora_params as lora_params
+    from lorafit.adapter.plan import planned as planned
+    from lorafit.adapter.plan import resolve as resolve
+
+__getattr__ = door(
+    __name__,
+    {
+        "base": "common_base tokenizer_place",
+        "folder": "BASE CONFIG WEIGHTS changes_its_base read_config run_of save_adapter tensor_names write_base",
+        "inject": "adapted_names attach attach_all compare inject_plan",
+        "peft_names": "pattern_value",
+        "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",
+    },
+)

@@ -1,0 +1,43 @@
+"""The base model of an adapter: found by name, its weights compared with those it was trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from lorafit.adapter.folder import base_of, check_base, read_config, run_of
+from lorafit.errors import RequestError
+from lorafit.model import ModelMap, ModelSource, chart_of, find
+
+
+def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[ModelSource, ModelMap]:
+    """The base that all of these adapters were trained on, and its map; `model` names it where it is not
+    the one they name.
+
+    Raises RequestError when they name different bases, or the base is missing or has other weights.
+    """
+    first = adapters[0]
+    read_config(first)
+    name = model or base_of(first)
+    try:
+        source = find(name)
+    except RequestError as error:
+        if model is not None:
+            raise
+        raise RequestError(
+            f"the base of `{first}` was not found: {error.message}", "name it with --model"
+        ) from None
+    for other in adapters[1:]:
+        if model is None and base_of(other) != base_of(first):
+            raise RequestError(
+                f"`{other}` has another base than `{first}`", "take them one by one, or name it with --model"
+            )
+    for adapter in adapters:
+        check_base(adapter, source.place)
+    return source, chart_of(source)
+
+
+def tokenizer_place(adapter: str, base: str) -> str:
+    """The folder of an adapter's own tokenizer, where it has one, else `base`."""
+    own = run_of(adapter)
+    names = ("tokenizer.json", "tokenizer_config.json")
+    return str(own) if any((own / name).is_file() for name in names) else base

@@ -1,0 +1,184 @@
+"""A plan becomes an adapter, and is held against what PEFT made of it: injected == planned.
+
+PEFT does much without a word (a misspelt name beside a good one is dropped, an index that is
+not there too); the comparison after every injection and every load is what lorafit trusts.
+"""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
+from safetensors import safe_open
+
+from lorafit.adapter.folder import WEIGHTS, read_config, tensor_names
+from lorafit.adapter.lora_linear import quicken
+from lorafit.adapter.peft_names import pattern_value
+from lorafit.adapter.plan import Plan
+from lorafit.errors import RequestError, RunError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}  # a masked model has no task type in PEFT
+
+
+def lora_config(plan: Plan, task: str) -> LoraConfig:
+    """The plan in PEFT's words."""
+    lora, target = plan.lora, plan.peft
+    return LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(target.target_modules),
+        layers_to_transform=list(target.layers_to_transform) if target.layers_to_transform else None,
+        layers_pattern=list(target.layers_pattern) if target.layers_pattern else None,
+        target_parameters=list(target.target_parameters) if target.target_parameters else None,
+        bias=lora.bias,
+        modules_to_save=list(lora.modules_to_save) or None,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        init_lora_weights=lora.init_lora_weights,
+        # by full name: PEFT takes the first pattern that matches, and saves them in another order
+        rank_pattern=_by_name(plan, lora.rank_pattern),
+        alpha_pattern=_by_name(plan, lora.alpha_pattern),
+        fan_in_fan_out=bool(plan.slots) and all(s.kind == "conv1d" for s in plan.slots),
+        task_type=TASKS.get(task),
+    )
+
+
+def _by_name(plan: Plan, patterns: Mapping[str, Any]) -> dict[str, Any]:
+    found = {}
+    for slot in plan.slots:
+        value = pattern_value(patterns, slot.path, 0)
+        if value:
+            found[re.escape(slot.path)] = type(next(iter(patterns.values())))(value)
+    return found
+
+
+def inject_plan(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
+    """The model with the plan's adapter in it, everything else frozen; float32 adapters.
+
+    Raises RunError with the difference when PEFT adapted anything else than the plan, or
+    counts other trainable parameters.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            # PEFT's causal and seq2seq wrappers ask for generation, which not every class has (PI0)
+            kind = task if hasattr(model, "prepare_inputs_for_generation") else ""
+            peft_model = get_peft_model(model, lora_config(plan, kind))
+        except ValueError as error:
+            raise RunError(f"PEFT refuses the plan: {str(error).splitlines()[0]}") from error
+    compare(plan.modules, adapted_names(peft_model))
+    trainable, _ = peft_model.get_nb_trainable_parameters()
+    if trainable != plan.trainable_params:
+        raise RunError(
+            f"PEFT trains {trainable:,} parameters where {plan.trainable_params:,} were planned",
+            "this is a fault of lorafit: please report it with the model's config",
+        )
+    quicken(peft_model)
+    return peft_model
+
+
+def adapted_names(model: torch.nn.Module) -> tuple[str, ...]:
+    """The full names, in the base model's terms, of all that carries an adapter."""
+    found = []
+    for path, module in model.named_modules():
+        if not isinstance(module, LoraLayer):
+            continue
+        name = path.removeprefix("base_model.model.")
+        if isinstance(module, ParamWrapper):  # wrappers of several tensors of a module are nested
+            name = f"{name.replace('.base_layer', '')}.{module.parameter_name}"
+        found.append(name)
+    return tuple(found)
+
+
+def compare(planned: Iterable[str], injected: Iterable[str]) -> None:
+    """Raises RunError naming what is missing and what is too much; silent when the sets agree."""
+    wanted, got = set(planned), set(injected)
+    if wanted == got:
+        return
+    parts = []
+    for word, names in (("not adapted", wanted - got), ("adapted unasked", got - wanted)):
+        if names:
+            first = ", ".join(f"`{n}`" for n in sorted(names)[:3])
+            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+            parts.append(f"{word}: {first}{more}")
+    raise RunError(
+        f"PEFT did not adapt what was planned: {'; '.join(parts)}",
+        "nothing was trained; name the modules with --modules, or leave a part out with --exclude",
+    )
+
+
+def attach(
+    model: PreTrainedModel | PeftModel, folder: str | Path, name: str = "default", on_meta: bool = False
+) -> PeftModel:
+    """The model with a saved adapter on it, checked: what was injected holds every tensor of the file.
+
+    A model that has an adapter gets one more. `on_meta` is for a base whose weights are not there and
+    an adapter of low-rank matrices alone: those are. Raises RequestError when the adapter belongs to another model.
+    """
+    read_config(folder)
+    names = set(tensor_names(folder))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, low_cpu_mem_usage=on_meta)
+                peft_model = model
+            else:
+                peft_model = PeftModel.from_pretrained(model, str(folder), name, low_cpu_mem_usage=on_meta)
+    except (RuntimeError, ValueError, KeyError) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
+        raise RequestError(
+            f"the adapter `{folder}` does not fit its base: {detail[:220]}",
+            "it was trained on another model, or the base has changed",
+        ) from None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        there = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
+    if there != names:
+        odd = sorted(there ^ names)
+        raise RequestError(
+            f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
+            + (f" and {len(odd) - 1} more tensors" if len(odd) > 1 else "")
+            + " have no counterpart",
+            "it was trained on another model, or the base has changed",
+        )
+    if on_meta:  # PEFT has put the adapter where its base is
+        with safe_open(Path(folder) / WEIGHTS, "pt") as file:
+            for key in names:
+                module = peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}")
+                module.weight = torch.nn.Parameter(file.get_tensor(key), requires_grad=False)
+    return peft_model
+
+
+def attach_all(
+    model: PreTrainedModel, adapters: Sequence[tuple[Path, float]], on_meta: bool = False
+) -> PeftModel:
+    """The model with several adapters on it at once, each multiplied by its weight.
+
+    Raises RequestError as `attach` does.
+    """
+    names = ["default", *(f"adapter-{n}" for n in range(1, len(adapters)))]
+    found: Any = model
+    for name, (folder, _) in zip(names, adapters, strict=True):
+        found = attach(found, folder, name, on_meta)
+    if len(names) > 1:
+        found.base_model.set_adapter(names)
+    for module in found.modules():
+        if isinstance(module, LoraLayer):
+            for name, (_, weight) in zip(names, adapters, strict=True):
+                if weight != 1 and name in module.scaling:
+                    module.scaling[name] *= weight
+    attached: PeftModel = found.requires_grad_(False).eval()
+    return attached

@@ -1,0 +1,157 @@
+"""What lorafit keeps to be found again: folders that are whole, or not there.
+
+Each kind has a folder of its own below the cache folder, and in it one folder an entry, by a key
+that is a digest of all that decides its content. An entry is filled under a name of its own and
+takes the one it is found by once it is whole; what a killed process left half filled is swept.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RequestError
+from lorafit.system import alive
+
+KINDS = ("prefix", "rows")
+
+INDEX, FILLING = "index.json", ".filling-"
+
+
+@dataclass(frozen=True, slots=True)
+class Stored:
+    """An entry on disk, as `lorafit cache` lists it."""
+
+    key: str
+    kind: str
+    about: str
+    tokens: int
+    bytes: int
+    made: float
+    path: str
+
+
+IMPORTS = re.compile(r"^\s*from lorafit((?:\.\w+)*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
+
+
+def code_digest(*modules: str) -> str:
+    """A digest of the source of these modules of lorafit and of all they import, directly or not: what was
+    kept under another one was made by other code.
+
+    Modules are named from within lorafit: `estimate.simulate`.
+    """
+    root = Path(__file__).parent
+    seen: dict[Path, bytes] = {}
+    wanted = [_source(root, name) for name in modules]
+    while wanted:
+        path = wanted.pop()
+        if path is None or path in seen:
+            continue
+        seen[path] = path.read_bytes()
+        for match in IMPORTS.finditer(seen[path].decode()):
+            package = match[1].removeprefix(".")
+            wanted.append(_source(root, package))
+            names = [part.split(" as ")[0].strip() for part in match[2].strip("()").split(",")]
+            wanted += [
+                _source(root, f"{package}.{name}".lstrip(".")) for name in names if name.isidentifier()
+            ]
+    found = hashlib.sha256()
+    for path in sorted(seen):
+        found.update(str(path.relative_to(root)).encode() + seen[path])
+    return found.hexdigest()
+
+
+def _source(root: Path, name: str) -> Path | None:
+    """The file of a module of lorafit; None where that name is not one."""
+    path = root.joinpath(*name.split("."))
+    choices = (path.with_suffix(".py"), path / "__init__.py")
+    return next((choice for choice in choices if name and choice.is_file()), None)
+
+
+def folder(kind: str) -> Path:
+    """Where entries of that kind lie."""
+    return cache_folder() / kind
+
+
+def filling(entry: Path) -> Path:
+    """The name under which this process fills an entry; its folder is made, killed ones are swept."""
+    entry.parent.mkdir(parents=True, exist_ok=True)
+    _sweep(entry.parent)
+    beside = entry.with_name(f"{entry.name}{FILLING}{os.getpid()}")
+    beside.mkdir(exist_ok=True)
+    return beside
+
+
+def finish(beside: Path, entry: Path, index: dict[str, Any]) -> None:
+    """An entry is filled: its index is written, and it takes its name."""
+    (beside / INDEX).write_text(json.dumps({**index, "made": time.time()}), encoding="utf-8")
+    with suppress(OSError):  # another process was first: its entry is the same
+        beside.rename(entry)
+
+
+def index_of(entry: Path) -> dict[str, Any] | None:
+    """What an entry says of itself; None where there is none, or it cannot be read."""
+    try:
+        found = json.loads((entry / INDEX).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _sweep(parent: Path) -> None:
+    for path in parent.glob(f"*{FILLING}*"):
+        pid = path.name.rpartition("-")[2]
+        if not pid.isdigit() or not alive(int(pid)):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def kept() -> list[Stored]:
+    """The whole entries on this machine, the newest first."""
+    found = []
+    for kind in KINDS:
+        for path in folder(kind).glob("*"):
+            index = index_of(path) if FILLING not in path.name else None
+            if index is None:
+                continue
+            with suppress(ValueError, TypeError):  # an index that was damaged
+                found.append(
+                    Stored(
+                        path.name,
+                        kind,
+                        str(index.get("about", "")),
+                        int(index.get("tokens", 0)),
+                        sum(file.stat().st_size for file in path.iterdir()),
+                        float(index.get("made", 0)),
+                        str(path),
+                    )
+                )
+    return sorted(found, key=lambda entry: -entry.made)
+
+
+def remove(key: str) -> int:
+    """Remove the entry whose key begins so; the bytes it held. Raises RequestError for none or several."""
+    found = [entry for entry in kept() if key and entry.key.startswith(key)]
+    if len(found) != 1:
+        what = "no cache" if not found else f"{len(found)} caches"
+        raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")
+    shutil.rmtree(found[0].path)
+    return found[0].bytes
+
+
+def digest(raw: bytes | memoryview) -> str:
+    """The digest that a piece of an entry is held against before it is used."""
+    return hashlib.blake2b(raw, digest_size=16).hexdigest()
+
+
+def cache_folder() -> Path:
+    """Where lorafit keeps what can be made again: `$XDG_CACHE_HOME/lorafit`."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "lorafit"

@@ -1,0 +1,243 @@
+"""`lorafit eval`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from lorafit.cli.app import app
+from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
+from lorafit.errors import RequestError
+from lorafit.settings import DATA, OPTIONS, OUTPUT
+
+if TYPE_CHECKING:
+    from lorafit.events import EvalReport
+    from lorafit.model import ModelMap
+
+GENERATION, BENCHMARKS = "Generation", "Benchmarks"
+ABOUT_DATA = ("format", "map", "loss_on", "overflow", "max_length")
+
+
+@app.command(name="eval")
+@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "device")
+def evaluate(
+    flags: Mapping[str, Any],
+    adapters: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+        ),
+    ],
+    by: Annotated[
+        Optional[str],
+        typer.Option(
+            "--by",
+            help="Group results by a column, e.g. `topic`, or by `file`.",
+            metavar="COLUMN",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    also: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--also",
+            help="Text that the adapter should not change, to measure forgetting. Repeatable.",
+            metavar="FILE",
+            rich_help_panel=DATA,
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int,
+        typer.Option(
+            "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=GENERATION
+        ),
+    ] = 3,
+    prompt: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            "--prompt",
+            help="Your own prompt, side by side; without --data, only this is run. Repeatable.",
+            rich_help_panel=GENERATION,
+            show_default=False,
+        ),
+    ] = None,
+    temperature: Annotated[
+        float,
+        typer.Option(
+            "--temperature",
+            min=0,
+            max=10,
+            help="Sampling temperature; 0 is greedy.",
+            rich_help_panel=GENERATION,
+        ),
+    ] = 0.0,
+    seed: Annotated[
+        int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
+    ] = 0,
+    max_new_tokens: Annotated[
+        Optional[int],
+        typer.Option(
+            "--max-new-tokens",
+            min=1,
+            help="Maximum new tokens. [dim]\\[the reference's and 24; 128 for --prompt][/]",
+            rich_help_panel=GENERATION,
+            show_default=False,
+        ),
+    ] = None,
+    extremes: Annotated[
+        int,
+        typer.Option(
+            "--rows",
+            min=0,
+            max=50,
+            help="Number of most improved, and most regressed, rows to show.",
+            rich_help_panel=OUTPUT,
+        ),
+    ] = 2,
+    tasks: Annotated[
+        Optional[str],
+        typer.Option(
+            "--tasks",
+            help="lm-eval tasks or task files, e.g. `hellaswag,mine.yaml`; without --data, only these are run.",
+            metavar="NAMES",
+            rich_help_panel=BENCHMARKS,
+            show_default=False,
+        ),
+    ] = None,
+    limit: Annotated[
+        int,
+        typer.Option(
+            "--limit", min=0, help="Maximum documents per task; 0 is all.", rich_help_panel=BENCHMARKS
+        ),
+    ] = 0,
+    model: Base = None,
+    page: Annotated[
+        Optional[str],
+        typer.Option(
+            "--report",
+            help="Write the report page to this file. [dim]\\[report.html in the run's folder][/]",
+            metavar="FILE",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+    debug: Debug = False,
+) -> None:
+    """Compare base and adapter on the same rows, with confidence intervals and sample outputs.
+
+    Without --data, the rows that the run held out. Several adapters of one base may be compared.
+    """
+    given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
+
+    from lorafit.adapter import common_base, tokenizer_place
+    from lorafit.outputs import check_file
+    from lorafit.report import PAGE_MARK
+    from lorafit.screen import Screen, show_eval
+    from lorafit.system import without_collecting
+
+    screen = Screen(json, quiet)
+    if page is not None:
+        check_file(Path(page).expanduser(), "--report", PAGE_MARK)
+    data, size = given.get("data"), given.get("batch_size", 8)
+    about_data = {name: given[name] for name in ABOUT_DATA if name in given}
+    if about_data and not (data or also):
+        raise RequestError(
+            f"{OPTIONS[next(iter(about_data))].flag} is about --data, and none is given",
+            "name a file with --data",
+        )
+    if by and not data and (prompt or tasks):
+        raise RequestError(
+            "--by groups rows, and with --prompt or --tasks there are none without --data",
+            "name a file with --data",
+        )
+    source, found = common_base(adapters, model)
+
+    with without_collecting():
+        from lorafit.data import files_of, labelled, read_eval_rows
+        from lorafit.evaluate import (
+            EvalRequest,
+            Sampling,
+            Tasks,
+            compare,
+            held_out_rows,
+            own_prompts,
+            stored_settings,
+        )
+        from lorafit.model import load_tokenizer, pick_device, pick_dtype
+
+    device = pick_device(given.get("device", "auto"))
+    tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
+    stored = stored_settings(adapters[0], found)
+    settings = replace(stored, **{"format": "auto", "map": None, **about_data})
+    # options about the rows' shape are about --data, where that is given
+    beside = replace(settings, format="auto", map=None) if data else settings
+    read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
+    rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
+    if data:
+        rows = read(data, config=settings)
+    elif not prompt and not tasks:
+        rows = held_out_rows(adapters[0], tokenizer, found)
+    request = EvalRequest(
+        rows=rows,
+        also={file: read([file], config=beside) for file in also or ()},
+        by=by or "",
+        labels=labelled(rows, by, specs) if by and rows is not None else (),
+        samples=samples,
+        prompts=own_prompts(prompt or (), tokenizer, found.task, found.max_positions),
+        extremes=extremes,
+        batch_size=size,
+        tasks=Tasks.named(tasks, found.task, limit, size) if tasks else None,
+    )
+    sampling = Sampling(temperature, seed, max_new_tokens or 0)
+    dtype = pick_dtype(given.get("dtype", "auto"), device)
+    with screen.bar("evaluating") as tick:
+        report, adapted = compare(request, source, found, adapters, tokenizer, dtype, sampling, device, tick)
+    written, why = _write_page(page, adapters, found, adapted, report)
+    report = replace(report, page=written, notes=(*report.notes, *([why] if why else [])))
+    if json:
+        screen.document(report)
+    else:
+        show_eval(screen, report)
+
+
+def _write_page(
+    asked: str | None,
+    adapters: Sequence[str],
+    found: ModelMap,
+    adapted: Mapping[str, tuple[str, ...]],
+    report: EvalReport,
+) -> tuple[str, str]:
+    """(where the page was written, or nothing; why it was not). Unless `asked` names a place it goes
+    into the folder of the first adapter's run.
+
+    Raises RequestError where the named place cannot be written.
+    """
+    from lorafit.adapter import run_of
+    from lorafit.outputs import PAGE
+    from lorafit.report import DAMAGED, make_page, read_back, write_page
+
+    runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
+    if asked is None and not runs[0].report:
+        return "", ""
+    path = Path(asked).expanduser() if asked else runs[0].folder / PAGE
+    title = " and ".join(run.folder.resolve().name for run in runs)
+    try:
+        shown = make_page(title, found, adapted, runs, report)
+    except DAMAGED:
+        return "", f"no report page was drawn: the record of `{runs[0].folder}` is damaged"
+    try:
+        write_page(path, shown)
+    except OSError as error:
+        if asked:
+            raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
+        return "", f"`{path}` was not written: {error.strerror}; --report names another place"
+    return str(path), ""

@@ -1,0 +1,154 @@
+"""`lorafit plan`."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from lorafit.cli.app import app
+from lorafit.cli.options import Config, Debug, Json, run_options
+from lorafit.settings import BANDS, OPTIONS, OUTPUT, load_preset, preset_names, settle
+
+if TYPE_CHECKING:
+    from lorafit.estimate import Forecast
+    from lorafit.screen import Screen
+    from lorafit.settings import RunConfig
+
+WITHOUT = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps")
+
+
+@app.command()
+@run_options(*(name for name in OPTIONS if name not in WITHOUT))
+def plan(
+    flags: Mapping[str, Any],
+    config: Config = None,
+    fit: Annotated[
+        Optional[str],
+        typer.Option(
+            "--fit",
+            help="Plan for another device with this much free memory, e.g. `24GB`.",
+            metavar="SIZE",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    probe: Annotated[
+        bool,
+        typer.Option(
+            "--probe/--no-probe",
+            help="Time a block on this device; without it, a rate is assumed and stated.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = True,
+    fresh: Annotated[
+        bool,
+        typer.Option(
+            "--fresh",
+            help="Time the device again; do not use an earlier answer.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = False,
+    matrix: Annotated[
+        bool,
+        typer.Option(
+            "--matrix", help="Every strategy × band in one table.", rich_help_panel=OUTPUT, show_default=False
+        ),
+    ] = False,
+    estimate: Annotated[
+        bool,
+        typer.Option(
+            "--estimate/--no-estimate",
+            help="Simulate a step: its memory and its time.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = True,
+    json: Json = False,
+    debug: Debug = False,
+) -> None:
+    """Show what would be adapted and what it costs; no weights are read.
+
+    Modules, layers, their names for PEFT, trainable parameters, memory by named terms, time.
+    """
+    settings, chosen = settle(flags, config)
+
+    from lorafit.adapter import planned
+    from lorafit.data import find_sources
+    from lorafit.estimate import free_on, parse_size, prepare
+    from lorafit.model import chart_of, find
+    from lorafit.screen import Screen, show_plan
+    from lorafit.settings import derive_from_model
+    from lorafit.units import bytes_text
+
+    screen = Screen(json)
+    room = parse_size(fit) if fit is not None else None
+    source = find(settings.model)
+    find_sources(settings)
+    found = chart_of(source)
+    settings = derive_from_model(settings, found)
+    made = None if matrix else planned(found, chosen, settings)
+    command = train_command(flags, settings, config)
+    if made is not None and not estimate:
+        if json:
+            screen.document({**made.as_json(), "data": None, "estimate": None, "fit": None})
+        else:
+            show_plan(screen, made, found, None, None, None, command)
+        return
+    with screen.bar("reading", bytes_text) as tick:
+        ahead, settings = prepare(
+            settings, source, found, probing=probe, elsewhere=room is not None, fresh=fresh, tick=tick
+        )
+    free = free_on(ahead.device) if room is None else room
+    if made is None:
+        _matrix(screen, ahead, settings, free)
+        return
+    timing = ahead.timing(made)
+    cost = ahead.estimate(made, timing)
+    fitting = ahead.fit(made, chosen, cost, timing, free)
+    if json:
+        screen.document({**made.as_json(), "data": ahead.look, "estimate": cost.as_json(), "fit": fitting})
+    else:
+        # the demo's own rows are shown where they are trained on
+        look = ahead.look if settings.data else None
+        show_plan(screen, made, found, cost, fitting, look, command)
+
+
+def _matrix(screen: Screen, ahead: Forecast, settings: RunConfig, free: int) -> None:
+    """Every strategy in every band, with this run's rank, alpha and dropout."""
+    from lorafit.screen import show_matrix
+
+    lora = {"r": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
+    every = [load_preset(name) for name in preset_names()]
+    every = [replace(preset, lora=replace(preset.lora, **lora)) for preset in every]
+    cells = ahead.matrix(every, tuple(BANDS))
+    if screen.as_json:
+        screen.document({"model": ahead.found.model, "free": free, "cells": cells})
+    else:
+        show_matrix(screen, ahead.found.model, cells, free)
+
+
+def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None) -> str:
+    """The command that does what was planned."""
+    words = ["lorafit", "train"]
+    if file is not None:
+        words += ["--config", file]
+    if "model" in flags and settings.model != "demo":
+        words.append(settings.model)
+    for name, value in flags.items():
+        if name == "model":
+            continue
+        flag = OPTIONS[name].flag
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                words += [flag, str(item)]
+    if settings.model != "demo" and not settings.data:
+        words += ["--data", "FILE"]
+    return shlex.join(words)

@@ -1,0 +1,116 @@
+"""The shell around every command: errors become two lines on stderr and an exit code; signals; the end of the process."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
+
+# Typer may carry its own copy of click: its errors are found by their place in the family.
+_CLICK_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+debug = False  # --debug: errors show where they came from
+
+
+class Boundary(TyperGroup):
+    """A group of commands that reports errors in lorafit's own words."""
+
+    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        signal.signal(signal.SIGTERM, _on_term)
+        code: Any = DONE
+        try:
+            code = super().main(*args, standalone_mode=False, **extra)
+        except LorafitError as error:
+            code = _report(error)
+        except _CLICK_ERROR as error:
+            code = _report(_usage(error))
+        except (KeyboardInterrupt, typer.Abort):
+            code = _report(LorafitError("interrupted"), INTERRUPTED)
+        except Terminated:
+            code = _report(LorafitError("terminated"), TERMINATED)
+        except BrokenPipeError:  # the reader has closed the pipe: `lorafit inspect … | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        except Exception as error:
+            if debug:
+                raise
+            text = str(error).strip().splitlines()
+            what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
+            hint = "--debug shows where; please report it with the command"
+            code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
+        if standalone_mode:
+            sys.exit(code if isinstance(code, int) else DONE)
+        return code
+
+
+class Terminated(BaseException):
+    """SIGTERM, as an exception."""
+
+
+def _on_term(number: int, frame: Any) -> None:
+    raise Terminated
+
+
+def _report(error: LorafitError, code: int | None = None) -> int:
+    if debug:
+        import traceback
+
+        traceback.print_exception(error)
+    from lorafit.screen import Screen
+
+    Screen().error(error)
+    return error.exit_code if code is None else code
+
+
+def _usage(error: Any) -> LorafitError:
+    """A wrong command line in lorafit's own words."""
+    message = error.format_message().strip().rstrip(".")
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context is not None else "lorafit"
+    return RequestError(message[:1].lower() + message[1:], f"see `{command} --help`")
+
+
+@contextmanager
+def stopping() -> Iterator[Callable[[], int]]:
+    """Ctrl-C and SIGTERM ask a run to end after its step; the second time, it ends at once.
+
+    Gives a function that returns the signal's number, or 0.
+    """
+    asked = 0
+
+    def on_signal(number: int, frame: Any) -> None:
+        nonlocal asked
+        if asked:
+            raise KeyboardInterrupt if number == signal.SIGINT else Terminated
+        asked = number
+
+    before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def run_to_the_end(app: typer.Typer) -> NoReturn:
+    """Run the command line and end the process.
+
+    It ends at once: Python would take torch's thousand modules apart first, for a second.
+    """
+    code: Any = DONE
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    atexit._run_exitfuncs()
+    with suppress(BrokenPipeError):  # the reader has closed the pipe: `lorafit presets | true`
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else DONE)

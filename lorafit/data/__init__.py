@@ -1,0 +1,40 @@
+"""Data: files to examples, examples to rows of tokens, rows to batches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.data.batching import MASKED_SHARE as MASKED_SHARE
+    from lorafit.data.batching import MicroBatch as MicroBatch
+    from lorafit.data.batching import batches as batches
+    from lorafit.data.batching import in_epoch as in_epoch
+    from lorafit.data.batching import in_order as in_order
+    from lorafit.data.collate import Batch as Batch
+    from lorafit.data.collate import collate_rows as collate_rows
+    from lorafit.data.collate import mask_tokens as mask_tokens
+    from lorafit.data.dataset import Rows as Rows
+    from lorafit.data.dataset import files_of as files_of
+    from lorafit.data.dataset import labelled as labelled
+    from lorafit.data.dataset import load as load
+    from lorafit.data.dataset import prepare as prepare
+    from lorafit.data.dataset import read_eval_rows as read_eval_rows
+    from lorafit.data.files import find_sources as find_sources
+    from lorafit.data.report import rendered as rendered
+    from lorafit.data.rows import IGNORED as IGNORED
+    from lorafit.data.rows import Row as Row
+    from lorafit.data.rows import RowSet as RowSet
+
+__getattr__ = door(
+    __name__,
+    {
+        "batching": "MASKED_SHARE MicroBatch batches in_epoch in_order",
+        "collate": "Batch collate_rows mask_tokens",
+        "dataset": "Rows files_of labelled load prepare read_eval_rows",
+        "files": "find_sources",
+        "report": "rendered",
+        "rows": "IGNORED Row RowSet",
+    },
+)

@@ -1,0 +1,342 @@
+"""A run's data: files to rows for training and rows held out; large files' rows are kept for later runs."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from lorafit import __version__, demo
+from lorafit.cache import code_digest, filling, finish, folder
+from lorafit.data.batching import held_out
+from lorafit.data.files import DataSource, records, sources
+from lorafit.data.formats import parse_map, read
+from lorafit.data.report import look_of
+from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
+from lorafit.data.tokenize import Counts, Tokens
+from lorafit.errors import RequestError, RunError, closest
+from lorafit.events import DataReport
+from lorafit.settings import RunConfig, weighted
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+STORED_FROM = 64_000_000  # bytes of a file from which on its rows are kept on disk for the next run
+
+LARGEST_TEMPLATE = 1_000_000  # bytes
+
+
+Tick = Callable[[float, float], None]  # (done, in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """Rows for training and rows held out, and the look at them."""
+
+    train: RowSet
+    held_out: RowSet
+    look: DataReport
+
+    @staticmethod
+    def of(
+        train: Iterable[Row], held_out: Iterable[Row], tokenizer: PreTrainedTokenizerBase, task: str
+    ) -> Rows:
+        """Rows that are at hand, looked at."""
+        sets = RowSet.of(train), RowSet.of(held_out)
+        return Rows(*sets, look_of(*sets, (), (), "", tokenizer, task))
+
+
+def load(
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    vocab_size: int,
+    tick: Tick = lambda done, total: None,
+) -> Rows:
+    """The rows of a run: read, tokenised, some held out, looked at. Without `data`, the demo's.
+
+    `tick` hears of the bytes read. Raises RequestError for anything wrong with the data, and when
+    nothing is left to learn.
+    """
+    if not config.data and config.model != "demo":
+        raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
+    specs, apart = files_of(config)
+    for name, weight in map(weighted, apart):
+        if weight != 1:
+            raise RequestError(
+                f"--eval-data {name}={weight:g}: held-out rows have no weight", f"--eval-data {name}"
+            )
+    made = _read_all([*specs, *apart], config, tokenizer, task, vocab_size, tick)
+    own, others = made[: len(specs)], made[len(specs) :]
+
+    stores: list[RowStore] = []
+    train: list[np.ndarray] = []
+    kept: list[np.ndarray] = []
+    chosen = iter(() if apart else _held_out(own, config))
+    for data in own:
+        keeping = []
+        for part in data.parts:
+            numbers = np.arange(len(part.store)) + sum(map(len, stores))
+            stores.append(part.store)
+            out = np.zeros(len(numbers), dtype=bool) if apart else next(chosen)
+            kept.append(numbers[out])
+            keeping.append(numbers[~out])
+        train.append(_as_often(np.concatenate(keeping), data.weight, config.seed))
+    for data in others:
+        for part in data.parts:
+            kept.append(np.arange(len(part.store)) + sum(map(len, stores)))
+            stores.append(part.store)
+
+    whole = tuple(stores)
+    counts = [part.counts for data in made for part in data.parts]
+    sets = RowSet(whole, np.concatenate(train)), RowSet(whole, np.concatenate(kept))
+    if not len(sets[0]) or not len(sets[1]):
+        raise RequestError(*_nothing_left("training" if not len(sets[0]) else "held-out", counts, config))
+    name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data, at most 200"
+    return Rows(*sets, look_of(*sets, own, counts, name, tokenizer, task))
+
+
+def files_of(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """What a run trains on, and what it holds out that lies apart; without `data`, the demo's."""
+    apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
+    return config.data or (str(demo.TRAIN),), apart
+
+
+def read_eval_rows(
+    specs: Sequence[str], config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int
+) -> RowSet:
+    """All rows of those files, for evaluation. Raises RequestError as `load` does."""
+    made = _read_all(specs, config, tokenizer, task, vocab_size, lambda done, total: None)
+    stores = tuple(part.store for data in made for part in data.parts)
+    rows = RowSet(stores, np.arange(sum(map(len, stores))))
+    if not len(rows):
+        raise RequestError(f"no row of {', '.join(specs)} has anything to predict")
+    return rows
+
+
+def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
+    """For each row what a column of its file says, or by `file` the file's name, with its folders where
+    two files have the same.
+
+    `specs` are the files that the rows come from. Raises RequestError where there is no such column.
+    """
+    origins = list(rows.origins())
+    if by == "file":
+        files = dict.fromkeys(name for name, _ in origins)
+        short = Counter(Path(name).name for name in files)
+        return [Path(name).name if short[Path(name).name] == 1 else name for name, _ in origins]
+    wanted = set(origins)
+    said: dict[tuple[str, int], str] = {}
+    for source in {s.name: s for spec in specs for s in sources(weighted(spec)[0])}.values():
+        numbers = {number for name, number in wanted if name == source.name}
+        if numbers and source.kind == "text":
+            raise RequestError(f"--by {by}: `{source.name}` is plain text and has no columns", "--by file")
+        for number, row in records(source) if numbers else ():
+            if number in numbers:
+                if not isinstance(row, dict) or by not in row:
+                    columns = [str(column) for column in row] if isinstance(row, dict) else []
+                    raise RequestError(
+                        f"`{source.where(number)}` has no column `{by}`, which --by names",
+                        closest(by, columns) or f"its columns: {', '.join(columns)}; or --by file",
+                    )
+                said[source.name, number] = " ".join(str(row[by]).split())
+    return [said[origin] for origin in origins]
+
+
+@dataclass(frozen=True, slots=True)
+class _ReadFile:
+    """One source, read."""
+
+    store: RowStore
+    format: str
+    counts: Counts
+
+
+@dataclass(frozen=True, slots=True)
+class ReadData:
+    """One `--data`, read."""
+
+    spec: str
+    weight: float
+    parts: tuple[_ReadFile, ...]
+
+    @property
+    def examples(self) -> int:
+        return sum(part.counts.examples for part in self.parts)
+
+
+def _read_all(
+    specs: Sequence[str],
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    vocab_size: int,
+    tick: Tick,
+) -> list[ReadData]:
+    """The rows of each spec; a spec that stands there twice is read twice."""
+    assert config.max_length is not None
+    if config.chat_template:
+        tokenizer.chat_template = _template(config.chat_template)
+    prepare(tokenizer)
+    named = [weighted(spec) for spec in specs]
+    found = [sources(name) for name, _ in named]
+    total = sum(source.bytes for several in found for source in several)
+    made, before = [], 0
+    for (name, weight), several in zip(named, found, strict=True):
+        parts = []
+        for source in several:
+            done = before
+
+            def heard(bytes_read: int, done: int = done) -> None:
+                tick(done + bytes_read, total)
+
+            maker = Tokens(tokenizer, task, config.max_length, vocab_size, config.overflow, config.loss_on)
+            parts.append(_stored(source, config, maker, heard))
+            before += source.bytes
+            tick(before, total)
+        made.append(ReadData(name, weight, tuple(parts)))
+    return made
+
+
+def _template(path: str) -> str:
+    file = Path(path).expanduser()
+    try:
+        if file.stat().st_size > LARGEST_TEMPLATE:
+            raise RequestError(f"--chat-template `{path}` is larger than {LARGEST_TEMPLATE:,} bytes")
+        text = file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise RequestError(f"cannot read --chat-template `{path}`: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise RequestError(f"--chat-template `{path}` is not UTF-8", "save the file as UTF-8") from None
+    if not text.strip():
+        raise RequestError(f"--chat-template `{path}` is empty")
+    return text
+
+
+def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable[[int], None]) -> _ReadFile:
+    """The rows of a source: from the cache where a large one was read before, else made, and then kept."""
+    by_line = source.where(0).endswith(":0")
+    entry = None
+    if source.bytes >= STORED_FROM:
+        entry = folder("rows") / _key(source, config, maker)
+        if found := opened(entry):
+            arrays, index = found
+            tick(source.bytes)
+            return _ReadFile(
+                RowStore(source.name, by_line, arrays), index["format_read"], Counts(**index["counts"])
+            )
+    format, examples = read(source, config.format, parse_map(config.map), tick)
+    writer = Writer(filling(entry) if entry else None)
+    try:
+        for row in maker.rows(examples, format):
+            writer.add(row)
+        made = writer.finish()
+    except BaseException as error:  # whatever it was, nothing stays half filled
+        writer.close()
+        if writer.folder is not None:
+            shutil.rmtree(writer.folder, ignore_errors=True)
+        if not isinstance(error, OSError):
+            raise
+        raise RunError(
+            f"the rows of `{source.name}` cannot be kept below `{folder('rows')}`: {error.strerror}",
+            "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
+        ) from None
+    if entry is None:
+        return _ReadFile(RowStore(source.name, by_line, made), format, maker.counts)  # type: ignore[arg-type]
+    tokens = writer.at[0]
+    index = {
+        "about": source.name, "tokens": tokens, "format": FORMAT, "digests": made, "format_read": format,
+        "counts": asdict(maker.counts),
+    }  # fmt: skip
+    assert writer.folder is not None
+    finish(writer.folder, entry, index)
+    again = opened(entry)
+    if again is None:
+        raise RunError(f"what was written to `{entry}` is not what is there", "is the disk sound?")
+    return _ReadFile(RowStore(source.name, by_line, again[0]), format, maker.counts)
+
+
+def _key(source: DataSource, config: RunConfig, maker: Tokens) -> str:
+    """A digest of all that decides the rows of a file: its content, its tokenizer, the settings, this code."""
+    found = hashlib.sha256()
+    assert source.path is not None
+    with source.path.open("rb") as file:
+        while piece := file.read(1 << 22):
+            found.update(piece)
+    tokenizer = maker.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    facts = [
+        FORMAT, __version__, source.kind, source.packed, config.format, config.map, maker.task, maker.max_length,
+        maker.vocab_size, maker.overflow, maker.loss_on, type(tokenizer).__name__, tokenizer.chat_template,
+        tokenizer.special_tokens_map, backend.to_str() if backend is not None else tokenizer.get_vocab(),
+        code_digest("data.dataset"),
+    ]  # fmt: skip
+    found.update(json.dumps(facts, sort_keys=True, default=str).encode())
+    return found.hexdigest()[:32]
+
+
+def _held_out(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarray]:
+    """For each source whether a row is held out: a seeded share of all examples, but of a document its
+    end, since a window knows its neighbours. Raises RequestError where there is nothing to part."""
+    parts = [part for several in data for part in several.parts]
+    several = sum(part.counts.examples for part in parts if part.format != "document")
+    documents = [part for part in parts if part.format == "document"]
+    for part in documents:
+        if len(part.store) < 2:
+            raise RequestError(
+                f"`{part.store.name}` is one window of {config.max_length} tokens: none can be held out",
+                "a longer text, a smaller --max-length, or --eval-data",
+            )
+    if not documents and several < 2:
+        names = ", ".join(f"`{each.spec}`" for each in data)
+        raise RequestError(
+            f"{names} holds one example: none can be held out", "more examples, or --eval-data"
+        )
+    out = np.array(held_out(several, config.holdout, config.seed) if several > 1 else [], dtype=np.int64)
+    found, before = [], 0
+    for part in parts:
+        rows = len(part.store)
+        if part.format == "document":
+            most = max(1, round(rows * config.holdout))
+            found.append(np.arange(rows) >= rows - most)
+        else:
+            found.append(np.isin(part.store.arrays["examples"] + before, out))
+            before += part.counts.examples
+    return found
+
+
+def _as_often(numbers: np.ndarray, weight: float, seed: int) -> np.ndarray:
+    """Each row as often as its weight says; of what is left of a weight, a seeded share once more."""
+    whole, part = int(weight), weight - int(weight)
+    more = sorted(Random(f"{seed}/weight").sample(range(len(numbers)), round(part * len(numbers))))
+    return np.concatenate([*[numbers] * whole, numbers[more]]).astype(np.int64)
+
+
+def _nothing_left(which: str, counts: Sequence[Counts], config: RunConfig) -> tuple[str, str]:
+    why = [
+        f"{sum(c.unsupervised for c in counts):,} had nothing to learn",
+        f"{sum(c.cut_away for c in counts):,} nothing within {config.max_length} tokens",
+        f"{sum(c.too_long for c in counts):,} were longer than that",
+    ]
+    said = ", ".join(text for text in why if not text.startswith("0 ")) or "there was none"
+    return f"no {which} row is left: {said}", "raise --max-length, or look at the data"
+
+
+def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give a tokenizer without a pad token one; padding is masked, so which one means nothing."""
+    if tokenizer.pad_token_id is None:
+        with suppress(IndexError):  # an empty vocabulary, which no model has
+            tokenizer.pad_token = (
+                tokenizer.eos_token or tokenizer.unk_token or tokenizer.convert_ids_to_tokens(0)
+            )
+    tokenizer.padding_side = "right"

@@ -1,0 +1,33 @@
+"""What a run will cost, before it: memory, FLOPs, seconds, what fits."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.estimate.forecast import Fit as Fit
+    from lorafit.estimate.forecast import Forecast as Forecast
+    from lorafit.estimate.forecast import free_on as free_on
+    from lorafit.estimate.forecast import parse_size as parse_size
+    from lorafit.estimate.forecast import predicted as predicted
+    from lorafit.estimate.forecast import prepare as prepare
+    from lorafit.estimate.formulas import flops_per_token as flops_per_token
+    from lorafit.estimate.glibc_heap import keep_freed as keep_freed
+    from lorafit.estimate.glibc_heap import start_over as start_over
+    from lorafit.estimate.memory_trace import MemoryTrace as MemoryTrace
+    from lorafit.estimate.terms import ITEMSIZE as ITEMSIZE
+    from lorafit.estimate.terms import Estimate as Estimate
+    from lorafit.estimate.terms import Shape as Shape
+
+__getattr__ = door(
+    __name__,
+    {
+        "forecast": "Fit Forecast free_on parse_size predicted prepare",
+        "formulas": "flops_per_token",
+        "glibc_heap": "keep_freed start_over",
+        "memory_trace": "MemoryTrace",
+        "terms": "Estimate ITEMSIZE Shape",
+    },
+)

@@ -1,0 +1,453 @@
+"""What a run will cost, before it: one estimate, the settings that fit, the whole matrix.
+
+torch is imported only where something must be simulated, timed or read; what was found is kept,
+and a plan that was asked for before is answered without it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field, replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lorafit import __version__
+from lorafit.adapter import Plan, planned
+from lorafit.cache import cache_folder, code_digest
+from lorafit.data import MASKED_SHARE
+from lorafit.errors import LorafitError, RequestError
+from lorafit.estimate.cost import estimate
+from lorafit.estimate.formulas import by_formula
+from lorafit.estimate.glibc_heap import library
+from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
+from lorafit.events import DataReport, Predicted
+from lorafit.jsonio import jsonable, keep
+from lorafit.model import ModelMap, ModelSource, pick_device
+from lorafit.settings import Preset, RunConfig, derive_from_rows, weighted
+from lorafit.system import free_disk, free_memory, installed, without_collecting
+from lorafit.units import parse_bytes
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+PACKAGES = ("torch", "transformers", "peft")
+
+Tick = Callable[[float, float], None]  # (bytes read, in all)
+
+
+@dataclass(frozen=True, slots=True)
+class Alternative:
+    """Settings beside those that were asked for, and what they cost."""
+
+    flags: str
+    peak: int
+    seconds_per_epoch: float | None
+    tokens_per_second: float
+
+
+@dataclass(frozen=True, slots=True)
+class Fit:
+    """Whether a plan fits in the free memory of a device, and where not, the nearest that do."""
+
+    device: str
+    free: int
+    fits: bool
+    alternatives: tuple[Alternative, ...] = ()
+
+
+@dataclass(slots=True)
+class Kept:
+    """Profiles, timings and looks at data, as JSON under the cache folder."""
+
+    folder: Path = field(default_factory=lambda: cache_folder() / "forecasts")
+
+    def get(self, kind: Any, facts: Any) -> Any:
+        """What was kept of that kind under these facts; None when nothing was, or it is damaged."""
+        try:
+            data = json.loads(self._path(kind, facts).read_text(encoding="utf-8"))
+            return DataReport.of(data) if kind is DataReport else kind(**data)
+        except (OSError, ValueError, TypeError, KeyError):
+            return None
+
+    def put(self, value: Any, facts: Any) -> None:
+        """Keep a value under these facts."""
+        keep(self._path(type(value), facts), value)
+
+    def _path(self, kind: type, facts: Any) -> Path:
+        versions = [__version__, code_digest("estimate.forecast"), *(installed(name) for name in PACKAGES)]
+        text = json.dumps([versions, jsonable(facts)], sort_keys=True, default=str)
+        return self.folder / f"{kind.__name__.lower()}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
+
+
+def device_of(name: str, elsewhere: bool) -> str:
+    """The kind of device that is planned for: `cpu`, `cuda` or `mps`.
+
+    `elsewhere` plans for one that is not here. Raises RequestError for one that is not here and
+    should be, or that there is none of.
+    """
+    kind = name.partition(":")[0]
+    if kind not in ("auto", "cpu", "cuda", "mps"):
+        raise RequestError(f"there is no device `{name}`", "--device cpu, cuda or mps")
+    if elsewhere:
+        return "cuda" if kind == "auto" else kind
+    if kind == "auto":
+        if Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists():
+            return str(_torch_device(name).type)
+        return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
+    return kind if kind == "cpu" else str(_torch_device(name).type)
+
+
+def _torch_device(name: str) -> Any:
+    with without_collecting():
+        return pick_device(name)
+
+
+def dtype_of(config: RunConfig, device: str) -> str:
+    """The dtype that `train` would compute in: `auto` is bfloat16 on a GPU, else float32."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "bfloat16" if device == "cuda" else "float32"
+
+
+def free_on(device: str) -> int:
+    """Bytes that are free on a device that is here."""
+    if device != "cuda":
+        return free_memory()
+    import torch
+
+    return int(torch.cuda.mem_get_info()[0])
+
+
+@dataclass(slots=True)
+class Forecast:
+    """One model, one run's settings, one device: what plans on it cost.
+
+    `probing` times the device; `work` is what the run goes over, where its data are known.
+    """
+
+    source: ModelSource
+    found: ModelMap
+    config: RunConfig
+    device: str
+    probing: bool = True
+    work: Work | None = None
+    shape: Shape = field(default_factory=lambda: Shape(1, 1))
+    typical: int = 0  # tokens of a row as a batch has them on the average; 0: as the longest
+    seconds: float = 5.0  # that the probe may take
+    kept: Kept = field(default_factory=Kept)
+    notes: list[str] = field(default_factory=list)
+    look: DataReport | None = None
+    fresh: bool = False  # measures the device again, whatever was kept
+
+    def profile(self, plan: Plan, shape: Shape) -> Profile:
+        """The simulated step, or the formulas where the model's code cannot be simulated."""
+        facts = [*self._facts(plan, shape), self.device, library()]
+        found = self.kept.get(Profile, facts)
+        if found is None:
+            with without_collecting():
+                from lorafit.estimate import simulate
+            try:
+                found = simulate.simulate_step(
+                    self.source,
+                    self.found,
+                    plan,
+                    shape,
+                    self.device,
+                    head_chunk=self.config.head_chunk or 0,
+                )
+            except LorafitError as error:
+                self.notes.append(f"no step was simulated, formulas stand in: {error.message}")
+                return by_formula(plan, self.found, shape)
+            self.kept.put(found, facts)
+        return found
+
+    def timing(self, plan: Plan) -> Timing | None:
+        """The probe's answer for this plan on this device; None where none may be had."""
+        if not self.probing:
+            return None
+        shape = self._typical(self.shape)
+        machine = [platform.node(), platform.processor(), os.cpu_count(), self.device]
+        facts = [*self._facts(plan, shape), machine]
+        found = None if self.fresh else self.kept.get(Timing, facts)
+        if found is None:
+            with without_collecting():
+                from lorafit.estimate.timing import probe
+            try:
+                found = probe(self.source, self.found, plan, shape, _torch_device(self.device), self.seconds)
+            except LorafitError as error:
+                self.notes.append(f"nothing was timed: {error.message}")
+                return None
+            if found.sure:  # a busy machine's answer is not one to remember
+                self.kept.put(found, facts)
+        if found.length < shape.length:  # what there was no time for: longer rows cost more a token
+            found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
+        return found
+
+    def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
+        """What a plan costs at this forecast's shape. A timing of another plan is scaled by FLOPs."""
+        profile = self.profile(plan, self.shape)
+        typical = self.profile(plan, self._typical(self.shape))
+        profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
+        return estimate(
+            plan,
+            self.found,
+            self.shape,
+            profile,
+            timing,
+            self.work,
+            device=self.device,
+            replay=not profile.refusal,
+            prefix_cache=self.config.prefix_cache,
+            free=free_memory(),
+            free_on_disk=free_disk(cache_folder()),
+            notes=tuple(dict.fromkeys(self.notes)),
+        )
+
+    def scaled(self, timing: Timing | None, of: Plan, to: Plan, shape: Shape) -> Timing | None:
+        """A timing of one plan as one of another, or of another shape, by the FLOPs of both."""
+        if timing is None:
+            return None
+        return self._scaled(timing, of, self._typical(self.shape), to, self._typical(shape))
+
+    def _scaled(self, timing: Timing, of: Plan, was_of: Shape, to: Plan, shape: Shape) -> Timing:
+        was, now = self.profile(of, was_of), self.profile(to, shape)
+        rate = timing.token / max(1, was.forward + was.backward)
+        return replace(
+            timing,
+            token=rate * (now.forward + now.backward),
+            token_replayed=rate * (now.forward + now.backward - now.prefix),
+            step=timing.step * to.trainable_params / max(1, of.trainable_params),
+        )
+
+    def fit(self, plan: Plan, preset: Preset, found: Estimate, timing: Timing | None, free: int) -> Fit:
+        """Whether the plan fits in `free` bytes; where not, the nearest settings that do."""
+        if found.memory.peak <= free:
+            return Fit(self.device, free, True)
+        options: list[Alternative] = []
+        for single in self._changes():
+            single = [change for change in single if self._fixed(plan, change[1]) < free]
+            for flags, shape, layers in single:  # from the mildest on
+                other = self._alternative(plan, preset, timing, flags, shape, layers)
+                if other is not None and other.peak <= free:
+                    options.append(other)
+                    break
+        return Fit(self.device, free, False, tuple(sorted(options, key=lambda o: -o.tokens_per_second)))
+
+    def _fixed(self, plan: Plan, shape: Shape) -> int:
+        """Bytes that are there before a step: no change of its shape makes them less."""
+        return self.found.total_params * ITEMSIZE.get(shape.dtype, 4) + 3 * plan.adapter_bytes
+
+    def _alternative(
+        self,
+        plan: Plan,
+        preset: Preset,
+        timing: Timing | None,
+        flags: str,
+        shape: Shape,
+        layers: str | None,
+    ) -> Alternative | None:
+        made = plan
+        if layers is not None:
+            try:
+                made = planned(self.found, preset, self.config, layers)
+            except RequestError:
+                return None
+        other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
+        cost = other.estimate(made, self.scaled(timing, plan, made, shape))
+        return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
+
+    def _changes(self) -> Iterator[list[tuple[str, Shape, str | None]]]:
+        """Lists of changes, each from the mildest to the strongest: what `train` can do today."""
+        shape, layers = self.shape, self.config.layers
+        halves = []
+        size = shape.batch // 2
+        while size >= 1:
+            accumulate = shape.accumulate * -(-shape.batch // size)
+            halves.append(
+                (
+                    f"--batch-size {size} --accumulate {accumulate}",
+                    replace(shape, batch=size, accumulate=accumulate),
+                )
+            )
+            size //= 2
+        least = halves[-1] if halves else ("", shape)
+        yield [(flags, small, None) for flags, small in halves]
+        again = (
+            [] if shape.checkpointing else [("--gradient-checkpointing", replace(shape, checkpointing=True))]
+        )
+        yield [(flags, other, None) for flags, other in again]
+        yield [("--layers high", shape, "high")] if layers != "high" else []
+        shorter = [shape.length // 2, shape.length // 4]
+        yield [(f"--max-length {n}", replace(shape, length=n), None) for n in shorter if n >= 64]
+        if shape.dtype == "float32":
+            yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
+        both = replace(least[1], checkpointing=True)
+        flags = f"{least[0]} --gradient-checkpointing".strip()
+        together: list[tuple[str, Shape, str | None]] = [
+            (flags, both, None),
+            (f"{flags} --layers high", both, "high"),
+        ]
+        if shape.dtype == "float32":
+            half = replace(both, dtype="bfloat16")
+            together += [(f"{flags} --dtype bfloat16", half, None)]
+            together += [(f"{flags} --dtype bfloat16 --layers high", half, "high")]
+        yield together
+
+    def matrix(self, presets: Sequence[Preset], bands: Sequence[str]) -> list[dict[str, Any]]:
+        """Every strategy × band, each with what it trains and costs; an error where it cannot be."""
+        cells: list[dict[str, Any]] = []
+        timed: tuple[Plan, Timing | None] | None = None
+        for preset in presets:
+            for band in bands:
+                cell: dict[str, Any] = {"preset": preset.name, "layers": band}
+                try:
+                    made = planned(self.found, preset, self.config, band)
+                except RequestError as error:
+                    cells.append({**cell, "error": error.message})
+                    continue
+                timed = timed or (made, self.timing(made))
+                cost = self.estimate(made, self.scaled(timed[1], timed[0], made, self.shape))
+                cells.append(
+                    {
+                        **cell,
+                        "modules": len(made.slots),
+                        "trainable_params": made.trainable_params,
+                        "adapter_bytes": made.adapter_bytes,
+                        "peak_memory": cost.memory.peak,
+                        "flops_per_token": cost.flops_per_token,
+                        "tokens_per_second": cost.tokens_per_second,
+                        "seconds_per_epoch": cost.seconds_per_epoch,
+                        "seconds_per_epoch_replayed": cost.seconds_per_epoch_replayed,
+                    }
+                )
+        return cells
+
+    def _typical(self, shape: Shape) -> Shape:
+        return replace(shape, length=min(shape.length, self.typical or shape.length))
+
+    def _facts(self, plan: Plan, shape: Shape) -> list[Any]:
+        plain = replace(shape, accumulate=1, supervised=round(shape.supervised, 2))
+        return [self.source.config, plan.modules, plan.lora, plain, self.config.head_chunk]
+
+
+def look_at(
+    source: ModelSource, found: ModelMap, config: RunConfig, kept: Kept, tick: Tick = lambda done, total: None
+) -> DataReport | None:
+    """A look at the rows that `train` would go over; None where no data are named.
+
+    Files are read anew when their size or their time of change differs. Raises RequestError as
+    `train` would for data that cannot be read.
+    """
+    if not config.data and config.model != "demo":
+        return None
+    names = (
+        "data", "eval_data", "holdout", "format", "map", "chat_template", "loss_on", "overflow", "max_length", "seed",
+    )  # fmt: skip
+    facts = [
+        source.place,
+        *(getattr(config, name) for name in names),
+        *map(_stamp, [*config.data, *config.eval_data, config.chat_template or ""]),
+        *(_stamp(str(Path(source.place) / name)) for name in TOKENIZER_FILES),
+    ]
+    if known := kept.get(DataReport, facts):
+        return known if isinstance(known, DataReport) else None
+    with without_collecting():
+        from lorafit.data import load
+        from lorafit.model import load_tokenizer
+    tokenizer = load_tokenizer(source.place, source.name)
+    look = load(config, tokenizer, found.task, found.vocab_size, tick).look
+    kept.put(look, facts)
+    return look
+
+
+def _stamp(spec: str) -> list[Any]:
+    """What changes when a file, or one of a folder's, does."""
+    path = Path(weighted(spec)[0]).expanduser()
+    if not spec or not (path.exists() or path.parent.is_dir()):
+        return [spec]
+    files = (
+        [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else path.parent.glob(path.name))
+    )
+    stamps = []
+    for file in files:
+        with suppress(OSError):  # removed since; a read of the data will say so
+            found = file.stat()
+            stamps.append([str(file), found.st_size, found.st_mtime_ns])
+    return [spec, stamps]
+
+
+def prepare(
+    config: RunConfig,
+    source: ModelSource,
+    found: ModelMap,
+    *,
+    probing: bool = True,
+    elsewhere: bool = False,
+    look: DataReport | None = None,
+    seconds: float = 5.0,
+    fresh: bool = False,
+    tick: Tick = lambda done, total: None,
+) -> tuple[Forecast, RunConfig]:
+    """The forecast of a run, and its settings with what follows from its rows.
+
+    `config` has what follows from the model. `look` is that of rows which are read already; `fresh`
+    times the device again, even where an earlier answer is kept.
+    """
+    device = device_of(config.device, elsewhere)
+    kept = Kept()
+    look = look or look_at(source, found, config, kept, tick)
+    length = config.max_length or 1
+    if look is None:
+        config = derive_from_rows(config, length)
+        work, longest, typical, supervised = None, length, length, 1.0
+    else:
+        config = derive_from_rows(config, look.mean, look.rows)
+        batch = config.batch_size or 1
+        steps = ceil(ceil(look.rows / batch) / config.accumulate)
+        every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
+        work = Work(look.tokens, steps, every, look.held_out_tokens)
+        longest, typical, supervised = look.lengths["max"], look.typical, look.share
+    if found.task == "masked":
+        supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden
+    shape = Shape(
+        config.batch_size or 1,
+        longest,
+        dtype_of(config, device),
+        config.gradient_checkpointing,
+        config.accumulate,
+        supervised,
+    )
+    made = Forecast(
+        source,
+        found,
+        config,
+        device,
+        probing and not elsewhere,
+        work,
+        shape,
+        typical,
+        seconds,
+        kept,
+        look=look,
+        fresh=fresh,
+    )
+    return made, config
+
+
+def predicted(cost: Estimate, plan: Plan) -> Predicted:
+    """An estimate as a run keeps it, to be held against what it measures."""
+    return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params)
+
+
+def parse_size(text: str) -> int:
+    """`24GB` as bytes. Raises RequestError for what is no size."""
+    try:
+        return parse_bytes(text)
+    except ValueError:
+        raise RequestError(f"--fit is `{text}`: it takes a size", "as 24GB, 24GiB or 800MB") from None

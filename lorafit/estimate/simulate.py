@@ -1,0 +1,310 @@
+"""A training step on the meta device: what it would hold at its peak and what it would compute.
+
+The very code that trains (step.py) runs over the real PEFT model, whose tensors have a shape and no
+bytes, and every storage is followed. So any architecture, attention, head and checkpointing comes out
+right with no formula of its own. Blocks that are alike are simulated once, and what one did is done
+over for each.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from lorafit.adapter import Plan, Target, inject_plan, lora_params
+from lorafit.data import Batch
+from lorafit.errors import LorafitError
+from lorafit.estimate.glibc_heap import extent
+from lorafit.estimate.memory_trace import MemoryTrace, as_on, peaks, repeated
+from lorafit.estimate.terms import Profile, Shape
+from lorafit.forward import (
+    Forward,
+    base_of,
+    blocks_below,
+    checkpoint_activations,
+    chunk_for,
+    refusal,
+    trained_in,
+)
+from lorafit.model import ModelMap, ModelSource, Slot, config_of, model_class, on_meta
+
+# What configs call their depth.
+DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
+
+
+class NotSimulated(LorafitError):
+    """The model's own code does not run on tensors without bytes, or its blocks do not fit the probe;
+    the message says which."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Run:
+    """One step: FLOPs and bytes by phase; the bytes that the C library's heap reaches for them, where
+    that was asked for and can be told."""
+
+    flops: dict[str, int]
+    peaks: dict[str, dict[str, int]]
+    reach: int | None = None
+
+
+def meta_batch(shape: Shape, task: str, device: str = "meta") -> Batch:
+    """A micro-batch of that shape: `shape.supervised` of its tokens are supervised."""
+    ids = torch.zeros(shape.batch, shape.length, dtype=torch.long, device=device)
+    count = max(1, round(shape.tokens * shape.supervised))
+    places = torch.zeros(count, dtype=torch.long, device=device)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    return Batch(inputs, ids, places, torch.zeros_like(places), (count,), shape.tokens)
+
+
+def track(
+    model: torch.nn.Module,
+    plan: Plan,
+    forward: Forward,
+    batch: Batch,
+    device: str,
+    times: Sequence[int] = (),
+    reach: bool = False,
+) -> _Run:
+    """Forward and backward of one micro-batch under a tracker; on a real model, a real step.
+
+    `times` has, for each block of the one stack that is adapted, how many times it is to stand there.
+    `reach` asks the C library that is here how far its heap would grow.
+    """
+    tracker = MemoryTrace()
+    tracker.know(model)
+    blocks, below = blocks_of(model, plan), len(blocks_below(base_of(model), plan))
+    given: dict[int, int] = {}
+
+    def enter(number: int) -> Callable[..., None]:
+        def begun(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if tracker.phase != "backward":  # where checkpointing runs it again
+                tracker.block, tracker.phase = number, "prefix" if number < below else "body"
+                hidden = first_tensor([*inputs, *named.values()])
+                given[number] = 0 if hidden is None else tracker.number_of(hidden)
+
+        return begun
+
+    def leave(number: int) -> Callable[..., None]:
+        def turned(_: torch.Tensor) -> None:
+            tracker.block = number
+
+        def done(_: torch.nn.Module, __: Any, output: Any) -> None:
+            if tracker.phase != "backward":
+                tracker.block, tracker.phase = -1, "body"
+                hidden = first_tensor(output)
+                if hidden is None:
+                    raise TypeError(f"block {number} returns no hidden states")
+                tracker.passed[number] = given[number], tracker.number_of(hidden)
+                if hidden.requires_grad:
+                    hidden.register_hook(turned)
+
+        return done
+
+    def head(phase: str) -> None:
+        tracker.phase = phase
+
+    with ExitStack() as stack:
+        for number, block in enumerate(blocks):
+            stack.callback(block.register_forward_pre_hook(enter(number), with_kwargs=True).remove)
+            stack.callback(block.register_forward_hook(leave(number)).remove)
+        stack.enter_context(as_on(device))
+        stack.enter_context(tracker)
+        loss = replace(forward, mark=head).loss_sum(model, batch)
+        tracker.phase = "backward"
+        loss.backward()
+        gradients = {tracker.number_of(p.grad) for p in model.parameters() if p.grad is not None}
+        del loss
+    log, times = tracker.log, list(times) or [1] * len(blocks)
+    if any(count > 1 for count in times):
+        log, gradients = repeated(tracker, times, gradients)
+    flops: Counter[str] = Counter()
+    for (phase, number), count in tracker.flops.items():
+        flops[phase] += count * (times[number] if number >= 0 else 1)
+    asked = extent((entry.storage, entry.bytes) for entry in log) if reach else None
+    return _Run(dict(flops), peaks(log, gradients), asked)
+
+
+def blocks_of(model: torch.nn.Module, plan: Plan) -> list[torch.nn.Module]:
+    """The blocks of the one stack that is adapted; none where several are."""
+    if len(plan.cut) != 1:
+        return []
+    ((path, _),) = plan.cut.items()
+    return list(base_of(model).get_submodule(path).children())
+
+
+def first_tensor(found: Any) -> torch.Tensor | None:
+    """The hidden states: the first tensor of what a block is given, or returns."""
+    members = found.values() if isinstance(found, Mapping) else found
+    members = [found] if isinstance(found, torch.Tensor) else members
+    return next((member for member in members if isinstance(member, torch.Tensor)), None)
+
+
+def simulate_step(
+    source: ModelSource,
+    found: ModelMap,
+    plan: Plan,
+    shape: Shape,
+    device: str,
+    *,
+    head_chunk: int = 0,
+    whole_depth: bool = False,
+) -> Profile:
+    """What a step of that plan holds and computes, at that shape, on a `cpu` or a `cuda` device.
+
+    Raises NotSimulated when the model's code needs values. `whole_depth` simulates every block.
+    """
+    counts = {layers[0]: len(layers) for layers in alike(source, found, plan).values()}
+    kept = sorted(counts) if counts and not whole_depth else None
+    model, short = planned_model(source, found, plan, shape, kept)
+    try:
+        with MemoryTrace(), as_on(device):  # which answers what the model asks of values
+            forward = Forward.of(model, found.task, head_chunk or chunk_for(device, found.vocab_size))
+        times = [counts[layer] for layer in kept or ()]
+        run = track(
+            model, short, forward, meta_batch(shape, found.task), device, times, reach=device == "cpu"
+        )
+    except Exception as error:  # the code of any model may ask for a value
+        raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
+    body = base_of(model)
+    return _profile(run, shape, refusal(found, short.cut, trained_in(body), body, training=True))
+
+
+def _profile(run: _Run, shape: Shape, reason: str) -> Profile:
+    """The run's highest moment in named terms, and its FLOPs a token."""
+    phase = max(run.peaks, key=lambda p: sum(run.peaks[p].values()))
+    made = run.peaks[phase]
+    held = sum(made.values())
+    head, backward = run.flops.get("head", 0), run.flops.get("backward", 0)
+    forward = run.flops.get("prefix", 0) + run.flops.get("body", 0)
+    # a head that is run apart makes its gradient with its loss: half of its products are backward's
+    forward, backward = forward + head / 2, backward + head / 2
+    return Profile(
+        activations=round(made.get("prefix", 0) + made.get("body", 0)),
+        logits=round(made.get("head", 0)),
+        workspace=round(made.get("backward", 0)),
+        heap=max(0, run.reach - held) if run.reach is not None else 0,
+        forward=round(forward / shape.tokens),
+        backward=round(backward / shape.tokens),
+        prefix=round(run.flops.get("prefix", 0) / shape.tokens),
+        simulated=True,
+        refusal=reason,
+    )
+
+
+def planned_model(
+    source: ModelSource, found: ModelMap, plan: Plan, shape: Shape, kept: list[int] | None
+) -> tuple[Any, Plan]:
+    """The model on meta with the plan's adapter in it, as it trains; the plan.
+
+    With `kept`, its stack holds these of its layers only, and the plan is that of these.
+    """
+    config = copy.deepcopy(config_of(source))
+    if kept is None:
+        model = on_meta(model_class(config), config)
+    else:
+        ((path, _),) = plan.cut.items()
+        depth = found.stack(path).depth
+        model = None
+        if _uniform(found, path):  # then it need not be built in its whole depth
+            short = copy.deepcopy(config)
+            _shorten_config(short, depth, kept)
+            model = on_meta(model_class(short), short)
+        # xLSTM has another word for its depth: its config cannot be shortened
+        if model is None or len(model.get_submodule(path)) != len(kept):
+            model = on_meta(model_class(config), config)
+            _shorten(model, path, kept)
+        plan = _plan_of(plan, path, kept)
+    model = model.to(getattr(torch, shape.dtype)).requires_grad_(False)
+    bare = replace(plan, lora=replace(plan.lora, init_lora_weights=True))  # a start reads weights' values
+    peft_model = inject_plan(model, bare, found.task)
+    if shape.checkpointing:
+        checkpoint_activations(peft_model, blocks_below(model, plan))
+    return peft_model.train(), plan
+
+
+def alike(source: ModelSource, found: ModelMap, plan: Plan) -> dict[Any, list[int]]:
+    """The layers of the one adapted stack, grouped by what they cost; empty where a model has
+    several stacks or few layers: then all of it is simulated.
+
+    Alike are layers of the same weights, kind and adapters, on the same side of the cut; the lowest
+    adapted one is a group of its own, since backward ends in it.
+    """
+    if len(plan.cut) != 1 or len(found.text_stacks) != 1:
+        return {}
+    ((path, cut),) = plan.cut.items()
+    stack = found.stack(path)
+    if stack.shared or stack.depth < 6:
+        return {}
+    config = config_of(source).get_text_config(decoder=True)
+    kinds = getattr(config, "layer_types", None)
+    kinds = kinds if isinstance(kinds, list) and len(kinds) == stack.depth else [""] * stack.depth
+    adapted = {slot.path for slot in plan.slots}
+    weights: dict[int, list[Any]] = {layer: [] for layer in range(stack.depth)}
+    for slot in [*found.slots, *found.unplaced]:
+        if slot.stack == path:
+            tail = slot.path.removeprefix(f"{path}.{slot.layer}.")
+            shape = (tail, slot.in_features, slot.out_features, slot.copies, slot.path in adapted)
+            weights[slot.layer].append(shape)
+    groups: dict[Any, list[int]] = {}
+    for layer in range(stack.depth):
+        side = (layer > cut) - (layer < cut)
+        groups.setdefault((side, kinds[layer], tuple(sorted(weights[layer]))), []).append(layer)
+    return groups if len(groups) + 1 < stack.depth // 2 else {}
+
+
+def _shorten(model: torch.nn.Module, path: str, kept: list[int]) -> None:
+    """Only these layers of a stack; the config's depth and its lists along the depth follow."""
+    parent, _, name = path.rpartition(".")
+    blocks = list(model.get_submodule(path).children())
+    depth = len(blocks)
+    setattr(model.get_submodule(parent), name, torch.nn.ModuleList([blocks[layer] for layer in kept]))
+    for config in {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}.values():
+        _shorten_config(config, depth, kept)
+
+
+def _shorten_config(config: Any, depth: int, kept: list[int]) -> None:
+    """The depth of a config, and of those nested in it, and what runs along it as a list."""
+    for key, value in list(vars(config).items()):
+        if isinstance(value, (list, tuple)) and len(value) == depth:
+            setattr(config, key, type(value)(value[layer] for layer in kept))
+        elif key in DEPTHS and value == depth:
+            setattr(config, key, len(kept))
+        elif hasattr(value, "to_dict") and hasattr(value, "model_type"):
+            _shorten_config(value, depth, kept)
+
+
+def _uniform(found: ModelMap, path: str) -> bool:
+    """Whether every layer of a stack has the same weights, and only text is to be read."""
+    if len(found.stacks) > 1:
+        return False
+    layers: dict[int, list[Any]] = {}
+    for slot in [*found.slots, *found.unplaced]:
+        tail = slot.path.removeprefix(f"{path}.{slot.layer}.")
+        layers.setdefault(slot.layer, []).append((tail, slot.in_features, slot.out_features, slot.copies))
+    return len({tuple(sorted(weights)) for weights in layers.values()}) == 1
+
+
+def _plan_of(plan: Plan, path: str, kept: list[int]) -> Plan:
+    """The same plan over a stack that holds only these of its layers."""
+    number = {layer: at for at, layer in enumerate(kept)}
+    slots = tuple(_moved(slot, path, number[slot.layer]) for slot in plan.slots if slot.layer in number)
+    modules = tuple(sorted(slot.path for slot in slots if slot.kind != "parameter"))
+    parameters = tuple(sorted(slot.path for slot in slots if slot.kind == "parameter"))
+    return replace(
+        plan,
+        slots=slots,
+        cut={path: min(slot.layer for slot in slots)},
+        peft=Target(modules, None, None, parameters or None),
+        trainable_params=sum(lora_params(slot, plan.lora) for slot in slots),
+    )
+
+
+def _moved(slot: Slot, path: str, layer: int) -> Slot:
+    tail = slot.path.removeprefix(f"{path}.{slot.layer}.")
+    return replace(slot, path=f"{path}.{layer}.{tail}", layer=layer)

@@ -1,0 +1,165 @@
+"""Seconds of a step on a device: one block of each kind is trained there with random weights, and extended."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from lorafit.adapter import Plan
+from lorafit.data import Batch
+from lorafit.estimate.glibc_heap import keep_freed
+from lorafit.estimate.simulate import NotSimulated, alike, blocks_of, first_tensor, meta_batch, planned_model
+from lorafit.estimate.terms import SURE, Shape, Timing
+from lorafit.forward import Forward, base_of, blocks_below
+from lorafit.model import ModelMap, ModelSource
+from lorafit.system import free_memory
+from lorafit.units import bytes_text
+
+FEW = 64  # tokens that the probe begins with
+
+ROOM = 0.5  # of the memory that is free: what the probe's blocks may take
+
+
+def probe(
+    source: ModelSource, found: ModelMap, plan: Plan, shape: Shape, device: torch.device, seconds: float = 5.0
+) -> Timing:
+    """Seconds of a step on that device, from its own blocks with random weights.
+
+    One block of each kind is built and trained on a few rows; what each takes forward and backward is
+    timed, and extended over the depth and the tokens. While the fastest tries disagree there are more, for as
+    long again. Raises NotSimulated where it does not fit.
+    """
+    groups = alike(source, found, plan)
+    kept = sorted(layers[0] for layers in groups.values()) if groups else None
+    counts = {layers[0]: len(layers) for layers in groups.values()}
+    model, short = planned_model(source, found, plan, shape, kept)
+    _check_room(model, device)
+    model = model.to_empty(device=device)
+    _fill(model)
+    blocks, below = blocks_of(model, short), len(blocks_below(base_of(model), short))
+    times = [counts[layer] for layer in kept] if kept is not None else [1] * len(blocks)
+    forward = Forward.of(model, found.task, 0)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type != "mps")
+
+    def once(rows: int, length: int) -> tuple[float, float, float]:
+        batch = meta_batch(replace(shape, batch=rows, length=length), found.task, str(device))
+        return _timed(model, forward, batch, optimizer, blocks, below, times, device)
+
+    if device.type == "cpu":
+        keep_freed()
+    started = time.perf_counter()
+    taken: list[tuple[float, float, float]] = []
+    rows, length = 1, min(FEW, shape.length)
+    try:
+        once(rows, length)  # the first pays for what is made once
+        began = time.perf_counter()
+        once(rows, length)
+        alone = (time.perf_counter() - began) / length
+        # as many tokens as there is time for three times: small products run slower than large ones
+        tokens = int((seconds - (began - started)) / (3 * alone))
+        length = min(shape.length, max(length, tokens))
+        rows = max(1, min(shape.batch, tokens // length))
+        while len(taken) < 3 or (time.perf_counter() - started < seconds and len(taken) < 9):
+            taken.append(once(rows, length))
+        again = time.perf_counter() + max(1.0, seconds)
+        while taken_apart(taken) > SURE and time.perf_counter() < again and len(taken) < 40:
+            taken.append(once(rows, length))
+    except Exception as error:  # any model's code may fail over random weights, as memory may run out
+        raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
+    # other work on the machine only ever adds time: the fastest try is the nearest to the truth
+    token, replayed, step = min(taken)
+    spread = taken_apart(taken)
+    share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
+    return Timing(
+        token / (rows * length),
+        replayed / (rows * length),
+        step * share,
+        length,
+        f"{rows} × {length} tokens through one block of each kind",
+        round(spread, 3),
+    )
+
+
+def taken_apart(taken: list[tuple[float, float, float]]) -> float:
+    """How far the third fastest try lies above the fastest, as a share of it: near 0 on a quiet machine."""
+    fastest = sorted(whole for whole, _, _ in taken)
+    return fastest[min(2, len(fastest) - 1)] / fastest[0] - 1
+
+
+def _check_room(model: torch.nn.Module, device: torch.device) -> None:
+    """Raises NotSimulated when the probe's blocks would take more than half of the memory that is free."""
+    if device.type not in ("cpu", "cuda"):
+        return
+    size = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+    room = free_memory() if device.type == "cpu" else torch.cuda.mem_get_info(device)[0]
+    if size > ROOM * room:
+        raise NotSimulated(f"a block of each kind takes {bytes_text(size)}, and {bytes_text(room)} are free")
+
+
+def _fill(model: torch.nn.Module) -> None:
+    """Random weights of the usual size; anything else would make products of another speed."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(0, 0.02)
+        for buffer in model.buffers():
+            buffer.fill_(1) if buffer.dtype.is_floating_point else buffer.zero_()
+
+
+def _timed(
+    model: torch.nn.Module,
+    forward: Forward,
+    batch: Batch,
+    optimizer: torch.optim.Optimizer,
+    blocks: list[torch.nn.Module],
+    below: int,
+    times: list[int],
+    device: torch.device,
+) -> tuple[float, float, float]:
+    """(seconds of the micro-batch over the whole depth, the same with the prefix replayed, of the
+    optimizer) after one step of the short model."""
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    began: dict[int, float] = {}
+    forwards = [0.0] * len(blocks)
+    arrived: dict[int, float] = {}
+    hooks = []
+    for number, block in enumerate(blocks):
+
+        def before(*_: Any, n: int = number) -> None:
+            began[n] = now()
+
+        def after(_: Any, __: Any, output: Any, n: int = number) -> None:
+            forwards[n] += now() - began[n]
+            hidden = first_tensor(output)
+            if hidden is not None and hidden.requires_grad:
+                hidden.register_hook(lambda _: arrived.setdefault(n, now()) and None)
+
+        hooks += [block.register_forward_pre_hook(before), block.register_forward_hook(after)]
+    try:
+        start = now()
+        loss = forward.loss_sum(model, batch)
+        loss.backward()
+        end = now()
+    finally:
+        for hook in hooks:
+            hook.remove()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    stepped = now() - end
+    backwards = [0.0] * len(blocks)
+    last = end
+    for number in sorted(arrived):  # from the lowest adapted block up: backward ends in it
+        backwards[number] = last - arrived[number]
+        last = arrived[number]
+    rest = (end - start) - sum(forwards) - sum(backwards)
+    whole = rest + sum(n * (f + b) for n, f, b in zip(times, forwards, backwards, strict=True))
+    prefix = sum(n * f for n, f in zip(times[:below], forwards[:below], strict=True))
+    return whole, whole - prefix, stepped

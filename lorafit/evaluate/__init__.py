@@ -1,0 +1,29 @@
+"""Evaluation: rows scored, base and adapters compared, completions, benchmarks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.evaluate.generate import Sampling as Sampling
+    from lorafit.evaluate.generate import own_prompts as own_prompts
+    from lorafit.evaluate.held_out import held_out_rows as held_out_rows
+    from lorafit.evaluate.held_out import stored_settings as stored_settings
+    from lorafit.evaluate.lm_eval import Tasks as Tasks
+    from lorafit.evaluate.score import Evaluator as Evaluator
+    from lorafit.evaluate.score import mask_id as mask_id
+    from lorafit.evaluate.side_by_side import EvalRequest as EvalRequest
+    from lorafit.evaluate.side_by_side import compare as compare
+
+__getattr__ = door(
+    __name__,
+    {
+        "generate": "Sampling own_prompts",
+        "held_out": "held_out_rows stored_settings",
+        "lm_eval": "Tasks",
+        "score": "Evaluator mask_id",
+        "side_by_side": "EvalRequest compare",
+    },
+)

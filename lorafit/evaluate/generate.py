@@ -1,0 +1,167 @@
+"""What models say to a prompt: of a row, or of one's own; greedily, or drawn with a seed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from lorafit.data import IGNORED, Row, collate_rows
+from lorafit.errors import RequestError
+from lorafit.evaluate.score import Evaluator, mask_id
+from lorafit.forward import Forward, base_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MOST, OWN = 256, 128  # new tokens at most: of a row's prompt, of one's own
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """A prompt, as ids and as text, what is wanted (empty where nobody said), and how many tokens an
+    answer may have. Of a masked model's `labels` those that are not IGNORED are to be filled."""
+
+    ids: tuple[int, ...]
+    text: str
+    wanted: str
+    room: int
+    labels: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """Generation settings: temperature 0 is greedy; above it tokens are drawn, by a seed that is the same
+    for every model. At most `max_new_tokens`, where it is not 0."""
+
+    temperature: float = 0.0
+    seed: int = 0
+    max_new_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Generator:
+    """Completions of a model with an adapter on it or without. `positions` is the longest text the model
+    takes, 0 for no limit."""
+
+    tokenizer: PreTrainedTokenizerBase
+    forward: Forward
+    device: torch.device
+    positions: int = 0
+    sampling: Sampling = Sampling()
+
+    @torch.no_grad()
+    def completions(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """What a model says to each prompt; a masked model fills its masks."""
+        model.eval()
+        if self.forward.task == "masked":
+            return [self._filled(model, prompt) for prompt in prompts]
+        return [self._completed(model, prompt, number) for number, prompt in enumerate(prompts)]
+
+    def _completed(self, model: Any, prompt: Prompt, number: int) -> str:
+        from transformers import GenerationConfig
+
+        tokenizer, settled = self.tokenizer, base_of(model).generation_config
+        stated = getattr(settled, "eos_token_id", None)  # one, several, or none
+        ends = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+        room = self.sampling.max_new_tokens or prompt.room
+        if self.positions and self.forward.task != "seq2seq":
+            room = max(1, min(room, self.positions - len(prompt.ids)))
+        temperature = self.sampling.temperature
+        drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
+        settings = GenerationConfig(
+            max_new_tokens=room,
+            do_sample=bool(drawn),
+            pad_token_id=tokenizer.pad_token_id,
+            eos_token_id=sorted({end for end in ends if isinstance(end, int)}) or None,
+            decoder_start_token_id=getattr(settled, "decoder_start_token_id", None),
+            bos_token_id=tokenizer.bos_token_id,
+            **drawn,
+        )
+        torch.manual_seed(self.sampling.seed + number)
+        ids = torch.tensor([prompt.ids], device=self.device)
+        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
+            0
+        ]
+        new = out if self.forward.task == "seq2seq" else out[len(prompt.ids) :]
+        return str(tokenizer.decode(new, skip_special_tokens=True))
+
+    def _filled(self, model: Any, prompt: Prompt) -> str:
+        batch = collate_rows([Row(prompt.ids, prompt.labels, "")], self.tokenizer.pad_token_id or 0, "masked")
+        logits_NV = self.forward.logits(model, batch.to(self.device))
+        return " · ".join(plain(str(self.tokenizer.decode([t]))) for t in logits_NV.argmax(-1).tolist())
+
+
+def row_prompts(evaluator: Evaluator, count: int) -> list[Prompt]:
+    """The prompts of the first rows, and what is wanted there."""
+    read, prompts = evaluator.tokenizer.decode, []
+    for number, row in enumerate(evaluator.rows[:count]):
+        if evaluator.forward.task == "masked":
+            row = evaluator.masked(number)
+            wanted = " · ".join(plain(str(read([label]))) for label in row.labels if label != IGNORED)
+            prompts.append(Prompt(row.ids, str(read(list(row.ids))), wanted, 0, row.labels))
+            continue
+        asked, reference = _split(row, evaluator.forward.task)
+        text = str(read(asked, skip_special_tokens=True))
+        wanted = str(read(reference, skip_special_tokens=True))
+        prompts.append(Prompt(tuple(asked), text, wanted, min(MOST, len(reference) + 24)))
+    return prompts
+
+
+def own_prompts(
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, positions: int
+) -> list[Prompt]:
+    """Prompts that a person wrote: as a user's turn where the tokenizer has a chat template, else as
+    they are.
+
+    Raises RequestError for one that is empty or too long, or has no mask for a masked model.
+    """
+    prompts = []
+    for text in texts:
+        if not text.strip():
+            raise RequestError("--prompt is empty")
+        labels: tuple[int, ...] = ()
+        if task == "causal" and tokenizer.chat_template is not None:
+            turns = [{"role": "user", "content": text}]
+            whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            ids = tokenizer(str(whole), add_special_tokens=False, verbose=False)["input_ids"]
+        else:
+            ids = tokenizer(text, verbose=False)["input_ids"]
+        if task == "causal":  # its end would end what is to go on
+            while len(ids) > 1 and ids[-1] in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+                ids = ids[:-1]
+        if task == "masked":
+            mask = mask_id(tokenizer)
+            if mask not in ids:
+                raise RequestError(
+                    f"a masked model fills what is hidden, and `{text}` hides nothing",
+                    f"write {tokenizer.mask_token} where it is to guess",
+                )
+            labels = tuple(mask if i == mask else IGNORED for i in ids)
+        if positions and len(ids) >= positions:
+            raise RequestError(f"--prompt is {len(ids):,} tokens long, and the model knows {positions:,}")
+        prompts.append(Prompt(tuple(ids), text, "", OWN, labels))
+    return prompts
+
+
+def _split(row: Row, task: str) -> tuple[list[int], list[int]]:
+    """(prompt, reference) of a row; a text without a prompt is cut after its first quarter."""
+    if task == "seq2seq":
+        return list(row.ids), [label for label in row.labels if label != IGNORED]
+    at = row.prompt
+    if at < 2:
+        at = max(2, len(row.ids) // 4)
+        return list(row.ids[:at]), list(row.ids[at : at + 64])
+    stop = at
+    while stop < len(row.labels) and row.labels[stop] != IGNORED:
+        stop += 1
+    return list(row.ids[:at]), list(row.ids[at:stop])
+
+
+def plain(text: str) -> str:
+    """A text on one line, for a table."""
+    return re.sub(r"\s+", " ", text).strip()

@@ -1,0 +1,46 @@
+"""The settings that an adapter was trained with, and the rows that its run held out."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from lorafit.adapter import run_of
+from lorafit.data import RowSet, load
+from lorafit.errors import RequestError
+from lorafit.model import ModelMap
+from lorafit.outputs import RUN_FILE
+from lorafit.report import read_back
+from lorafit.settings import RunConfig, as_recorded, derive_from_model, settle
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def stored_settings(adapter: str, found: ModelMap) -> RunConfig:
+    """The settings an adapter was trained with; the defaults where lorafit did not train it.
+
+    Without its chat template: that is in its tokenizer.
+    """
+    path = run_of(adapter) / RUN_FILE
+    settings = as_recorded(str(path)) if path.is_file() else settle({})[0]
+    return derive_from_model(replace(settings, chat_template=None), found)
+
+
+def held_out_rows(adapter: str, tokenizer: PreTrainedTokenizerBase, found: ModelMap) -> RowSet:
+    """The rows that a run held out, made again from its data and checked to be the same.
+
+    Raises RequestError where it is not a run of lorafit, or its data have changed.
+    """
+    run = run_of(adapter)
+    if not (run / RUN_FILE).is_file():
+        raise RequestError(
+            f"`{adapter}` was not trained by lorafit: it has no held-out rows", "name data with --data"
+        )
+    rows = load(stored_settings(adapter, found), tokenizer, found.task, found.vocab_size)
+    if rows.held_out.digest != read_back(run).held_out_digest:
+        raise RequestError(
+            f"the data of `{adapter}` changed since it was trained: the held-out rows differ",
+            "name data with --data",
+        )
+    return rows.held_out

@@ -1,0 +1,113 @@
+"""Rows put to a model: the same batches, with the same masks, each time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Protocol
+
+import torch
+
+from lorafit.data import IGNORED, Batch, MicroBatch, Row, RowSet, collate_rows, in_order, mask_tokens
+from lorafit.errors import RequestError
+from lorafit.evaluate.paired import RowScore
+from lorafit.events import Loss
+from lorafit.forward import Forward, Prefix
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MASK_SEED = 20181011  # of the masks that evaluation hides: the same ones for every model
+
+SHORT = 64  # tokens of an answer up to which a row counts for the exact match
+
+
+class Around(Protocol):
+    """What is done around a forward pass: the replay of the frozen prefix, or nothing."""
+
+    def around(self, batch: Batch) -> AbstractContextManager[None]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluator:
+    """Rows and how to put them to a model: the same batches, with the same masks, each time."""
+
+    rows: RowSet
+    forward: Forward
+    batch_size: int
+    tokenizer: PreTrainedTokenizerBase
+    vocab_size: int
+    device: torch.device
+    prefix: Around = field(default_factory=Prefix)
+    name: str = "held-out"  # in the keys of its micro-batches
+
+    @property
+    def parts(self) -> list[MicroBatch]:
+        """The rows' numbers as they are run together, in one fixed order."""
+        return in_order(self.rows.lengths.tolist(), self.batch_size)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of its micro-batches."""
+        return [f"{self.name} {number}" for number in range(len(self.parts))]
+
+    @property
+    def processed(self) -> int:
+        """Tokens that a pass over the rows runs, padding with them."""
+        lengths = self.rows.lengths
+        return int(sum(len(part) * lengths[list(part)].max() for part in self.parts))
+
+    def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
+        """(row numbers, batch) in one fixed order, on the device."""
+        task = self.forward.task
+        for numbers, key in zip(self.parts, self.keys, strict=True):
+            rows = [self.masked(n) if task == "masked" else self.rows[n] for n in numbers]
+            yield numbers, collate_rows(rows, self.tokenizer.pad_token_id or 0, task, key).to(self.device)
+
+    def masked(self, number: int) -> Row:
+        """A row with its masks, which depend on nothing but its number."""
+        generator = torch.Generator().manual_seed(MASK_SEED + number)
+        alone = collate_rows([self.rows[number]], self.tokenizer.pad_token_id or 0, "masked")
+        alone = mask_tokens(alone, mask_id(self.tokenizer), self.vocab_size, generator)
+        ids, labels = alone.inputs["input_ids"][0].tolist(), alone.labels[0].tolist()
+        return replace(self.rows[number], ids=tuple(ids), labels=tuple(labels))
+
+    @torch.no_grad()
+    def scores(self, model: torch.nn.Module, tick: Callable[[int], None] = lambda n: None) -> list[RowScore]:
+        """A score for each row, in the rows' order; `tick` hears of each batch's size."""
+        training = model.training
+        model.eval()
+        found: dict[int, RowScore] = {}
+        for numbers, batch in self.batches():
+            with self.prefix.around(batch):
+                loss_N, right_N = self.forward.scores(model, batch)
+            losses, rights = loss_N.double().split(batch.counts), right_N.split(batch.counts)
+            for number, tokens, loss, right in zip(numbers, batch.counts, losses, rights, strict=True):
+                short = self.forward.task != "masked" and short_answer(self.rows[number], self.forward.task)
+                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short)
+            tick(len(numbers))
+        model.train(training)
+        return [found[n] for n in range(len(self.rows))]
+
+    def loss(self, model: torch.nn.Module) -> Loss:
+        """The mean loss per supervised token."""
+        scores = self.scores(model)
+        tokens = sum(s.tokens for s in scores)
+        return Loss(sum(s.loss_sum for s in scores) / tokens, tokens)
+
+
+def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """The mask token's id. Raises RequestError when the tokenizer has none."""
+    if tokenizer.mask_token_id is None:
+        raise RequestError("a masked model needs a mask token, and this tokenizer has none")
+    return int(tokenizer.mask_token_id)
+
+
+def short_answer(row: Row, task: str) -> bool:
+    """Whether a row is a prompt with one answer of few tokens, which ends it."""
+    learned = [at for at, label in enumerate(row.labels) if label != IGNORED]
+    if not learned or len(learned) > SHORT or learned[-1] - learned[0] >= len(learned):
+        return False
+    return task == "seq2seq" or learned[0] > 1

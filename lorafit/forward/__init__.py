@@ -1,0 +1,36 @@
+"""A forward pass: the loss over supervised tokens, the frozen prefix replayed."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.forward.activations import base_of as base_of
+    from lorafit.forward.activations import checkpoint_activations as checkpoint_activations
+    from lorafit.forward.head import Forward as Forward
+    from lorafit.forward.loss import chunk_for as chunk_for
+    from lorafit.forward.placement import COMFORTABLE as COMFORTABLE
+    from lorafit.forward.placement import Choice as Choice
+    from lorafit.forward.placement import choose as choose
+    from lorafit.forward.prefix import Prefix as Prefix
+    from lorafit.forward.prefix import blocks_below as blocks_below
+    from lorafit.forward.prefix import cut_of as cut_of
+    from lorafit.forward.prefix import refusal as refusal
+    from lorafit.forward.prefix import trained_in as trained_in
+    from lorafit.forward.prefix_store import DiskStore as DiskStore
+    from lorafit.forward.prefix_store import states_folder as states_folder
+    from lorafit.forward.prefix_store import states_key as states_key
+
+__getattr__ = door(
+    __name__,
+    {
+        "activations": "base_of checkpoint_activations",
+        "head": "Forward",
+        "loss": "chunk_for",
+        "placement": "COMFORTABLE Choice choose",
+        "prefix": "Prefix blocks_below cut_of refusal trained_in",
+        "prefix_store": "DiskStore states_folder states_key",
+    },
+)

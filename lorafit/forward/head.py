@@ -1,0 +1,257 @@
+"""One micro-batch: forward, and the loss over its supervised tokens. The head does only their share.
+
+B rows, T tokens, N supervised tokens, D hidden size, V vocabulary, C tokens of a chunk
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from lorafit.data import IGNORED, Batch
+from lorafit.forward.activations import base_of
+from lorafit.forward.loss import HeadLoss, chunk_for, rounding, scored
+
+
+class _Reached(Exception):
+    """The hidden states before the head are there; the rest of the pass is not wanted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Forward:
+    """How a model is called: the arguments its forward takes, and how its head is reached.
+
+    The head is `apart` where the model is a body and what it makes of the body's last hidden
+    states: then it is run on supervised tokens alone, chunk by chunk, with whatever scaling,
+    capping and bias the model's own code gives it. Where it is `inside` the body (T5 scales in
+    between), the supervised tokens are picked at the door of its output layer; else it is run whole.
+    """
+
+    task: str
+    accepts: frozenset[str]
+    head: str
+    chunk: int
+    body: str = ""  # the module that makes the last hidden states, where the head is apart
+    mark: Callable[[str], None] = lambda phase: None  # hears when the head begins
+
+    @classmethod
+    def of(cls, model: torch.nn.Module, task: str, chunk: int = 0) -> Forward:
+        """How that model is called, with an adapter on it or without: tried once, on eight tokens.
+
+        `chunk` is how many tokens the head is run on at once; 0 chooses by the device.
+        """
+        base = base_of(model)
+        accepts = frozenset(inspect.signature(base.forward).parameters)
+        size = chunk or chunk_for(next(base.parameters()).device.type, _vocabulary(base))
+        whole = cls(task, accepts, "whole", size)
+        ways = [cls(task, accepts, "apart", size, body) for body in _bodies(base, task)]
+        ways.append(cls(task, accepts, "inside", size))
+        return next((way for way in ways if way._is_right(model, whole)), whole)
+
+    @torch.no_grad()
+    def _is_right(self, model: torch.nn.Module, whole: Forward) -> bool:
+        """Whether this way to the head gives the logits that the model's own forward gives."""
+        base = base_of(model)
+        if self.head == "apart" and any(p.requires_grad for p in _outside(base, self.body)):
+            return False  # the chunks give the gradient of the hidden states only
+        probe = _probe(base, self.task)
+        training = model.training
+        model.eval()
+        try:
+            wanted, got = whole.logits(model, probe), self.logits(model, probe)
+        except Exception:  # any model's code may fail when entered at another door than its own
+            return False
+        finally:
+            model.train(training)
+        if got.shape != wanted.shape or wanted.is_meta:
+            return got.shape == wanted.shape
+        largest = wanted.abs().max().item()
+        return torch.allclose(got, wanted, atol=rounding(wanted.dtype) * max(largest, 1e-3), rtol=0)
+
+    def arguments(self, model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
+        """What the model's forward is given."""
+        found: dict[str, Any] = {name: t for name, t in batch.inputs.items() if name in self.accepts}
+        if "use_cache" in self.accepts:
+            found["use_cache"] = False
+        if self.task == "seq2seq":
+            found["decoder_input_ids"] = shifted_right(model, batch.labels)
+            if "decoder_attention_mask" in self.accepts:
+                found["decoder_attention_mask"] = (batch.labels != IGNORED).long()
+        return found
+
+    def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """logits_NV of the supervised tokens, in the model's dtype."""
+        return torch.cat(list(self.chunks(model, batch)))
+
+    def chunks(self, model: torch.nn.Module, batch: Batch) -> Iterator[torch.Tensor]:
+        """The logits_CV of the supervised tokens, a chunk after the other; whole where the head is not apart."""
+        base, arguments = base_of(model), self.arguments(model, batch)
+        if self.head == "apart":
+            with self._head(model, arguments, batch.places) as (hidden_ND, head):
+                for hidden_CD in hidden_ND.split(self.chunk):
+                    yield head(hidden_CD)
+        elif self.head == "inside":
+            with _picked(base.get_output_embeddings(), batch.places):
+                whole = base(**arguments).logits.flatten(0, 1)
+            yield whole
+        else:
+            yield base(**arguments).logits.flatten(0, 1)[batch.places]
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss summed over the supervised tokens, in nats, float32, a scalar."""
+        if self.head != "apart":
+            logits_NV = self.logits(model, batch)
+            self.mark("head")
+            return F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
+        arguments = self.arguments(model, batch)
+        with self._head(model, arguments, batch.places) as (hidden_ND, head):
+            self.mark("head")
+            loss: torch.Tensor = HeadLoss.apply(hidden_ND, batch.targets, head, self.chunk)
+        return loss
+
+    @torch.no_grad()
+    def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+        """(loss_N in nats, float32; whether the most likely token is the right one, bool_N)."""
+        if self.head != "apart":
+            return scored(self.logits(model, batch), batch.targets)
+        arguments = self.arguments(model, batch)
+        with self._head(model, arguments, batch.places) as (hidden_ND, head):
+            parts = [
+                scored(head(hidden_CD), targets_C)
+                for hidden_CD, targets_C in zip(
+                    hidden_ND.split(self.chunk), batch.targets.split(self.chunk), strict=True
+                )
+            ]
+        return torch.cat([loss for loss, _ in parts]), torch.cat([right for _, right in parts])
+
+    @contextmanager
+    def _head(
+        self, model: torch.nn.Module, arguments: dict[str, Any], places_N: torch.Tensor
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
+        """The hidden states of the supervised tokens, and the function that makes logits of such.
+
+        The body is run and the pass is stopped; then the model's own forward is run on a chunk with
+        the body standing still, handing on the chunk as its last hidden states.
+        """
+        base = base_of(model)
+        body = base.get_submodule(self.body)
+        made: list[Any] = []
+
+        def stop(_: torch.nn.Module, __: Any, output: Any) -> None:
+            made.append(output)
+            raise _Reached
+
+        hook = body.register_forward_hook(stop)
+        try:
+            base(**arguments)
+        except _Reached:
+            pass
+        finally:
+            hook.remove()
+        output = made.pop()
+        hidden_ND = _last_hidden(output).flatten(0, 1).index_select(0, places_N)
+
+        def head(hidden_CD: torch.Tensor) -> torch.Tensor:
+            chunk = _with_last_hidden(output, hidden_CD.unsqueeze(0))
+            with _standing_still(body, chunk):
+                logits: torch.Tensor = base(**arguments).logits
+            return logits.flatten(0, 1)  # not [0]: its backward would make the whole anew
+
+        yield hidden_ND, head
+
+
+def _bodies(base: Any, task: str) -> Iterator[str]:
+    """The modules that may make a model's last hidden states, the likeliest first."""
+    names = {id(module): name for name, module in base.named_modules()}
+    found = [getattr(base, "base_model", None)]
+    if task != "seq2seq" and hasattr(base, "get_decoder"):  # OPT calls its decoder past its body
+        found.append(base.get_decoder())
+    for body in found:
+        if name := names.get(id(body)):
+            yield name
+
+
+def _outside(base: Any, body: str) -> Iterator[torch.nn.Parameter]:
+    """The parameters outside the body."""
+    inside = {id(p) for p in base.get_submodule(body).parameters()}
+    return (p for p in base.parameters() if id(p) not in inside)
+
+
+def _vocabulary(base: Any) -> int:
+    size = getattr(base.config.get_text_config(decoder=True), "vocab_size", 0)
+    return size if isinstance(size, int) else 0
+
+
+def _probe(base: Any, task: str) -> Batch:
+    """Eight tokens of two rows, with four places to predict."""
+    device = next(base.parameters()).device
+    ids_BT = torch.arange(16, device=device).view(2, 8) % max(1, min(16, _vocabulary(base)))
+    places = torch.tensor([1, 4, 9, 14], device=device)
+    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    return Batch(inputs, ids_BT, places, ids_BT.flatten()[places], (2, 2), 16)
+
+
+def _last_hidden(output: Any) -> torch.Tensor:
+    hidden: torch.Tensor = output[0]
+    return hidden
+
+
+def _with_last_hidden(output: Any, hidden: torch.Tensor) -> Any:
+    """The same output of a body with other last hidden states."""
+    if isinstance(output, tuple):
+        return (hidden, *output[1:])
+    other = copy.copy(output)
+    other["last_hidden_state"] = hidden
+    return other
+
+
+@contextmanager
+def _standing_still(module: torch.nn.Module, output: Any) -> Iterator[None]:
+    """While here, the module does nothing but return that output."""
+    module.forward = lambda *_, **__: output
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _picked(door: torch.nn.Module, places_N: torch.Tensor) -> Iterator[None]:
+    """While here, the module sees only those positions of its input (B, T, D): (1, N, D)."""
+
+    def pick(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+        return (inputs[0].flatten(0, 1).index_select(0, places_N).unsqueeze(0), *inputs[1:])
+
+    hook = door.register_forward_pre_hook(pick)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+def shifted_right(model: torch.nn.Module, labels_BS: torch.Tensor) -> torch.Tensor:
+    """The decoder's input (B, S): its start token, then the labels less the last; padding for IGNORED."""
+    base = base_of(model)
+    config = base.config.get_text_config(decoder=True)
+    start = next(
+        (
+            token
+            for c in (base.config, config, base.generation_config)
+            for token in (getattr(c, "decoder_start_token_id", None),)
+            if isinstance(token, int)
+        ),
+        None,
+    )
+    pad = config.pad_token_id if isinstance(config.pad_token_id, int) else 0
+    if start is None:
+        start = config.bos_token_id if isinstance(config.bos_token_id, int) else pad
+    shifted = labels_BS.new_full(labels_BS.shape, start)
+    shifted[:, 1:] = labels_BS[:, :-1]
+    return shifted.masked_fill(shifted == IGNORED, pad)

@@ -1,0 +1,45 @@
+"""Where the hidden states that enter the cut are kept: in memory, on disk, or nowhere; and why."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from lorafit.units import bytes_text
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """Where the prefix's states are kept, `memory`, `disk` or `off`, and why."""
+
+    where: str
+    reason: str
+    bytes: int = 0
+
+
+COMFORTABLE = 0.25  # of the memory that is free: what the cache may take of it
+
+
+ROOM_LEFT = 1_000_000_000  # bytes that stay free on the disk
+
+
+def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored: bool) -> Choice:
+    """Where to keep states of `size` bytes that may be kept exactly.
+
+    `passes` over the rows are planned; `memory` and `disk` are what is free; `stored` says that a
+    whole cache of them lies on the disk.
+    """
+    if asked == "off":
+        return Choice("off", "--prefix-cache off")
+    if asked in ("memory", "disk"):
+        return Choice(asked, f"--prefix-cache {asked}", size)
+    if stored:
+        return Choice("disk", "filled by an earlier run", size)
+    if passes <= 1:
+        return Choice("off", "the rows are gone over once only")
+    if size <= COMFORTABLE * memory:
+        return Choice("memory", f"{bytes_text(size)} of {bytes_text(memory)} that are free", size)
+    if size + ROOM_LEFT <= disk:
+        return Choice("disk", f"{bytes_text(size)} are much for {bytes_text(memory)} of memory", size)
+    return Choice(
+        "off", f"{bytes_text(size)} fit neither in {bytes_text(memory)} of memory nor on the disk", size
+    )

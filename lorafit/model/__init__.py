@@ -1,0 +1,55 @@
+"""Models: a name to files, a config to a map of every weight, and the model itself."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.model.chart import chart_of as chart_of
+    from lorafit.model.chart import map_of as map_of
+    from lorafit.model.classes import config_of as config_of
+    from lorafit.model.classes import model_class as model_class
+    from lorafit.model.classes import on_meta as on_meta
+    from lorafit.model.load import load_model as load_model
+    from lorafit.model.load import load_tokenizer as load_tokenizer
+    from lorafit.model.load import pick_device as pick_device
+    from lorafit.model.load import pick_dtype as pick_dtype
+    from lorafit.model.map import ModelMap as ModelMap
+    from lorafit.model.map import Slot as Slot
+    from lorafit.model.map import Stack as Stack
+    from lorafit.model.map import Uncovered as Uncovered
+    from lorafit.model.map import sum_params as sum_params
+    from lorafit.model.roles import ATTENTIONS as ATTENTIONS
+    from lorafit.model.roles import DEFAULT_PARTS as DEFAULT_PARTS
+    from lorafit.model.roles import FEED_FORWARDS as FEED_FORWARDS
+    from lorafit.model.roles import MEANING as MEANING
+    from lorafit.model.roles import Part as Part
+    from lorafit.model.roles import Role as Role
+    from lorafit.model.safetensors_io import INDEX as INDEX
+    from lorafit.model.safetensors_io import Change as Change
+    from lorafit.model.safetensors_io import ShardLayout as ShardLayout
+    from lorafit.model.safetensors_io import TensorEntry as TensorEntry
+    from lorafit.model.safetensors_io import TensorFile as TensorFile
+    from lorafit.model.safetensors_io import fingerprint as fingerprint
+    from lorafit.model.safetensors_io import lay_out as lay_out
+    from lorafit.model.safetensors_io import open_file as open_file
+    from lorafit.model.safetensors_io import shards as shards
+    from lorafit.model.safetensors_io import write as write
+    from lorafit.model.source import HUB_ID as HUB_ID
+    from lorafit.model.source import ModelSource as ModelSource
+    from lorafit.model.source import find as find
+
+__getattr__ = door(
+    __name__,
+    {
+        "chart": "chart_of map_of",
+        "classes": "config_of model_class on_meta",
+        "load": "load_model load_tokenizer pick_device pick_dtype",
+        "map": "ModelMap Slot Stack Uncovered sum_params",
+        "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
+        "safetensors_io": "Change INDEX ShardLayout TensorEntry TensorFile fingerprint lay_out open_file shards write",
+        "source": "HUB_ID ModelSource find",
+    },
+)

@@ -1,0 +1,116 @@
+"""The model with its weights, its tokenizer, and the device and dtype they are used in."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from lorafit.errors import RequestError, RunError
+from lorafit.model.classes import config_of, model_class
+from lorafit.model.source import ModelSource, first_line
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; `auto` is a GPU when there is one. Raises RequestError."""
+    import torch
+
+    if name == "auto":
+        if torch.cuda.is_available():
+            return torch.device("cuda")
+        return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError):
+        raise RequestError(f"there is no device `{name}` here", "--device cpu, or auto") from None
+    if device.type == "meta":
+        raise RequestError("the meta device holds no weights to train", "--device cpu, or auto")
+    return device
+
+
+def pick_dtype(name: str, device: torch.device) -> torch.dtype:
+    """The dtype of the base weights; `auto` is bfloat16 on a GPU that computes in it, else float32."""
+    import torch
+
+    if name != "auto":
+        return getattr(torch, name)
+    fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
+    """The model with its weights, all of them frozen, in `eval` mode.
+
+    Raises RequestError when there are no weights or they do not fill the model, RunError when
+    memory does not suffice.
+    """
+    import torch
+    from transformers.utils import logging
+
+    from lorafit.model.safetensors_io import open_file, shards
+
+    config = config_of(source)
+    cls = model_class(config)
+    place = source.place
+    if Path(place).is_file():
+        raise RequestError(
+            f"`{place}` is a config without weights", "to train, name a folder that holds both"
+        )
+    if Path(place).is_dir():
+        files = shards(Path(place))
+        for path in files:
+            open_file(path)  # a file that is cut short or damaged is named
+        if not files and not any(path.suffix == ".bin" for path in Path(place).iterdir()):
+            raise RequestError(f"there are no weights in `{source.name}`: no .safetensors file")
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        model, info = cls.from_pretrained(
+            place, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
+            ignore_mismatched_sizes=True,
+        )  # fmt: skip
+        model = model.to(device)
+    except torch.OutOfMemoryError:
+        raise RunError(
+            f"`{source.name}` does not fit on {device}", "a smaller dtype or model, or another --device"
+        ) from None
+    except Exception as error:  # safetensors, the hub and the loader each have kinds of their own
+        raise RequestError(
+            f"the weights of `{source.name}` cannot be loaded: {first_line(error)}",
+            "check that the files are whole",
+        ) from error
+    finally:
+        logging.set_verbosity(level)
+    for name, stored, wanted in sorted(info["mismatched_keys"])[:1]:
+        raise RequestError(
+            f"`{name}` of `{source.name}` is {tuple(stored)}, and its config makes it {tuple(wanted)}",
+            "the weights belong to another config",
+        )
+    lost = sorted(info["missing_keys"])
+    if lost:
+        more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+        raise RequestError(
+            f"the weights of `{source.name}` do not fill a {cls.__name__}: `{lost[0]}`{more} missing",
+            "a checkpoint of a bare encoder has no language-model head to train with",
+        )
+    return model.requires_grad_(False).eval()
+
+
+def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a model. Raises RequestError when there is none or it cannot be read."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(
+            place, trust_remote_code=False, local_files_only=Path(place).exists()
+        )
+    except Exception as error:  # tokenizers raise bare Exceptions
+        raise RequestError(
+            f"`{name}` has no tokenizer that can be read: {first_line(error)}",
+            "a tokenizer.json beside the model, or a model that has one",
+        ) from None

@@ -1,0 +1,25 @@
+"""A run for people: read back from its folder, its page and its card."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.report.html import PAGE_MARK as PAGE_MARK
+    from lorafit.report.html import make_page as make_page
+    from lorafit.report.html import write_page as write_page
+    from lorafit.report.model_card import adapter_card as adapter_card
+    from lorafit.report.model_card import merged_card as merged_card
+    from lorafit.report.run import DAMAGED as DAMAGED
+    from lorafit.report.run import read_back as read_back
+
+__getattr__ = door(
+    __name__,
+    {
+        "html": "PAGE_MARK make_page write_page",
+        "model_card": "adapter_card merged_card",
+        "run": "DAMAGED read_back",
+    },
+)

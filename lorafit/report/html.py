@@ -1,0 +1,331 @@
+"""One page that shows a run, or several side by side: self-contained HTML, nothing fetched, no script.
+
+All text that comes from data, names or settings is escaped where it enters an element.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lorafit import __version__
+from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Score
+from lorafit.model import ModelMap, Slot, Stack
+from lorafit.report.markup import Html, el, is_number
+from lorafit.report.run import Run
+from lorafit.report.svg import curves
+from lorafit.units import bytes_text, count, figures, percent, seconds_text, short
+
+PAGE_MARK = '<meta name="generator" content="lorafit">'  # by which a page of ours is told from other files
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6570; --line: #d5dae0; --back: #ffffff;
+  --card: #f5f7f9; --mark: #fff3c4; --c0: #1a63b8; --c1: #b4471c; --c2: #2c7a4b; --c3: #7c3fa8; --c4: #8a6d00; --c5: #a3245c; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e4e8ec; --soft: #9aa4af; --line: #37404a; --back: #14181d;
+  --card: #1d232a; --mark: #4d4313; --c0: #6aaef7; --c1: #f19a6b; --c2: #74c796; --c3: #c59be6; --c4: #dcbf4a; --c5: #f087b3; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
+  font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
+h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
+p { margin: .4rem 0; } .soft { color: var(--soft); } small { color: var(--soft); }
+.wide { overflow-x: auto; max-width: 100%; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
+th { color: var(--soft); font-weight: 600; white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; }
+td.name { min-width: 9rem; }
+.map th, .map td { padding: 0 1px; border: 0; text-align: center; font-size: 11px; line-height: 1.3; }
+.map th.role { text-align: right; padding-right: .5rem; font-size: 13px; font-weight: 400; color: var(--ink); }
+.map td { min-width: 15px; color: var(--soft); line-height: 1.1; } .map td.on { color: var(--c0); font-size: 17px; }
+svg { width: 100%; min-width: 32rem; height: auto; display: block; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+pre, .said { white-space: pre-wrap; background: var(--card); border-radius: 4px; padding: .5rem .7rem; margin: .3rem 0;
+  font: 14px/1.45 ui-monospace, monospace; }
+mark { background: var(--mark); color: inherit; font-weight: 600; }
+dl { margin: .4rem 0; } dt { color: var(--soft); } dd { margin: 0 0 .5rem; }
+details summary { cursor: pointer; margin-top: 2.5rem; font-weight: 600; }
+"""
+
+
+def make_page(
+    title: str,
+    found: ModelMap,
+    adapted: Mapping[str, Sequence[str]],
+    runs: Sequence[Run],
+    report: EvalReport | None = None,
+) -> str:
+    """The page. `adapted` are the names of what each adapter adapts, by its path; `runs` those of them
+    that are runs of ours; `report` how they were evaluated, where they were."""
+    told = [run for run in runs if run.report]
+    parts: list[Html] = [_head(title, found)]
+    for path, modules in adapted.items():
+        parts.append(_map(found, path if len(adapted) > 1 else "", modules))
+    if told:
+        parts += [curves(told), _epochs(told), _predicted(told)]
+    if report is not None:
+        parts += _evaluated(report)
+    for run in told:
+        parts += [_data(run), _settings(run)]
+    body = el("body", [part for part in parts if part])
+    head = el(
+        "head",
+        Html('<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'),
+        Html(PAGE_MARK),
+        el("title", title),
+        Html(f"<style>{STYLE}</style>"),
+    )
+    return f'<!doctype html>\n<html lang="en">{head}{body}</html>\n'
+
+
+def write_page(path: Path, text: str) -> None:
+    """The page in its place at once, so that no half of one is ever seen. Raises OSError."""
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        beside.write_text(text, encoding="utf-8")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def _head(title: str, found: ModelMap) -> Html:
+    return Html(
+        el("h1", title)
+        + el(
+            "p",
+            f"{found.model}, {found.architecture}, {short(found.total_params)} parameters. lorafit {__version__}",
+            cls="soft",
+        )
+    )
+
+
+def _table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
+    """A table in a frame that scrolls; the columns from that one on are figures."""
+
+    def cells(kind: str, row: Sequence[str]) -> Html:
+        return el(
+            "tr",
+            [el(kind, c, cls="n" if n >= figures_from else "name") for n, c in enumerate(row)],
+        )
+
+    return el(
+        "div",
+        el("table", el("thead", cells("th", head)), el("tbody", [cells("td", row) for row in rows])),
+        cls="wide",
+    )
+
+
+def _map(found: ModelMap, path: str, modules: Sequence[str]) -> Html:
+    """Layers × modules: which carry an adapter."""
+    chosen = set(modules)
+    parts = [el("h2", "What was adapted" + (f": {path}" if path else ""))]
+    inside = {s.path for s in (*found.slots, *found.unplaced) if s.layer >= 0}
+    for stack in found.stacks:
+        drawn = _stack(found, stack, chosen)
+        if drawn:
+            parts.append(drawn)
+    beside = sorted(chosen - inside)
+    if beside:
+        parts.append(el("p", f"Beside the layers: {', '.join(beside)}."))
+    return el("section", parts)
+
+
+def _stack(found: ModelMap, stack: Stack, chosen: set[str]) -> Html:
+    slots: dict[str, dict[int, Slot]] = {}
+    for slot in (*found.slots, *found.unplaced):
+        if slot.stack == stack.path and (slot.roles or slot.path in chosen):
+            slots.setdefault(slot.tail, {})[slot.layer] = slot
+    if not any(slot.path in chosen for by_layer in slots.values() for slot in by_layer.values()):
+        return Html("")
+    layers = range(stack.depth)
+    step = max(1, round(stack.depth / 16))
+    head = el("tr", el("th"), [el("th", str(n) if n % step == 0 else "") for n in layers])
+    rows = []
+    for tail, by_layer in slots.items():
+        roles = " ".join(role.value for role in next(iter(by_layer.values())).roles)
+        cells = []
+        for n in layers:
+            here = by_layer.get(n)
+            on = here is not None and here.path in chosen
+            said = f"layer {n}, {tail}: {'adapted' if on else 'as it was' if here else 'not there'}"
+            cells.append(el("td", "■" if on else "·" if here else "", cls="on" if on else "off", title=said))
+        rows.append(el("tr", el("th", roles or tail, cls="role", title=tail), cells))
+    of = sum(slot.path in chosen for by_layer in slots.values() for slot in by_layer.values())
+    return Html(
+        el("div", el("table", head, rows, cls="map"), cls="wide")
+        + el("p", el("small", f"{stack.path}: {count(of)} modules adapted; a column is a layer, ■ adapted"))
+    )
+
+
+def _epochs(runs: Sequence[Run]) -> Html:
+    rows = []
+    for run in runs:
+        for epoch in run.report["epochs"]:
+            mfu = epoch.get("mfu")
+            rows.append(
+                [
+                    *([run.folder.name] if len(runs) > 1 else []),
+                    str(epoch["epoch"]),
+                    f"{epoch['loss']:.3f}",
+                    count(epoch["tokens"]),
+                    seconds_text(epoch["seconds"]),
+                    short(epoch["tokens_per_second"]),
+                    f"{mfu:.0%}" if is_number(mfu) else "",
+                    "prefix replayed" if epoch.get("replayed") else "",
+                ]
+            )
+    head = ["epoch", "loss", "tokens", "time", "tokens/s", "MFU", ""]
+    return _table((["run"] if len(runs) > 1 else []) + head, rows)
+
+
+def _predicted(runs: Sequence[Run]) -> Html:
+    """What was said before, and what came of it."""
+    rows: list[list[str]] = []
+    for run in runs:
+        report, said = run.report, run.report.get("predicted")
+        name = [run.folder.name] if len(runs) > 1 else []
+        before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
+        rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
+        trained = count(report["trainable_params"])
+        rows.append(
+            [*name, "trainable parameters", count(said["trainable_params"]) if said else "", trained, ""]
+        )
+        if not said:
+            continue
+        for what, text, guess, truth in (
+            ("training steps", seconds_text, said["seconds"], report["seconds"]),
+            ("memory grown by", bytes_text, said["peak_memory_bytes"], report["memory_growth_bytes"]),
+        ):
+            share = f"{guess / truth:.0%}" if truth > 0 else ""
+            rows.append([*name, what, text(guess), text(truth), share])
+    head = [*(["run"] if len(runs) > 1 else []), "", "predicted", "measured", "predicted / measured"]
+    return el(
+        "section", el("h2", "Predicted and measured"), _table(head, rows, 2 if len(runs) > 1 else 1)
+    )  # fmt: skip
+
+
+def _evaluated(report: EvalReport) -> list[Html]:
+    parts: list[Html] = []
+    if report.base is not None:
+        said = (
+            f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens; ± is the standard error."
+        )
+        parts.append(
+            el(
+                "section",
+                el("h2", "Base and adapter over the same rows"),
+                el("p", said, cls="soft"),
+                _scores(report.base, report.adapters),
+            )
+        )
+    if report.groups:
+        rows = []
+        for group in report.groups:
+            rows.append([group.name, "base", count(group.rows), f"{group.base.loss:.4f}", ""])
+            for a in group.adapters:
+                rows.append(["", a.path, "", f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}"])
+        parts.append(
+            el(
+                "section",
+                el("h2", f"By {report.by}"),
+                _table([report.by, "model", "rows", "loss", "difference"], rows, 2),
+            )
+        )
+    for group in report.also:
+        parts.append(_also(group))
+    for a in report.adapters:
+        if a.best or a.worst:
+            named = f": {a.path}" if len(report.adapters) > 1 else ""
+            parts.append(
+                el(
+                    "section",
+                    el("h2", f"Rows that changed the most{named}"),
+                    [_row("gained" if row.adapter < row.base else "lost least", row) for row in a.best],
+                    [_row("gained least" if row.adapter < row.base else "lost", row) for row in a.worst],
+                )
+            )
+    if report.benchmarks:
+        rows = [
+            [b.task, b.metric, b.model, f"{b.value:.4f}", "" if b.stderr is None else f"± {b.stderr:.4f}"]
+            for b in report.benchmarks
+        ]
+        parts.append(
+            el(
+                "section",
+                el("h2", "Benchmarks"),
+                _table(["task", "metric", "model", "value", "standard error"], rows, 3),
+            )
+        )
+    if report.samples:
+        parts.append(
+            el("section", el("h2", "Side by side"), [_sample(report, n) for n in range(len(report.samples))])
+        )
+    return parts
+
+
+def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
+    rows = []
+    for name, score in (("base", base), *((a.path, a) for a in adapters)):
+        exact = "" if score.exact is None else f"{score.exact:.1%}"
+        row = [name, f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}", exact]
+        if isinstance(score, AdapterScore):
+            row += [f"{score.delta:+.4f} ± {score.stderr:.4f}", f"{score.low:+.4f} to {score.high:+.4f}"]
+        rows.append([*row, *[""] * (7 - len(row))])
+    return _table(["model", "loss", "perplexity", "accuracy", "exact", "difference", "95 % interval"], rows)
+
+
+def _also(group: Group) -> Html:
+    said = f"{count(group.rows)} rows, {count(group.tokens)} tokens that the adapter was not meant to change."
+    return el(
+        "section",
+        el("h2", f"Also: {group.name}"),
+        el("p", said, cls="soft"),
+        _scores(group.base, group.adapters),
+    )
+
+
+def _row(label: str, row: RowChange) -> Html:
+    head = f"{label}, {row.where}: loss {row.base:.3f} → {row.adapter:.3f} over {count(row.tokens)} tokens"
+    return Html(el("p", head) + el("div", row.text, cls="said"))
+
+
+def _sample(report: EvalReport, number: int) -> Html:
+    sample = report.samples[number]
+    said = [("wanted", sample.reference)] if sample.reference else []
+    named = report.paths if len(report.paths) > 1 else ["adapter"]
+    said += [("base", sample.base), *zip(named, sample.adapters, strict=True)]
+    parts = [Html(el("dt", label) + el("dd", text or "(nothing)", cls="said")) for label, text in said]
+    return Html(el("p", el("strong", sample.prompt)) + el("dl", parts))
+
+
+def _data(run: Run) -> Html:
+    look = run.first("data")
+    if not look:
+        return Html("")
+    names = ", ".join(f"{s['name']} ({s['format']})" for s in look["sources"])
+    said = (
+        f"{names}: {count(look['rows'])} rows, {count(look['tokens'])} tokens, "
+        f"{percent(look['supervised_tokens'], look['tokens'])} of them learned (marked below); "
+        f"{count(look['held_out_rows'])} rows held out."
+    )
+    rows = []
+    for row in look["samples"]:
+        pieces = [el("mark", text) if learned else el("span", text) for text, learned in row["pieces"]]
+        rows.append(
+            el("p", el("small", f"{row['where']}, {count(row['tokens'])} tokens"))
+            + el("div", pieces, cls="said")
+        )
+    return el("section", el("h2", f"Data of {run.folder.name}"), el("p", said), [Html(row) for row in rows])
+
+
+def _settings(run: Run) -> Html:
+    origin = run.settings.get("origin") or {}
+    rows = [
+        [name, "–" if value in (None, [], "") else str(value), str(origin.get(name, ""))]
+        for name, value in run.settings.items()
+        if name != "origin"
+    ]
+    return el(
+        "details",
+        el("summary", f"Every setting of {run.folder.name}"),
+        _table(["setting", "value", "from"], rows, 9),
+    )

@@ -1,0 +1,48 @@
+"""HTML that cannot be broken out of: every text is escaped unless it is markup already."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from html import escape
+from typing import Any
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def el(name: str, *inside: str | Iterable[str], **attributes: object) -> Html:
+    """An element: what is inside is escaped unless it is markup; `cls` and `for_` stand for the words
+    that Python keeps."""
+    said = "".join(
+        f' {key.rstrip("_").replace("cls", "class").replace("_", "-")}="{escape(str(value))}"'
+        for key, value in attributes.items()
+    )
+    return Html(f"<{name}{said}>{_inner(inside)}</{name}>")
+
+
+def _inner(parts: Iterable[str | Iterable[str]]) -> str:
+    found = []
+    for part in parts:
+        if isinstance(part, Html):
+            found.append(str(part))
+        elif isinstance(part, str):
+            found.append(escape(_shown(part)))
+        else:
+            found.append(_inner(part))
+    return "".join(found)
+
+
+def _shown(text: str) -> str:
+    """Characters that no page may hold, and those that turn its text around, as pictures of themselves."""
+    return "".join(
+        chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t"
+        else "�" if c in "\x7f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" or 0xD800 <= ord(c) < 0xE000
+        else c
+        for c in text
+    )  # fmt: skip
+
+
+def is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,0 +1,195 @@
+"""The card of an adapter and of a merged model: what it is, what made it, its figures, what to do with it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from lorafit import __version__
+from lorafit.adapter import Plan
+from lorafit.events import MergeReport
+from lorafit.report.run import DAMAGED, Run
+from lorafit.units import bytes_text, count, figures, index_ranges, seconds_text, short
+
+OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the hub
+
+PIPELINES = {"causal": "text-generation", "masked": "fill-mask"}  # as the hub names them
+
+
+def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
+    """The `README.md` of a finished run's folder."""
+    report = run.report
+    name = Path(report["output"]).name
+    layers = f"layers {index_ranges(plan.indices)}"
+    lora = plan.lora
+    kinds = ["rank-stabilised"] * lora.use_rslora + ["DoRA"] * lora.use_dora
+    rows = [
+        ("base", f"{_code(_called(plan.model))} ({family})"),
+        ("strategy", f"{plan.preset}: {', '.join(plan.roles) or 'modules by name'}"),
+        ("band", f"{plan.spec}: {layers}"),
+        ("rank, alpha, dropout", f"{lora.r}, {lora.alpha:g}, {lora.dropout:g} {', '.join(kinds)}".strip()),
+        (
+            "trainable parameters",
+            f"{count(plan.trainable_params)} of {count(plan.total_params)}, {bytes_text(plan.adapter_bytes)}",
+        ),
+        *_training(run),
+    ]
+    place = shlex.quote(name)
+    base = json.dumps(_called(plan.model), ensure_ascii=False)
+    use = "AutoModelForSeq2SeqLM" if task == "seq2seq" else "AutoModelForMaskedLM"
+    use = "AutoModelForCausalLM" if task == "causal" else use
+    loaded = "" if plan.model == "demo" else (
+        f"In Python:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {use}\n\n"
+        f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(name)})\n```\n"
+    )  # fmt: skip
+    commands = [
+        f"lorafit eval {place}",
+        f"lorafit merge {place} -o {shlex.quote(name + '-merged')}",
+        f"lorafit train --config {shlex.quote(name + '/run.yaml')} -o {shlex.quote(name + '-again')}",
+    ]
+    return "\n".join(
+        [
+            *_head(plan.model, "peft", task, ["lora", "lorafit"], "adapter"),
+            f"# {name}",
+            "",
+            f"A LoRA adapter for {_code(_called(plan.model))}, trained with lorafit {__version__}: "
+            f"{', '.join(plan.roles) or 'chosen modules'} in {layers}.",
+            "",
+            *_table(rows),
+            "",
+            "## Use",
+            "",
+            *([loaded] if loaded else []),
+            "```sh",
+            *commands,
+            "```",
+            "",
+        ]
+    )
+
+
+def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]], task: str) -> str:
+    """The `README.md` of a merged model's folder. `parts` are the adapters with their weights."""
+    base = _called(base)
+    rows: list[tuple[str, str]] = [("base", _code(base))]
+    for run, weight in parts:
+        rows.append(("adapter", _code(run.folder.name) + (f" × {weight:g}" if weight != 1 else "")))
+        if run.settings:
+            what = run.settings.get("preset") or ", ".join(map(str, run.settings.get("modules") or ()))
+            layers = run.settings.get("layers") or "as the preset says"
+            rows.append(("strategy, band", f"{what or 'basic'}, {layers}"))
+        rows += _training(run) if run.report else []
+    rows.append(("merged", f"{count(report.adapted)} of {count(report.tensors)} tensors changed"))
+    if report.verify is None:
+        rows.append(("proof", "none was made (`--no-verify`)"))
+    else:
+        v = report.verify
+        rows += [
+            ("proof", f"against base + adapter over {count(v.tokens)} tokens"),
+            ("largest logit difference", f"{v.max_logit_diff:.3g} (rounding allows {v.tolerance:.3g})"),
+            ("the adapter itself moves them by", f"{v.adapter_logit_diff:.3g}"),
+            ("same most likely token", f"{v.argmax_agreement:.2%}"),
+            ("loss, nats a token", f"{v.merged_loss:.4f}, base + adapter {v.loss:.4f}"),
+        ]
+    output = shlex.quote(Path(report.output).name)
+    return "\n".join(
+        [
+            *_head(base, "transformers", task, ["lora", "lorafit", "merge"], "finetune"),
+            f"# {Path(report.output).name}",
+            "",
+            f"{_code(base)} with {'adapters' if len(parts) > 1 else 'an adapter'} merged in by lorafit {__version__}: "
+            "an ordinary model folder.",
+            "",
+            *_table(rows),
+            "",
+            "## Use",
+            "",
+            "```sh",
+            _merge_command(parts, output),
+            f"lorafit inspect {output}",
+            "```",
+            *[f"\n{note}." for note in report.notes],
+            "",
+        ]
+    )
+
+
+def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
+    """What made it."""
+    if len(parts) == 1 and parts[0][1] == 1:
+        return f"lorafit merge {shlex.quote(parts[0][0].folder.name)} -o {output}"
+    given = " ".join(f"--adapter {shlex.quote(f'{run.folder.name}={weight:g}')}" for run, weight in parts)
+    return f"lorafit merge {given} -o {output}"
+
+
+def _training(run: Run) -> list[tuple[str, str]]:
+    """What a finished run tells of its data and its figures; nothing where its record is damaged."""
+    try:
+        return list(_told(run))
+    except DAMAGED:
+        return []
+
+
+def _told(run: Run) -> Iterable[tuple[str, str]]:
+    report, look = run.report, run.first("data")
+    if not report:
+        return
+    if look:
+        names = ", ".join(_code(_called(source["name"])) for source in look["sources"])
+        yield (
+            "data",
+            f"{names}: {count(look['rows'])} rows, {count(look['tokens'])} tokens, "
+            f"{count(look['supervised_tokens'])} of them learned; {count(look['held_out_rows'])} rows held out",
+        )
+    settings = run.settings
+    if settings:
+        yield (
+            "training",
+            f"{count(report['steps'])} steps of {settings.get('batch_size')} rows × {settings.get('accumulate')}, "
+            f"learning rate {settings.get('learning_rate')}, {settings.get('scheduler')}, seed {settings.get('seed')}",
+        )
+    before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
+    yield "held-out loss, nats a token", f"{figures(before, 4)} before, {figures(after, 4)} after"
+    yield (
+        "speed",
+        f"{short(report['tokens_per_second'])} tokens/s, {seconds_text(report['seconds'])} of training steps, "
+        f"peak {bytes_text(report['peak_memory_bytes'])}",
+    )
+
+
+def _called(text: str) -> str:
+    """An id on the hub as it is; a file or a folder by its name: where it lay here is nobody's business."""
+    return text if OWNED.fullmatch(text) and not Path(text).exists() else Path(text).name
+
+
+def _head(base: str, library: str, task: str, tags: Sequence[str], relation: str) -> list[str]:
+    """What the hub reads: YAML between two rules."""
+    named = [f"base_model: {base}", f"base_model_relation: {relation}"] if OWNED.fullmatch(base) else []
+    kind = [f"pipeline_tag: {PIPELINES[task]}"] if task in PIPELINES else []
+    return [
+        "---",
+        *named,
+        f"library_name: {library}",
+        *kind,
+        "tags:",
+        *(f"- {tag}" for tag in tags),
+        "---",
+        "",
+    ]
+
+
+def _table(rows: Iterable[tuple[str, str]]) -> list[str]:
+    return ["| | |", "|---|---|", *(f"| {name} | {_cell(value)} |" for name, value in rows)]
+
+
+def _cell(text: Any) -> str:
+    return str(text).replace("|", "\\|").replace("\n", " ")
+
+
+def _code(text: str) -> str:
+    """A name as it is: no mark of Markdown's in it means anything."""
+    return f"`{text.replace('`', chr(39))}`"

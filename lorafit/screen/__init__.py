@@ -1,0 +1,37 @@
+"""All drawing on the terminal, a file per command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.screen.cache import show_caches as show_caches
+    from lorafit.screen.cache import show_removed as show_removed
+    from lorafit.screen.console import Screen as Screen
+    from lorafit.screen.data import show_data as show_data
+    from lorafit.screen.evaluate import show_eval as show_eval
+    from lorafit.screen.inspect import show_map as show_map
+    from lorafit.screen.merge import show_merge as show_merge
+    from lorafit.screen.plan import show_header as show_header
+    from lorafit.screen.plan import show_matrix as show_matrix
+    from lorafit.screen.plan import show_plan as show_plan
+    from lorafit.screen.presets import show_presets as show_presets
+    from lorafit.screen.train import TrainView as TrainView
+    from lorafit.screen.train import show_train_report as show_train_report
+
+__getattr__ = door(
+    __name__,
+    {
+        "cache": "show_caches show_removed",
+        "console": "Screen",
+        "data": "show_data",
+        "evaluate": "show_eval",
+        "inspect": "show_map",
+        "merge": "show_merge",
+        "plan": "show_header show_matrix show_plan",
+        "presets": "show_presets",
+        "train": "TrainView show_train_report",
+    },
+)

@@ -1,0 +1,102 @@
+"""A run's rows: what they are like, and some of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.text import Text
+
+from lorafit.events import DataReport
+from lorafit.screen.console import CONTROLS, LABEL, Screen, rows_text
+from lorafit.settings import RunConfig
+from lorafit.units import count, figures, percent
+
+
+def show_data(screen: Screen, config: RunConfig, look: DataReport) -> None:
+    """The rows, and the settings derived from them."""
+    show_look(screen, look, answer=False)
+    reason = config.why("learning_rate")
+    why = f" ({reason})" if config.origin.get("learning_rate", "").startswith("derived") else ""
+    batch = (
+        f" ({config.why('batch_size')})" if config.origin.get("batch_size", "").startswith("derived") else ""
+    )
+    screen.line("rate", f"learning rate {figures(config.learning_rate or 0, 2)}{why}, {config.scheduler}")
+    rows_text = f"{config.batch_size} rows"
+    if config.accumulate > 1:
+        rows_text += f" × {config.accumulate} micro-batches"
+    screen.line("step", f"{rows_text}{batch}, rows of up to {config.max_length} tokens")
+
+
+def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
+    """What the rows are like, what was done to get them, and three of them."""
+    named = ", ".join(
+        f"{s.name} ({s.format}{f', {s.weight:g} times' if s.weight != 1 else ''})" for s in look.sources
+    )
+    screen.line(
+        "data",
+        f"{named}: {rows_text(look.rows)}, {count(look.tokens)} tokens, "
+        f"{percent(look.supervised_tokens, look.tokens)} supervised; "
+        f"{rows_text(look.held_out_rows)} held out ({look.held_out_name})",
+        answer,
+    )
+    at = look.lengths
+    screen.line(
+        "lengths",
+        f"{count(at['min'])} to {count(at['max'])} tokens; half of the rows up to {count(at['p50'])}, "
+        f"90 % up to {count(at['p90'])}, 99 % up to {count(at['p99'])}",
+        answer,
+    )
+    for text in _findings(look):
+        screen.note(text, answer)
+    for row in look.samples:
+        screen.line(
+            "row",
+            f"{row.where}: {count(row.tokens)} tokens, {count(row.supervised_tokens)} learned (┃)",
+            answer,
+        )
+        for text, learned in row.pieces:
+            _show_piece(screen, text, learned, answer)
+
+
+def _findings(look: DataReport) -> Iterator[str]:
+    """What a person should know of the data before training on them."""
+    yield from look.notes
+    if look.cut:
+        yield f"{count(look.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
+    if look.split:
+        yield f"{count(look.split)} examples are longer than a row and split into several"
+    if look.too_long:
+        yield f"{count(look.too_long)} examples are longer than a row and dropped"
+    if look.unsupervised:
+        yield f"{count(look.unsupervised)} examples hold nothing to learn and are dropped, as {look.unsupervised_at}"
+    if look.cut_away:
+        yield f"{count(look.cut_away)} examples are dropped: nothing to learn is left of them once cut"
+    if look.duplicates:
+        yield f"{rows_text(look.duplicates)} {'is' if look.duplicates == 1 else 'are'} the same as another"
+    if look.overlap:
+        yield (
+            f"{count(look.overlap)} of the {rows_text(look.held_out_rows)} held out "
+            f"{'is' if look.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
+        )
+    if look.no_end:
+        yield (
+            f"what is learned of {rows_text(look.no_end)} ends with no end token: the model is not taught where to stop"
+        )
+
+
+PIECE_LINES = 3  # of a piece of a row that are shown
+
+
+def _show_piece(screen: Screen, text: str, learned: bool, answer: bool) -> None:
+    """A piece of a row behind a bar, a heavy one where it is learned; a long piece without its middle."""
+    console = screen.out if answer else screen.talk
+    bar, style = ("┃ ", "bold") if learned else ("│ ", "dim")
+    room = max(20, console.width - LABEL - 4)
+    shown = text.translate(CONTROLS).replace("\n", "⏎")
+    lines = [shown[at : at + room] for at in range(0, len(shown), room)] or [""]
+    if len(lines) > PIECE_LINES:
+        lines = [*lines[: PIECE_LINES - 1], "…" + shown[-(room - 1) :]]
+    for line in lines:
+        row = Text.assemble(" " * (LABEL + 2), (bar, "" if learned else "dim"), (line, style))
+        row.no_wrap, row.overflow = True, "crop"
+        (screen.answer if answer else screen.say)(row)

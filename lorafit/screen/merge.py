@@ -1,0 +1,37 @@
+"""`lorafit merge`: what was merged, and the verification."""
+
+from __future__ import annotations
+
+from lorafit.events import MergeReport
+from lorafit.screen.console import Screen
+from lorafit.units import bytes_text, count, seconds_text
+
+
+def show_merge(screen: Screen, report: MergeReport) -> None:
+    """What was merged, and the proof."""
+    screen.line(
+        "merged",
+        f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
+        f"in {seconds_text(report.seconds)}",
+        answer=True,
+    )
+    if report.verify is None:
+        screen.note("not verified: --no-verify", answer=True)
+    else:
+        v = report.verify
+        screen.line(
+            "verified",
+            f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
+            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}; the adapter itself moves them by "
+            f"{v.adapter_logit_diff:.2g}), same most likely token {v.argmax_agreement:.2%}, "
+            f"loss {v.merged_loss:.4f} ({v.merged_loss - v.loss:+.1g})",
+            answer=True,
+        )
+        if v.max_logit_diff >= v.adapter_logit_diff > 0:
+            screen.note(
+                "the adapter moves the logits no more than rounding does: --dtype float32 keeps it whole",
+                answer=True,
+            )
+    for note in report.notes:
+        screen.note(note, answer=True)
+    screen.line("saved", report.output, answer=True)

@@ -1,0 +1,205 @@
+"""`lorafit plan`: what would be adapted, and what it costs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.table import Table
+
+from lorafit import __version__
+from lorafit.adapter import Plan, lora_params
+from lorafit.estimate import Estimate, Fit
+from lorafit.events import DataReport
+from lorafit.jsonio import jsonable
+from lorafit.model import ModelMap, Role, Slot
+from lorafit.screen.console import Screen, table_of
+from lorafit.screen.data import show_look
+from lorafit.settings import RunConfig
+from lorafit.units import bytes_text, count, index_ranges, percent, seconds_text, short
+
+
+def show_plan(
+    screen: Screen,
+    plan: Plan,
+    found: ModelMap,
+    estimate: Estimate | None,
+    fit: Fit | None,
+    look: DataReport | None,
+    command: str,
+) -> None:
+    """What would be adapted, in PEFT's words, what on, and what it costs; `command` does it."""
+    screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
+    screen.answer()
+    for label, text in _plan_lines(plan, found):
+        screen.line(label, text, answer=True)
+    screen.answer()
+    screen.answer(_plan_table(plan))
+    screen.answer()
+    if look is not None:
+        show_look(screen, look, answer=True)
+        screen.answer()
+    if estimate is not None:
+        screen.section("memory at the peak of a step", _memory_table(estimate))
+        if fit is not None:
+            screen.line("fits" if fit.fits else "too big", _fit_text(fit, estimate), answer=True)
+        screen.line("time", _time_text(estimate), answer=True)
+        for assumption in estimate.assumptions:
+            screen.note(assumption, answer=True)
+        if fit is not None and not fit.fits:
+            screen.answer()
+            _show_alternatives(screen, fit, estimate)
+    for note in plan.notes:
+        screen.note(note, answer=True)
+    screen.line("next", command, answer=True)
+
+
+def _title(plan: Plan) -> str:
+    return f"{plan.preset} · {plan.spec} = layers {_layers_text(plan)}"
+
+
+def _layers_text(plan: Plan) -> str:
+    different = set(plan.layers.values())
+    if len(different) == 1:
+        return index_ranges(next(iter(different)))
+    return "; ".join(f"{index_ranges(v)} of {k}" for k, v in plan.layers.items())
+
+
+def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
+    depth = sum(found.stack(path).depth for path in plan.layers)
+    layers = len({(s.stack, s.layer) for s in plan.slots})
+    roles = ", ".join(r.value for r in Role if any(r in s.roles for s in plan.slots)) or plan.preset
+    yield (
+        "adapts",
+        f"{roles} in {layers} of {depth} layers: {count(len(plan.slots))} modules, "
+        f"{count(plan.trainable_params)} parameters "
+        f"({percent(plan.trainable_params, plan.total_params)} of {short(plan.total_params)}), "
+        f"{bytes_text(plan.adapter_bytes)} saved",
+    )
+    cuts = [(path, cut) for path, cut in plan.cut.items() if cut > 0]
+    if cuts:
+        frozen = ", ".join(f"0–{cut - 1} of {path}" if cut > 1 else f"0 of {path}" for path, cut in cuts)
+        yield "cut", f"layers {frozen} are frozen with nothing adapted under them: backward stops above"
+    target = plan.peft
+    names = list(target.target_modules)
+    shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+    if names:
+        yield "PEFT", f"target_modules = [{shown}]"
+    if target.layers_to_transform:
+        yield "", f"layers_to_transform = [{', '.join(map(str, target.layers_to_transform))}]"
+    if target.layers_pattern:
+        yield "", f"layers_pattern = [{', '.join(target.layers_pattern)}]"
+    if target.target_parameters:
+        first = target.target_parameters[0]
+        more = len(target.target_parameters) - 1
+        yield "", f"target_parameters = [{first}{f' and {more} more' if more else ''}]"
+
+
+def _plan_table(plan: Plan) -> Table:
+    table = table_of("role", "module", "shape", "layers", "trainable", right=1)
+    groups: dict[tuple[str, str, str], list[Slot]] = {}
+    for slot in plan.slots:
+        roles = "+".join(r.value for r in slot.roles) or slot.part.value
+        copies = f" × {slot.copies}" if slot.copies > 1 else ""
+        shape = f"{count(slot.in_features)} → {count(slot.out_features)}{copies}"
+        groups.setdefault((roles, slot.tail, shape), []).append(slot)
+    for (roles, tail, shape), slots in groups.items():
+        layers = index_ranges(tuple(sorted({s.layer for s in slots})))
+        params = sum(lora_params(s, plan.lora) for s in slots)
+        table.add_row(f"  {roles}", tail, shape, layers, count(params))
+    return table
+
+
+def _fit_text(fit: Fit, estimate: Estimate) -> str:
+    return f"{bytes_text(estimate.memory.peak)} of the {bytes_text(fit.free)} that are free on {fit.device}"
+
+
+def _time_text(estimate: Estimate) -> str:
+    """`3 epochs, 4.1 M tokens, about 52 min on this machine, 31 min with the prefix cache`."""
+    speed = f"{short(estimate.tokens_per_second)} tok/s"
+    if estimate.tokens_per_epoch is None or estimate.seconds_per_epoch is None or estimate.epochs is None:
+        return f"{speed}; name --data to have the time of an epoch"
+    passes = f"{round(estimate.epochs, 2):g}"
+    text = f"{passes} epoch{'s' if estimate.epochs != 1 else ''}, "
+    text += f"{short(estimate.tokens_per_epoch * estimate.epochs)} tokens, about "
+    plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
+    if estimate.prefix_cache.where == "off" or estimate.seconds is None:
+        return f"{text}{plain} at {speed}"
+    return f"{text}{seconds_text(estimate.seconds)} with the prefix replayed, {plain} without"
+
+
+def _show_alternatives(screen: Screen, fit: Fit, estimate: Estimate) -> None:
+    """The nearest settings that fit, the fastest first."""
+    if not fit.alternatives:
+        screen.note(
+            "nothing that `lorafit train` can do today makes it fit: a smaller model, or a larger device",
+            answer=True,
+        )
+        return
+    table = table_of("what fits", "peak", "tok/s", right=2)
+    for option in fit.alternatives:
+        table.add_row(f"  {option.flags}", bytes_text(option.peak), short(option.tokens_per_second))
+    screen.answer(table)
+    screen.answer()
+
+
+def _memory_table(estimate: Estimate) -> Table:
+    table = table_of("what", "bytes", right=1, fold=9)
+    memory = jsonable(estimate.memory)
+    for name, size in memory.items():
+        if size:
+            table.add_row(f"  {name.replace('_', ' ')}", bytes_text(size))
+    table.add_row("  [bold]peak[/]", f"[bold]{bytes_text(estimate.memory.peak)}[/]")
+    return table
+
+
+def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], free: int) -> None:
+    """Strategy × band: what each trains, holds and takes; what does not fit is dim."""
+    timed = any(cell.get("seconds_per_epoch") for cell in cells)
+    last = "epoch" if timed else "tok/s"
+    table = table_of(
+        "preset", "layers", "trainable", "adapter", "peak", last, "replayed" if timed else "", right=5
+    )
+    errors = []
+    before = ""
+    for cell in cells:
+        name = cell["preset"] if cell["preset"] != before else ""
+        before = cell["preset"]
+        if "error" in cell:
+            errors.append(cell["error"])
+            table.add_row(f"  {name}", cell["layers"], "—")
+            continue
+        whole, replayed = cell["seconds_per_epoch"], cell["seconds_per_epoch_replayed"]
+        row = [
+            cell["layers"],
+            short(cell["trainable_params"]),
+            bytes_text(cell["adapter_bytes"]),
+            bytes_text(cell["peak_memory"]),
+            seconds_text(whole) if whole else short(cell["tokens_per_second"]),
+            seconds_text(replayed) if replayed else "",
+        ]
+        if cell["peak_memory"] > free:
+            row = [f"[dim]{text}[/]" for text in row]
+        table.add_row(f"  {name}", *row)
+    screen.answer(f"[bold]{escape(model)}[/]  every strategy in every band, against {bytes_text(free)} free")
+    screen.answer()
+    screen.answer(table)
+    if any("error" not in cell and cell["peak_memory"] > free for cell in cells):
+        screen.note(f"dim: more than the {bytes_text(free)} that are free", answer=True)
+    for error in sorted(set(errors)):
+        screen.note(error, answer=True)
+
+
+def show_header(screen: Screen, plan: Plan, found: ModelMap, config: RunConfig) -> None:
+    """The plan, before a weight is read."""
+    size = f"{found.stacks[0].depth} layers × {found.hidden_size}" if found.stacks else found.family
+    screen.say(
+        f"[bold]lorafit {__version__}[/]  {escape(found.model)} ({size}, {short(found.total_params)})  "
+        f"{escape(_title(plan))}"
+    )
+    for label, text in _plan_lines(plan, found):
+        if label in ("adapts", "cut"):
+            screen.line(label, text)
+    for note in plan.notes:
+        screen.note(note)

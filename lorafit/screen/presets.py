@@ -1,0 +1,33 @@
+"""`lorafit presets`: strategies, roles, bands."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from lorafit.model import MEANING
+from lorafit.screen.console import Screen, table_of
+from lorafit.settings import BANDS, Preset
+from lorafit.units import index_ranges
+
+
+def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
+    """What there is to choose from: the strategies, the roles, the bands."""
+    table = table_of("preset", "adapts", "for", fold=2)
+    for preset in presets:
+        adapts = ", ".join(r.value for r in preset.roles)
+        table.add_row(
+            f"  {preset.name}", adapts if len(preset.roles) < 7 else "all seven", preset.description
+        )
+    screen.answer(table)
+    screen.answer()
+    roles = table_of("role", "what it does")
+    for role, meaning in MEANING.items():
+        roles.add_row(f"  {role.value}", meaning)
+    screen.answer(roles)
+    screen.answer()
+    bands = table_of("band", "of 12", "of 32", "said to hold", fold=3)
+    for name in ("low", "mid", "high"):
+        band = BANDS[name]
+        bands.add_row(f"  {name}", index_ranges(band.indices(12)), index_ranges(band.indices(32)), band.about)
+    screen.answer(bands)
+    screen.note("what the bands hold is folklore, disputed in print: measure on your own data", answer=True)

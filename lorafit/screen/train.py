@@ -1,0 +1,175 @@
+"""`lorafit train`: a run as it is watched, and what came of it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from lorafit.events import (
+    EpochDone,
+    Evaluated,
+    Event,
+    Loss,
+    Predicted,
+    PrefixCache,
+    Saved,
+    Started,
+    Stepped,
+    TrainReport,
+)
+from lorafit.outputs import PAGE
+from lorafit.screen.console import LABEL, Screen
+from lorafit.units import bytes_text, count, figures, seconds_text, short
+
+
+class TrainView:
+    """A run as it is watched: a live bar on a terminal, a line an epoch elsewhere."""
+
+    def __init__(self, screen: Screen) -> None:
+        self.screen = screen
+        self.live = not screen.quiet and screen.talk.is_terminal
+        self.progress: Progress | None = None
+        self.task: Any = None
+        self.epochs = 1
+        self.loss = 0.0
+        self.recent: list[Stepped] = []
+        self.headed = False  # the epochs' table has its head
+
+    def on(self, event: Event) -> None:
+        match event:
+            case Started():
+                self._started(event)
+            case Predicted():
+                self.screen.line(
+                    "predicted",
+                    f"about {seconds_text(event.seconds)} of training steps, "
+                    f"{bytes_text(event.peak_memory_bytes)} at the peak",
+                )
+            case PrefixCache():
+                self.screen.line("prefix", _prefix_text(event))
+            case Evaluated(step=0):
+                loss = Loss(event.loss, event.tokens)
+                self.screen.line(
+                    "before", f"held-out loss {event.loss:.3f}, perplexity {figures(loss.perplexity)}"
+                )
+                self._open()
+            case Evaluated() if self.progress is not None:
+                self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}")
+            case Stepped():
+                self._stepped(event)
+            case EpochDone() if not self.screen.quiet:
+                self._epoch(event)
+            case Saved():
+                self.screen.line("saved", f"{event.path}{', the best so far' if event.best else ''}")
+            case TrainReport():
+                self.close()
+            case _:
+                pass
+
+    def _started(self, event: Started) -> None:
+        self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
+        plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
+        if event.resumed_at:
+            plan += f", going on from step {count(event.resumed_at)}"
+        self.screen.line("plan", plan)
+        for text in event.damaged:
+            self.screen.note(f"passed over: {text}")
+
+    def _open(self) -> None:
+        self.screen.say()
+        if not self.live:
+            return
+        self.progress = Progress(
+            TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            BarColumn(bar_width=12),
+            MofNCompleteColumn(),
+            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
+            TimeRemainingColumn(compact=True),
+            console=self.screen.talk,
+            transient=True,
+        )
+        self.progress.start()
+        self.task = self.progress.add_task(
+            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, loss=0.0, speed="–"
+        )
+
+    def _stepped(self, event: Stepped) -> None:
+        self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
+        self.recent = [*self.recent[-19:], event]
+        if self.progress is not None:
+            seconds = max(1e-9, sum(e.seconds for e in self.recent))
+            speed = short(sum(e.tokens for e in self.recent) / seconds)
+            learned = short(sum(e.supervised_tokens for e in self.recent) / seconds)
+            speed = f"{speed} tok/s, {learned} learned"
+            self.progress.update(
+                self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed
+            )
+
+    def _epoch(self, event: EpochDone) -> None:
+        if not self.headed:
+            self.headed = True
+            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}{'learned/s':>11}{'MFU':>7}")
+        share = f"{event.mfu:.0%}" if event.mfu is not None else ""
+        note = "   prefix replayed" if event.replayed else ""
+        learned = short(event.supervised_tokens / max(1e-9, event.seconds))
+        self.screen.say(
+            f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}{learned:>11}"
+            f"{share:>7}{note}"
+        )
+
+    def close(self) -> None:
+        if self.progress is not None:
+            self.progress.stop()
+            self.progress = None
+
+
+def _prefix_text(event: PrefixCache) -> str:
+    if event.where == "off":
+        return f"every pass runs all layers: {event.reason}"
+    layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
+    return (
+        f"{layers} once a row, then {'are' if event.layers > 1 else 'is'} replayed "
+        f"from {event.where} ({bytes_text(event.bytes)}): {event.reason}"
+    )
+
+
+def show_train_report(screen: Screen, report: TrainReport) -> None:
+    """What came of the run, and what to do with it."""
+    before, after = report.eval["before"], report.eval["after"]
+    screen.line(
+        "after",
+        f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
+        answer=True,
+    )
+    screen.line(
+        "measured",
+        f"{seconds_text(report.seconds)} in {count(report.steps)} steps, {short(report.tokens_per_second)} tok/s, "
+        f"{count(report.trainable_params)} trainable parameters, peak {bytes_text(report.peak_memory_bytes)}",
+        answer=True,
+    )
+    if report.predicted is not None:
+        said = report.predicted
+        screen.line(
+            "predicted",
+            f"{seconds_text(said.seconds)}: {_ratio(said.seconds, report.seconds)} of what it took; "
+            f"{bytes_text(said.peak_memory_bytes)}: {_ratio(said.peak_memory_bytes, report.memory_growth_bytes)} "
+            f"of the {bytes_text(report.memory_growth_bytes)} that the process grew by",
+            answer=True,
+        )
+    if report.best is not None:
+        screen.line(
+            "best",
+            f"held-out loss {report.best.loss:.3f} after step {report.best.step}: "
+            f"{report.output}/checkpoint-{report.best.step}",
+            answer=True,
+        )
+    screen.line("saved", report.output, answer=True)
+    screen.line("page", f"{report.output}/{PAGE}", answer=True)
+    name = report.output.rstrip("/").rpartition("/")[2]
+    screen.line("next", f"lorafit eval {report.output}", answer=True)
+    screen.line("", f"lorafit merge {report.output} -o {name}-merged", answer=True)
+
+
+def _ratio(part: float, whole: float) -> str:
+    return f"{part / whole:.0%}" if whole > 0 else "–"

@@ -1,0 +1,39 @@
+"""The settings of a run: options, presets, bands, and how they are settled."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.settings.bands import BANDS as BANDS
+    from lorafit.settings.bands import TILED_FROM as TILED_FROM
+    from lorafit.settings.bands import LayerChoice as LayerChoice
+    from lorafit.settings.options import DATA as DATA
+    from lorafit.settings.options import OUTPUT as OUTPUT
+    from lorafit.settings.options import WHAT as WHAT
+    from lorafit.settings.options import Option as Option
+    from lorafit.settings.precedence import as_recorded as as_recorded
+    from lorafit.settings.precedence import derive_from_model as derive_from_model
+    from lorafit.settings.precedence import derive_from_rows as derive_from_rows
+    from lorafit.settings.precedence import settle as settle
+    from lorafit.settings.preset import Lora as Lora
+    from lorafit.settings.preset import Preset as Preset
+    from lorafit.settings.preset import load_preset as load_preset
+    from lorafit.settings.preset import preset_names as preset_names
+    from lorafit.settings.preset import read_yaml as read_yaml
+    from lorafit.settings.run_config import OPTIONS as OPTIONS
+    from lorafit.settings.run_config import RunConfig as RunConfig
+    from lorafit.settings.run_config import weighted as weighted
+
+__getattr__ = door(
+    __name__,
+    {
+        "bands": "BANDS LayerChoice TILED_FROM",
+        "options": "DATA OUTPUT Option WHAT",
+        "precedence": "as_recorded derive_from_model derive_from_rows settle",
+        "preset": "Lora Preset load_preset preset_names read_yaml",
+        "run_config": "OPTIONS RunConfig weighted",
+    },
+)

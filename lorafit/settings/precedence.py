@@ -1,0 +1,184 @@
+"""One run's settings, settled: a flag over a file over the preset over a default, and why.
+
+What nobody sets is derived: the learning rate from the hidden size, the longest row from the model's
+positions, the batch from the rows. Every value keeps its origin, so that `run.yaml` repeats a run, and a
+flag that changes what a value was derived from derives it again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RequestError, closest
+from lorafit.model import ModelMap
+from lorafit.settings.preset import Preset, load_preset, read_yaml
+from lorafit.settings.run_config import OPTIONS, RunConfig
+from lorafit.units import figures
+
+TOKENS_PER_STEP = 2048
+ENOUGH_STEPS, MOST_EPOCHS = 250, 3
+LONGEST_ROW = 1024
+
+
+def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
+    """The values in a run file, checked, and the origins it states.
+
+    Raises RequestError for a key that is unknown (with the closest one) or a value of the
+    wrong type or out of bounds.
+    """
+    data = read_yaml(Path(path).expanduser(), "run file")
+    origin = data.pop("origin", {}) or {}
+    if not isinstance(origin, dict) or not all(isinstance(v, str) for v in origin.values()):
+        raise RequestError(f"run file `{path}`: `origin` is not a mapping of options to texts")
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        if name not in OPTIONS:
+            raise RequestError(f"run file `{path}`: unknown key `{name}`", closest(name, OPTIONS))
+        option = OPTIONS[name]
+        if value is None or not option.kept or (option.many and value == []):
+            continue
+        if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
+            value = str(value)
+        values[name] = option.checked(value, f" in `{path}`")
+    return values, {str(name): text for name, text in origin.items()}
+
+
+def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig, Preset]:
+    """The settings of a run, and its preset with `modules`, rank, alpha and dropout in force.
+
+    `flags` are the options given on the command line, as text or as values (None: not given). Raises
+    RequestError for anything wrong in the flags, the file or the preset.
+    """
+    given = {
+        name: OPTIONS[name].parsed(value)
+        for name, value in flags.items()
+        if value is not None and value not in ((), [])
+    }
+    stored, stored_origin = read_run_file(file) if file else ({}, {})
+    kept = _still_holds(stored, stored_origin, given)
+
+    preset = load_preset(given.get("preset") or kept.get("preset") or OPTIONS["preset"].default)
+    if "preset" in given:  # what was derived gives way to what the new preset says
+        kept = {
+            name: value
+            for name, value in kept.items()
+            if name not in preset.training or not stored_origin.get(name, "").startswith("derived")
+        }
+    # a preset of one's own is kept by its full path, so that the run file finds it again
+    if preset.path:
+        given = {**given, "preset": preset.path} if "preset" in given else given
+        kept = {**kept, "preset": preset.path} if "preset" in kept else kept
+
+    values: dict[str, Any] = {}
+    origin: dict[str, str] = {}
+    for name, option in OPTIONS.items():
+        if name in given:
+            values[name], origin[name] = given[name], "flag"
+        elif name in kept:
+            values[name] = kept[name]
+            stated = stored_origin.get(name, "file")
+            origin[name] = "file" if stated == "flag" else stated
+        elif name in preset.training:
+            values[name], origin[name] = preset.training[name], f"preset {preset.name}"
+        else:
+            values[name] = option.default
+            if option.default is not None:
+                origin[name] = "default"
+    if values["modules"]:
+        names = [n.strip() for text in values["modules"] for n in text.split(",") if n.strip()]
+        values["modules"] = tuple(names)
+        preset = preset.with_modules(names)
+    for name in ("include", "exclude"):
+        values[name] = tuple(p.strip() for text in values[name] for p in text.split(",") if p.strip())
+    if values["layers"] is None:
+        values["layers"], origin["layers"] = preset.layers, f"preset {preset.name}"
+    for name, setting in (("rank", "r"), ("alpha", "alpha"), ("dropout", "dropout")):
+        if values[name] is None:
+            values[name] = getattr(preset.lora, setting)
+            origin[name] = f"preset {preset.name}"
+    preset.choice(values["layers"])  # a choice that cannot be is refused before any library is loaded
+    lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
+    config = RunConfig(**values, origin=origin)
+    return config, replace(preset, lora=lora)
+
+
+def as_recorded(file: str) -> RunConfig:
+    """The settings in a run file and nothing else: its preset is not looked up.
+
+    For what a finished run did with its data. Raises RequestError as `read_run_file` does.
+    """
+    stored, origin = read_run_file(file)
+    values = {name: stored.get(name, option.default) for name, option in OPTIONS.items()}
+    return RunConfig(**values, origin=origin)
+
+
+def _still_holds(
+    stored: Mapping[str, Any], origin: Mapping[str, str], given: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The stored values, less those that came from what a flag now changes."""
+    kept = {}
+    for name, value in stored.items():
+        came = origin.get(name, "file")
+        if name == "modules" and "preset" in given:
+            continue
+        if came.startswith("preset ") and ("preset" in given or "modules" in given):
+            continue
+        if came.startswith("derived") and any(s in given for s in OPTIONS[name].depends_on):
+            continue
+        if came == "default" and "preset" in given:  # the new preset may say otherwise
+            continue
+        kept[name] = value
+    return kept
+
+
+def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
+    """With what follows from the model: learning rate and longest row.
+
+    The rate is 5e-5 * 10 * (2000 / hidden)^p with p = 0.781, and 0.0775 for Qwen: LoRA wants
+    about ten times the rate of full fine-tuning whatever the rank ("LoRA Without Regret",
+    Schulman et al., Thinking Machines 2025, and Tinker's `get_lora_lr_over_full_finetune_lr`).
+
+    Raises RequestError for a length beyond the model's positions.
+    """
+    hidden = model.hidden_size
+    power = 0.0775 if model.family.startswith("qwen") else 0.781
+    rate = min(5e-4 * (2000 / hidden) ** power, 1e-2) if hidden else 2e-4
+    reason = f"from hidden size {hidden}" if hidden else "the model names no hidden size"
+    config = config.derived("learning_rate", float(figures(rate, 2)), reason)
+    room = model.max_positions
+    if room and config.max_length and config.max_length > room:
+        raise RequestError(
+            f"--max-length {config.max_length} is beyond the {room} positions of `{model.model}`",
+            f"the longest row it takes is --max-length {room}",
+        )
+    if room and room < LONGEST_ROW:
+        return config.derived("max_length", room, f"the model's {room} positions")
+    return config.derived("max_length", LONGEST_ROW, "the longest row unless asked otherwise")
+
+
+def derive_from_rows(config: RunConfig, mean_tokens: float, rows: int = 0) -> RunConfig:
+    """With what follows from the rows: the batch, and from how many there are, the epochs.
+
+    The batch makes an optimizer step about 2,048 tokens: 1 to 32 rows, a power of two. LoRA loses
+    to full fine-tuning at large batches ("LoRA Without Regret", sec. on batch size), and a
+    small data set needs steps more than it needs large ones. The epochs are as many as make about
+    250 steps, at most 3; as many as `max_steps` needs where that is set.
+    """
+    wanted = max(1.0, TOKENS_PER_STEP / max(1.0, mean_tokens) / config.accumulate)
+    size = 1
+    while size * 2 <= min(32, wanted * 1.42):  # 1.42: to the nearest power of two
+        size *= 2
+    config = config.derived(
+        "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens a step at {mean_tokens:.0f} a row"
+    )
+    if not rows or not config.batch_size:
+        return config
+    steps = ceil(ceil(rows / config.batch_size) / config.accumulate)
+    if config.max_steps:
+        return config.derived("epochs", ceil(config.max_steps / steps), "as many as --max-steps needs")
+    epochs = min(MOST_EPOCHS, ceil(ENOUGH_STEPS / steps))
+    return config.derived("epochs", epochs, f"{steps:,} steps each")

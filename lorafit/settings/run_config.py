@@ -1,0 +1,333 @@
+"""Every option of a run, declared once: its values, default and help. A `RunConfig` holds one value of each.
+
+A default of None is derived later, from the model or the data (precedence.py says from what).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from lorafit.errors import RequestError
+from lorafit.settings.options import (
+    DATA,
+    FLAG,
+    OUTPUT,
+    TRAINING,
+    WHAT,
+    Kind,
+    Option,
+    number,
+    one_of,
+    option,
+    options_of,
+    text,
+    whole,
+)
+
+SCHEDULERS = (
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
+)  # fmt: skip
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+PREFIX_CACHES = ("auto", "memory", "disk", "off")
+FORMATS = (
+    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document",
+)  # fmt: skip
+OVERFLOWS = ("truncate", "split", "drop", "error")
+LOSS_ON = ("completion", "last", "all")
+LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
+SHAPE = ("model", "data", "format", "map", "chat_template")  # what the rows of a run follow from
+
+
+@dataclass(frozen=True, slots=True)
+class RunConfig:
+    """One value for each option of a run, by its name; None where a value is not derived yet.
+
+    `origin` says of each where it came from: `flag`, `file`, `preset NAME`, `default`, or
+    `derived: REASON`.
+    """
+
+    model: str = option(
+        "demo", text("a hub id, a folder, or `demo`", "MODEL"), "Hub id, folder, or `demo`.", WHAT
+    )
+    preset: str = option(
+        "basic",
+        text("a preset's name or path"),
+        "Strategy: a preset's name, or the path of a YAML file.",
+        WHAT,
+    )
+    layers: str | None = option(
+        None,
+        LAYERS,
+        "Layers: `low`, `mid`, `high`, `all`, `0-3`, `0,2,5`, `8-`, `first:4`, `last:4`.",
+        WHAT,
+        derived="the preset",
+    )
+    modules: tuple[str, ...] = option(
+        (),
+        text("module names"),
+        "Module names instead of a preset's roles, e.g. `q_proj,v_proj`. Repeatable.",
+        WHAT,
+        many=True,
+    )
+    include: tuple[str, ...] = option(
+        (),
+        text("parts of the model"),
+        "Also adapt these parts of the model, e.g. `cross-attention`. Repeatable.",
+        WHAT,
+        many=True,
+    )
+    exclude: tuple[str, ...] = option(
+        (),
+        text("parts of the model"),
+        "Do not adapt these parts of the model, e.g. `experts`. Repeatable.",
+        WHAT,
+        many=True,
+    )
+    stack: str | None = option(
+        None,
+        text("a stack's name or path"),
+        "Adapt only this stack of a model that has several, e.g. `decoder`.",
+        WHAT,
+    )
+    strict: bool = option(
+        False, FLAG, "Refuse a fused weight that holds more roles than the preset names.", WHAT
+    )
+    rank: int | None = option(None, whole(1), "LoRA rank.", WHAT, derived="the preset")
+    alpha: float | None = option(None, number(0, 1e9, above=True), "LoRA alpha.", WHAT, derived="the preset")
+    dropout: float | None = option(
+        None, number(0, 0.999, "a number from 0 up to 1"), "LoRA dropout.", WHAT, derived="the preset"
+    )
+    data: tuple[str, ...] = option(
+        (),
+        text("a file, a folder or a hub data set"),
+        "File, folder, or hub data set `owner/name:config:split`; with `=2` at the end, twice per epoch. Repeatable.",
+        DATA,
+        many=True,
+    )
+    eval_data: tuple[str, ...] = option(
+        (),
+        text("a file, a folder or a hub data set"),
+        "Held-out data, instead of a share of the training data. Repeatable.",
+        DATA,
+        many=True,
+    )
+    holdout: float = option(
+        0.05,
+        number(0, 0.5, "a share above 0, at most 0.5", above=True),
+        "Share of the training data to hold out.",
+        DATA,
+    )
+    format: str = option("auto", one_of(*FORMATS), "Data format; `auto` detects it", DATA)
+    map: str | None = option(
+        None, text("NAME=COLUMN pairs"), "Rename columns, e.g. `prompt=question,completion=answer`.", DATA
+    )
+    chat_template: str | None = option(
+        None,
+        text("a file", "FILE"),
+        "Chat template to use instead of the tokenizer's; saved with the adapter.",
+        DATA,
+    )
+    loss_on: str = option(
+        "completion",
+        one_of(*LOSS_ON),
+        "Tokens in the loss: the assistant's (or the completion's), the last answer's, or all",
+        DATA,
+        training=True,
+    )
+    overflow: str = option(
+        "truncate", one_of(*OVERFLOWS), "What to do with a row longer than --max-length", DATA, training=True
+    )
+    max_length: int | None = option(
+        None,
+        whole(2),
+        "Maximum row length, in tokens.",
+        DATA,
+        training=True,
+        derived="the model's positions",
+        depends_on=SHAPE,
+    )
+    epochs: int | None = option(
+        None,
+        whole(1),
+        "Passes over the training data.",
+        TRAINING,
+        training=True,
+        derived="the number of rows",
+        depends_on=(*SHAPE, "overflow", "max_length", "batch_size", "accumulate", "max_steps"),
+    )
+    max_steps: int | None = option(
+        None, whole(1), "Stop after this many optimizer steps.", TRAINING, training=True
+    )
+    batch_size: int | None = option(
+        None,
+        whole(1),
+        "Micro-batch size, in rows.",
+        TRAINING,
+        training=True,
+        derived="the row length",
+        depends_on=(*SHAPE, "eval_data", "holdout", "overflow", "max_length", "accumulate"),
+    )
+    accumulate: int = option(1, whole(1), "Micro-batches per optimizer step.", TRAINING, training=True)
+    learning_rate: float | None = option(
+        None,
+        number(0, 10, above=True),
+        "Peak learning rate.",
+        TRAINING,
+        training=True,
+        derived="the hidden size",
+        depends_on=("model",),
+    )
+    scheduler: str = option(
+        "linear", one_of(*SCHEDULERS), "Learning-rate schedule, as in transformers", TRAINING, training=True
+    )
+    warmup: float = option(
+        0.05,
+        number(0, 1e9, "a share of the steps below 1, or a number of steps"),
+        "Warm-up: a share of the steps, or a number of steps.",
+        TRAINING,
+        training=True,
+    )
+    weight_decay: float = option(
+        0.0, number(0, 10), "Weight decay of the optimizer, on the adapters.", TRAINING, training=True
+    )
+    max_grad_norm: float = option(
+        1.0, number(0, 1e9, above=True), "Clip gradients to this norm.", TRAINING, training=True
+    )
+    seed: int = option(
+        0, whole(0), "Seed of the held-out split, the order of the rows and the initial adapters.", TRAINING,
+        training=True,
+    )  # fmt: skip
+    dtype: str = option(
+        "auto",
+        one_of(*DTYPES),
+        "Dtype of the base weights; `auto` is bfloat16 on a GPU that supports it, else float32",
+        TRAINING,
+        training=True,
+    )
+    device: str = option(
+        "auto", text("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "DEVICE"), "Device to compute on.", TRAINING
+    )
+    gradient_checkpointing: bool = option(
+        False,
+        FLAG,
+        "Recompute activations in the backward pass: less memory, more time.",
+        TRAINING,
+        training=True,
+    )
+    prefix_cache: str = option(
+        "auto",
+        one_of(*PREFIX_CACHES),
+        "Where to keep the output of the frozen layers for later epochs; `auto` where it is exact and pays",
+        TRAINING,
+        training=True,
+    )
+    head_chunk: int | None = option(
+        None,
+        whole(1),
+        "Tokens to run through the head at once.",
+        TRAINING,
+        training=True,
+        derived="the device",
+    )
+    save_steps: int | None = option(
+        None, whole(1), "Save a checkpoint every N optimizer steps.", TRAINING, training=True
+    )
+    save_minutes: float = option(
+        10.0, number(0, 1e6, above=True), "Save a checkpoint every X minutes.", TRAINING, training=True
+    )
+    keep: int | None = option(
+        None,
+        whole(1),
+        "Checkpoints to keep beside the best, also in the finished run; without it, one until the run is finished.",
+        TRAINING,
+        training=True,
+    )
+    eval_steps: int | None = option(
+        None, whole(1), "Evaluate on the held-out rows every N optimizer steps.", TRAINING, training=True
+    )
+    output: str | None = option(
+        None,
+        text("a folder", "DIR"),
+        "Output folder.",
+        OUTPUT,
+        kept=False,
+        short="-o",
+        derived="model, preset and layers: a new folder in runs/",
+    )
+    overwrite: bool = option(
+        False, FLAG, "Replace the output folder once the new one is complete.", OUTPUT, kept=False
+    )
+    resume: bool = option(
+        False,
+        FLAG,
+        "Continue from the last checkpoint of the run with this output folder.",
+        OUTPUT,
+        kept=False,
+    )
+    origin: Mapping[str, str] = field(default_factory=dict)
+
+    def derived(self, name: str, value: Any, reason: str) -> RunConfig:
+        """With a derived value where none is set."""
+        if getattr(self, name) is not None:
+            return self
+        return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
+
+    def why(self, name: str) -> str:
+        """The reason of a derived value in words: `from hidden size 128`; empty for what was set."""
+        came = self.origin.get(name, "")
+        return came.removeprefix("derived: ") if came.startswith("derived") else ""
+
+    def reads(self, *others: str | None) -> tuple[Path, ...]:
+        """The files and folders on this machine that a run with these settings reads, and `others`."""
+        specs = [weighted(spec)[0] for spec in (*self.data, *self.eval_data)]
+        found = [Path(name).expanduser() for name in (*specs, self.chat_template, *others) if name]
+        # a pattern reads files of its folder; a config.json stands for the model's folder
+        found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
+        return tuple(path for path in found if path.exists())
+
+    def as_file(self) -> dict[str, Any]:
+        """What `run.yaml` holds: the values that may be read back, then their origins.
+
+        Files and folders stand there by their full path, to be found from anywhere.
+        """
+        kept = [name for name, option in OPTIONS.items() if option.kept]
+        values = {name: getattr(self, name) for name in kept}
+        values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
+        for name in ("data", "eval_data"):
+            values[name] = [_lasting(spec) for spec in values[name]]
+        if self.chat_template:
+            values["chat_template"] = _lasting(self.chat_template)
+        plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
+        return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
+
+
+OPTIONS: dict[str, Option] = options_of(RunConfig)
+
+
+def weighted(spec: str) -> tuple[str, float]:
+    """A `--data` and how often it comes in an epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
+
+    Raises RequestError for a weight that is not above 0 or beyond 1,000.
+    """
+    name, equals, text = spec.rpartition("=")
+    if not equals or Path(spec).expanduser().exists():
+        return spec, 1.0
+    try:
+        weight = float(text)
+    except ValueError:
+        return spec, 1.0
+    if not 0 < weight <= 1000:
+        raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"e.g. {name}=2")
+    return name, weight
+
+
+def _lasting(name: str) -> str:
+    """A file or folder by its full path, its weight kept; anything else as it is."""
+    plain, weight = weighted(name)
+    path = Path(plain).expanduser()
+    if not path.parent.exists() or not (path.exists() or any(c in path.name for c in "*?[")):
+        return name
+    return str(path.parent.resolve() / path.name) + (f"={weight:g}" if weight != 1 else "")

@@ -1,0 +1,66 @@
+"""This machine and its Python: free memory and disk, installed packages, processes."""
+
+from __future__ import annotations
+
+import gc
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+
+def free_memory() -> int:
+    """Bytes of the host's memory that are free for use."""
+    with suppress(OSError, IndexError, ValueError):
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (AttributeError, ValueError, OSError):
+        return 0
+
+
+def free_disk(place: Path) -> int:
+    """Bytes that are free on the disk of a folder that need not be there yet."""
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        return shutil.disk_usage(place).free
+    except OSError:
+        return 0
+
+
+def installed(package: str) -> str:
+    """The version of an installed package, or `none`; nothing is imported."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "none"
+
+
+def alive(pid: int) -> bool:
+    """Whether a process of that number runs on this machine."""
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:  # it runs, as another user
+        return True
+    return True
+
+
+@contextmanager
+def without_collecting() -> Iterator[None]:
+    """While torch and transformers are imported: what they make lives to the end, and looking for
+    garbage among it takes a third of the time. It is left out of later searches too."""
+    was = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        if was:
+            gc.enable()

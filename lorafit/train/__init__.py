@@ -1,0 +1,26 @@
+"""Training: a job set up, run step by step, recorded into its folder."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lorafit.lazy import door
+
+if TYPE_CHECKING:
+    from lorafit.train.checkpoint import STATE_FILES as STATE_FILES
+    from lorafit.train.job import assemble as assemble
+    from lorafit.train.loggers import recorded as recorded
+    from lorafit.train.loop import run as run
+    from lorafit.train.run_folder import RunFolder as RunFolder
+    from lorafit.train.run_folder import claim as claim
+
+__getattr__ = door(
+    __name__,
+    {
+        "checkpoint": "STATE_FILES",
+        "job": "assemble",
+        "loggers": "recorded",
+        "loop": "run",
+        "run_folder": "RunFolder claim",
+    },
+)

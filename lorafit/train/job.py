@@ -1,0 +1,206 @@
+"""A run, set up: the model loaded, the planned adapter in it, the batches composed."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import torch
+
+from lorafit.adapter import Plan, inject_plan
+from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_tokens
+from lorafit.errors import RequestError
+from lorafit.estimate import keep_freed
+from lorafit.evaluate import Evaluator, mask_id
+from lorafit.events import Predicted, PrefixCache
+from lorafit.forward import (
+    DiskStore,
+    Forward,
+    Prefix,
+    base_of,
+    blocks_below,
+    checkpoint_activations,
+    choose,
+    refusal,
+    states_folder,
+    states_key,
+    trained_in,
+)
+from lorafit.model import ModelMap, ModelSource, fingerprint, load_model, pick_device, pick_dtype
+from lorafit.settings import RunConfig
+from lorafit.system import free_disk, free_memory
+from lorafit.train.checkpoint import trainable
+from lorafit.train.measure import load_kernels, matrix_rate, memory_before
+from lorafit.train.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Job:
+    """A run, set up: everything the loop needs, nothing it must look for."""
+
+    model: PeftModel
+    task: str
+    config: RunConfig
+    plan: Plan
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    found: ModelMap
+    device: torch.device
+    folder: RunFolder
+    stop: Callable[[], int] = lambda: 0  # the signal that asks for an end, or 0
+    predicted: Predicted | None = None
+    fingerprint: str = ""  # of the base's weights
+    memory_before: int = 0  # bytes that the process held before the model was loaded
+    parameters: list[torch.nn.Parameter] = field(default_factory=list)
+    batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.parameters = list(trainable(self.model).values())
+        lengths = self.rows.train.lengths
+        if self.task == "seq2seq":
+            lengths = lengths + self.rows.train.target_lengths
+        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed)
+
+    @property
+    def batch_size(self) -> int:
+        return self.config.batch_size or 1
+
+    @property
+    def epochs(self) -> int:
+        return self.config.epochs or 1
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return math.ceil(len(self.batches) / self.config.accumulate)
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return min(self.steps_per_epoch * self.epochs, self.config.max_steps or sys.maxsize)
+
+    def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
+        """The optimizer steps of one epoch, each as its micro-batches."""
+        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
+        order = in_epoch(len(self.batches), self.config.seed, epoch)
+        for at in range(0, len(order), self.config.accumulate):
+            group = []
+            for number in order[at : at + self.config.accumulate]:
+                for part in range(len(self.batches[number])):
+                    batch = self.micro_batch(number, part)
+                    if self.task == "masked":
+                        batch = mask_tokens(batch, mask_id(self.tokenizer), self.found.vocab_size, generator)
+                    group.append(batch)
+            yield group
+
+    def micro_batch(self, number: int, part: int) -> Batch:
+        """One part of one batch: the same rows whenever it is asked for."""
+        rows = [self.rows.train[row] for row in self.batches[number][part]]
+        return collate_rows(rows, self.tokenizer.pad_token_id or 0, self.task, f"train {number}.{part}")
+
+    def matrix_rate(self, seconds: float = 0.15) -> float:
+        """FLOPs a second of this device's matrix products at the model's own shapes, measured now."""
+        dtype = next(self.model.parameters()).dtype
+        return matrix_rate(self.found.hidden_size, self.found.intermediate_size, dtype, self.device, seconds)
+
+    @property
+    def keys(self) -> list[str]:
+        """The keys of all micro-batches of training."""
+        return [f"train {n}.{part}" for n, batch in enumerate(self.batches) for part in range(len(batch))]
+
+
+def assemble(
+    source: ModelSource,
+    found: ModelMap,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
+) -> Job:
+    """Load the model, put the planned adapter in, and hold the two against each other.
+
+    `predicted` is what was said of the run before; it is reported beside what is measured.
+    """
+    device = pick_device(config.device)
+    if device.type == "cpu":
+        keep_freed()
+    dtype = pick_dtype(config.dtype, device)
+    load_kernels(device, dtype)
+    before = memory_before(device)
+    torch.manual_seed(config.seed)
+    model = load_model(source, dtype, device)
+    peft_model = inject_plan(model, plan, found.task)
+    if config.gradient_checkpointing:
+        checkpoint_activations(peft_model, blocks_below(model, plan))
+    return Job(
+        peft_model,
+        found.task,
+        config,
+        plan,
+        rows,
+        tokenizer,
+        found,
+        device,
+        folder,
+        stop,
+        predicted,
+        fingerprint(source.place),
+        before,
+    )
+
+
+def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
+    """What is done with the layers below the cut, tried on the run's first micro-batch.
+
+    Raises RequestError when the cache was asked for by name and would not be exact.
+    """
+    asked, base = job.config.prefix_cache, base_of(job.model)
+
+    def refused(reason: str) -> tuple[Prefix, PrefixCache]:
+        if asked != "auto":
+            raise RequestError(
+                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
+            )
+        return Prefix(), PrefixCache("off", reason)
+
+    if asked == "off":
+        return Prefix(), PrefixCache("off", "--prefix-cache off")
+    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
+        return refused(reason)
+    ((stack, cut),) = job.plan.cut.items()
+    lengths = job.rows.train.lengths
+    processed = sum(len(part) * int(lengths[list(part)].max()) for b in job.batches for part in b)
+    dtype = next(job.model.parameters()).dtype
+    size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
+    composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
+    place = states_folder() / states_key(base, stack, cut, composition)
+    choice = choose(
+        asked,
+        job.steps / job.steps_per_epoch,
+        size,
+        free_memory(),
+        free_disk(states_folder()),
+        place.exists(),
+    )
+    if choice.where == "off":
+        return Prefix(), PrefixCache("off", choice.reason)
+    prefix = Prefix.below(base, stack, cut)
+    first = job.micro_batch(0, 0).to(job.device)
+    job.model.eval()
+    if reason := prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0]):
+        return refused(reason)
+    if choice.where == "disk":
+        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
+        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
+        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+    return prefix, PrefixCache(choice.where, choice.reason, cut, size)

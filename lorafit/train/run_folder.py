@@ -1,0 +1,189 @@
+"""A run's folder: written beside its name, locked while it is written, renamed when it is whole.
+
+A run writes into `NAME.partial` beside its target and renames it at the end, so a folder of the target's
+name is always a finished run. A lock on the working folder dies with the process that holds it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from lorafit.adapter import WEIGHTS
+from lorafit.digests import SEAL, seal
+from lorafit.errors import RequestError
+from lorafit.outputs import EDITABLE, RUN_FILE, check_target, put_in_place
+
+try:
+    import fcntl
+except ImportError:  # Windows has none: two runs into one folder are not told apart there
+    fcntl = None  # type: ignore[assignment]
+
+PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
+
+# What a run writes into its working folder; anything else there is somebody else's.
+WRITTEN = re.compile(
+    r"\.?(adapter_config\.json|adapter_model\.safetensors|base\.json|run\.yaml|events\.jsonl|README\.md|report\.html"
+    r"|digests\.json|generation_config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt|tokenizer[\w.]*"
+    r"|chat_template\.\w+|vocab\.\w+|[\w.-]+\.(model|spm|tiktoken|jinja)|checkpoint-\d+(\.old-\d+)?|last-good"
+    r"|additional_chat_templates)"
+)
+
+
+@dataclass(slots=True)
+class RunFolder:
+    """Where a run will stand, and where it is written until it is whole."""
+
+    target: Path
+    lock: int | None = None  # the descriptor of the working folder while this process has it
+
+    @property
+    def work(self) -> Path:
+        return self.target.with_name(self.target.name + PARTIAL)
+
+    @property
+    def checkpoints(self) -> list[Path]:
+        """The checkpoints of an unfinished run, the oldest first."""
+        return _checkpoints(self.work)
+
+    def open(self, overwrite: bool, resume: bool, reads: Sequence[Path] = ()) -> None:
+        """Make the working folder, and take its lock. `reads` are the files and folders the run reads.
+
+        Raises RequestError when the target is there and may not be replaced, when the working folder
+        holds anything that is not a run's, when another run is writing there, or when an unfinished
+        run lies there and is neither resumed nor replaced.
+        """
+        check_target(self.target, overwrite, reads)
+        if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
+            raise RequestError(f"`{self.work}` is not a folder", "another -o")
+        there = self.work.is_dir()
+        if there and (odd := _not_a_run(self.work)):
+            raise RequestError(f"`{self.work}` holds `{odd}`, which is not part of a run", "another -o")
+        try:
+            self.work.mkdir(parents=True, exist_ok=True)
+            self.lock = _lock(self.work)
+        except OSError as error:
+            raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "another -o") from None
+        if self.lock is None and fcntl is not None:
+            raise RequestError(f"another run is writing `{self.work}`", "another -o, or wait for its end")
+        if there and not resume and not overwrite:
+            self.release()
+            raise RequestError(
+                f"an unfinished run lies in `{self.work}`",
+                "--resume to go on with it, --overwrite to start anew",
+            )
+        if there and not resume:
+            for path in self.work.iterdir():  # the folder itself keeps the lock
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+    def release(self) -> None:
+        """Give the lock back."""
+        if self.lock is not None:
+            os.close(self.lock)
+            self.lock = None
+
+    def prune(self, keep: int, best: int | None) -> None:
+        """Remove all checkpoints but the last `keep` and the one of step `best`."""
+        for path in self.checkpoints[:-keep]:
+            if path.name != f"checkpoint-{best}":
+                shutil.rmtree(path)
+
+    def finish(self, keep: int, best: int | None) -> None:
+        """Seal the finished run and put it in its place; what stood there goes only then.
+
+        Of the checkpoints the last `keep` stay, and the one of step `best`. What is there to be edited is
+        not sealed.
+        """
+        kept = {f"checkpoint-{best}", *(p.name for p in (self.checkpoints[-keep:] if keep else ()))}
+        seal(self.work, but=EDITABLE)
+        put_in_place(self.work, self.target)
+        self.release()
+        for path in _checkpoints(self.target):
+            if path.name not in kept:
+                shutil.rmtree(path)
+
+    def abandon(self) -> None:
+        """Leave nothing behind of a run that kept nothing worth going on from; give the lock back."""
+        if self.lock is not None and not any(
+            (self.checkpoints, (self.work / WEIGHTS).is_file(), (self.work / LAST_GOOD).is_dir())
+        ):
+            shutil.rmtree(self.work, ignore_errors=True)
+            if self.work.parent.name == RUNS:
+                with suppress(OSError):  # it holds other runs
+                    self.work.parent.rmdir()
+        self.release()
+
+
+def _not_a_run(folder: Path) -> str:
+    """The name of something in a working folder that no run writes; empty where there is none."""
+    names = sorted(path.name for path in folder.iterdir())
+    if names and RUN_FILE not in names:
+        return names[0]
+    return next((name for name in names if not WRITTEN.fullmatch(name)), "")
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    found = [
+        p
+        for p in folder.glob("checkpoint-*")
+        if re.fullmatch(r"checkpoint-[0-9]+", p.name) and (p / SEAL).is_file()
+    ]
+    return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder's lock; None when another process has it, or there are no locks."""
+    if fcntl is None:
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # the run that had it may have been finished, and its folder renamed, in between
+        if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
+            return descriptor
+    except BlockingIOError:
+        pass
+    except FileNotFoundError:
+        pass
+    os.close(descriptor)
+    return None
+
+
+def claim(stem: str) -> RunFolder:
+    """`runs/STEM-1` opened, or the first number that neither a run nor an unfinished one has."""
+    number = 1
+    while True:
+        folder = RunFolder(Path(RUNS) / f"{stem}-{number}")
+        if not folder.target.exists() and not folder.work.exists():
+            with suppress(RequestError):
+                folder.open(overwrite=False, resume=False)
+                return folder
+            if not folder.work.exists():  # not taken by another run: it cannot be written
+                folder.open(overwrite=False, resume=False)
+        number += 1
+
+
+def rewind(events: Path, step: int) -> None:
+    """Cut a run's events to those up to its checkpoint of that step: the rest is done again."""
+    if not events.is_file():
+        return
+    kept, end = [], 0
+    for raw in events.read_bytes().splitlines(keepends=True):
+        try:
+            event = json.loads(raw)
+        except ValueError:  # the line that a killed run was writing
+            break
+        if event.get("event") in ("step", "evaluated", "saved"):
+            if event["step"] > step:
+                break
+            end = len(kept) + 1
+        kept.append(raw)
+    beside = events.with_name(f".{events.name}")
+    beside.write_bytes(b"".join(kept[: end if step else 0]))
+    beside.replace(events)
