@@ -76,6 +76,7 @@ def plan(
 
     Modules, layers, their names for PEFT, trainable parameters, memory by named terms, time.
     """
+
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned

@@ -13,7 +13,6 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.settings import derive_from_model, settle
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
@@ -35,6 +34,8 @@ def train(
 
     Without a model and data, the embedded demo is used.
     """
+    from lorafit.settings import derive_from_model, settle
+
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned
