@@ -13,7 +13,6 @@ from safetensors import SafetensorError, safe_open
 
 from lorafit.digests import check
 from lorafit.errors import RequestError
-from lorafit.model import fingerprint
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -84,6 +83,8 @@ def check_base(folder: str | Path, place: str) -> None:
         wanted = json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))["fingerprint"]
     except (OSError, ValueError, KeyError, TypeError):  # not of ours: what it was trained on is not known
         return
+    from lorafit.model import fingerprint
+
     found = fingerprint(place)
     if wanted and found and wanted != found:
         raise RequestError(

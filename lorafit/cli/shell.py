@@ -23,11 +23,13 @@ debug = False  # --debug: errors show where they came from
 class Boundary(TyperGroup):
     """A group of commands that reports errors in lorafit's own words."""
 
-    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # the other parameters go on as they come
+        self, args: Any = None, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
-            code = super().main(args, *more, standalone_mode=False, **extra)
+            code = super().main(args, standalone_mode=False, **extra)
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:

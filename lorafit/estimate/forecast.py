@@ -120,7 +120,7 @@ class Forecast:
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
         facts = [*self._facts(plan, shape), self.device, library()]
-        found = self.kept.get(Profile, facts)
+        found: Profile | None = self.kept.get(Profile, facts)
         if found is None:
             with without_collecting():
                 from lorafit.estimate import simulate

@@ -388,7 +388,7 @@ def _reinterpreted(kind: str, slots: list[Slot]) -> tuple[str, ...]:
         return ()
     from peft.utils import transformers_weight_conversion as conversion
 
-    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    base = vars(conversion)["_MODEL_TO_CONVERSION_PATTERN"].get(kind)
     if not conversion._MOE_FUSED_TARGETS.get(base):
         return ()
     return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(base, ()))

@@ -299,7 +299,7 @@ def _rewrite(
         block = _read(source, begin + first * width, shape, entry.dtype)
         changed = block if change is None else change(block, first)
         flat = changed.to(DTYPES[dtype]).contiguous().view(-1).view(torch.uint8)
-        data = memoryview(flat.numpy())
+        data = memoryview(flat.numpy().data)
         at = _put(new, data, at)
         tick(len(data))
     return at
@@ -308,7 +308,7 @@ def _rewrite(
 def _read(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """The tensor that begins there in a file."""
     found = torch.empty(shape, dtype=DTYPES[dtype])
-    _fill(source, memoryview(found.view(-1).view(torch.uint8).numpy()), begin)
+    _fill(source, found.view(-1).view(torch.uint8).numpy().data, begin)
     return found
 
 
