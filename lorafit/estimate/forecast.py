@@ -375,12 +375,19 @@ def prepare(
     kept = Kept()
     look = look or look_at(source, found, config, kept, tick)
     length = config.max_length or 1
+    notes: list[str] = []
     if look is None:
         config = derive_from_rows(config, length)
+        batch = config.batch_size or 1
         work, longest, typical, supervised = None, length, length, 1.0
     else:
         config = derive_from_rows(config, look.mean, look.rows)
         batch = config.batch_size or 1
+        if batch > look.rows:
+            notes.append(
+                f"a batch of {batch:,} rows is more than the {look.rows:,} there are: all of them are one batch"
+            )
+            batch = look.rows
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
         every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
         work = Work(look.tokens, steps, every, look.held_out_tokens)
@@ -388,7 +395,7 @@ def prepare(
     if found.task == "masked":
         supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden
     shape = Shape(
-        config.batch_size or 1,
+        batch,
         longest,
         dtype_of(config, device),
         config.gradient_checkpointing,
@@ -406,8 +413,9 @@ def prepare(
         typical,
         seconds,
         kept,
-        look=look,
-        fresh=fresh,
+        notes,
+        look,
+        fresh,
     )
     return made, config
 
@@ -422,4 +430,6 @@ def parse_size(text: str) -> int:
     try:
         return parse_bytes(text)
     except ValueError:
-        raise RequestError(f"--fit is `{text}`: it takes a size", "as 24GB, 24GiB or 800MB") from None
+        raise RequestError(
+            f"--fit is `{text}`: it takes a size", "with a unit, e.g. 24GB, 24GiB or 800MB"
+        ) from None

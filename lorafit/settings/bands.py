@@ -49,6 +49,8 @@ ALL = Band("all", Fraction(0), Fraction(1), "every layer")
 
 BANDS: dict[str, Band] = {band.name: band for band in (LOW, MID, HIGH, ALL)}
 
+# What comes nearest to a band in a stack that is too small for it.
+NEAREST = {"low": "first:1", "mid": "all", "high": "last:1"}
 TILED_FROM = 3  # the least depth at which low, mid and high are all there
 
 
@@ -57,7 +59,7 @@ class LayerChoice:
     """A choice of layers as it was written, independent of any depth.
 
     `bands` are a preset's own, by name: a pair of fractions, or another choice as text.
-    Raises RequestError when the text is no choice at all.
+    Raises RequestError when the text is not a choice.
     """
 
     text: str
@@ -87,7 +89,7 @@ class LayerChoice:
             raise RequestError(f"an empty term in layers `{self.text}`", WAYS)
         word = re.fullmatch(r"[A-Za-z_]\w*", term)
         hint = closest(term, [*BANDS, *self.bands]) if word else WAYS
-        raise RequestError(f"`{term}` is no choice of layers", hint)
+        raise RequestError(f"`{term}` is not a choice of layers", hint)
 
     def indices(self, depth: int) -> tuple[int, ...]:
         """The chosen layers of a stack `depth` deep, ascending, each once.
@@ -108,8 +110,10 @@ class LayerChoice:
             layers = band.indices(depth)
             if not layers or (term in ("low", "mid", "high") and depth < TILED_FROM):
                 raise RequestError(
-                    f"a stack of {depth} has no band `{term}`",
-                    f"choose `all`, or layers out of {layer_span(depth)}",
+                    f"a stack of {depth} layers has no band `{term}`: bands need {TILED_FROM} layers",
+                    f"--layers {NEAREST[term]}"
+                    if term in NEAREST
+                    else f"--layers all, or layers out of {layer_span(depth)}",
                 )
             return layers
         if term.startswith(("first:", "last:")):

@@ -5,6 +5,7 @@ A default of None is derived later, from the model or the data (precedence.py sa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -38,6 +39,12 @@ FORMATS = (
 OVERFLOWS = ("truncate", "split", "drop", "error")
 LOSS_ON = ("completion", "last", "all")
 LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
+DEVICE = Kind(
+    "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
+    "DEVICE",
+    str,
+    lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
+)
 SHAPE = ("model", "data", "format", "map", "chat_template")  # what the rows of a run follow from
 
 
@@ -207,9 +214,7 @@ class RunConfig:
         TRAINING,
         training=True,
     )
-    device: str = option(
-        "auto", text("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "DEVICE"), "Device to compute on.", TRAINING
-    )
+    device: str = option("auto", DEVICE, "Device to compute on: `cpu`, `cuda`, `cuda:1` or `mps`.", TRAINING)
     gradient_checkpointing: bool = option(
         False,
         FLAG,
