@@ -182,9 +182,9 @@ def test_damaged_checkpoints_are_passed_over(tiny, pairs, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"learning_rate": 1e-3}, "learning_rate was"), ({"epochs": 3}, "epochs was 2, is 3"), ({"layers": "high"}, "layers was"),
-        ({"preset": "ffn"}, "preset was"), ({"seed": 5}, "seed was 0, is 5"), ({"data": None}, "training rows are other ones"),
-        ({"rank": 4}, "rank was"), ({"loss_on": "all"}, "training rows are other ones"),
+        ({"learning_rate": 1e-3}, "`learning_rate` was"), ({"epochs": 3}, "`epochs` was 2, is 3"), ({"layers": "high"}, "`layers` was"),
+        ({"preset": "ffn"}, "`preset` was"), ({"seed": 5}, "`seed` was 0, is 5"), ({"data": None}, "training rows differ"),
+        ({"rank": 4}, "`rank` was"), ({"loss_on": "all"}, "training rows differ"),
     ],
 )  # fmt: skip
 def test_another_run_is_not_resumed(tiny, pairs, tmp_path, change, words):
@@ -213,7 +213,7 @@ def test_other_base_weights_are_another_run(tiny, pairs, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(bytes(raw))
-    with pytest.raises(RequestError, match="base weights are other ones"):
+    with pytest.raises(RequestError, match="base weights differ"):
         events_of(job_for(base, tmp_path / "r", resume=True, **flags))
 
 

@@ -13,12 +13,13 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.settings import derive_from_model, settle
+from lorafit.report import read_back
+from lorafit.settings import changed_settings, derive_from_model, settle
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
-    from lorafit.settings import Preset
+    from lorafit.settings import Preset, RunConfig
 
 
 @app.command()
@@ -42,7 +43,6 @@ def train(
     from lorafit.estimate import predicted, prepare
     from lorafit.events import TrainReport
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
-    from lorafit.report import read_back
     from lorafit.screen import Screen, TrainView, show_data, show_header, show_train_report
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
@@ -60,6 +60,7 @@ def train(
     target = Path(settings.output).expanduser() if settings.output is not None else None
     if target is not None:
         if settings.resume and target.exists() and not settings.overwrite:
+            _check_same(settings, target)
             screen.line("done", f"{target} is a finished run: nothing to resume")
             if json:
                 screen.document(read_back(target).report)
@@ -74,9 +75,10 @@ def train(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, claim, recorded, run
+        from lorafit.train import RunFolder, assemble, check_optimizer, claim, recorded, records, run
 
     pick_device(settings.device)
+    check_optimizer(settings.optimizer)
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
@@ -95,8 +97,7 @@ def train(
             job = assemble(
                 source, found, settings, made, rows, tokenizer, folder, stop, predicted(cost, made)
             )
-            for event in recorded(job, run(job)):
-                view.on(event)
+            for event in recorded(job, run(job), [*records(job), view]):
                 report = event if isinstance(event, TrainReport) else report
     except OutOfMemory as error:
         error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
@@ -111,6 +112,17 @@ def train(
         show_train_report(screen, report)
     if push_to_hub:
         push_folder(screen, report.output, push_to_hub)
+
+
+def _check_same(settings: RunConfig, target: Path) -> None:
+    """Raises RequestError when a finished run had other settings than are asked for now."""
+    changed = changed_settings(settings, read_back(target).settings)
+    if changed:
+        name, was, now = changed[0]
+        raise RequestError(
+            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
+            "another -o trains a new run with these settings, --overwrite trains it again in its place",
+        )
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:

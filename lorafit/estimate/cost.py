@@ -15,6 +15,7 @@ from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
+from lorafit.settings import STATE_BYTES
 from lorafit.units import percent, short
 
 # Bytes that PyTorch's libraries keep for themselves once a step has run: on CUDA cuBLAS is given 2 blocks of
@@ -36,6 +37,7 @@ def estimate(
     device: str = "cpu",
     replay: bool = True,
     prefix_cache: str = "auto",
+    optimizer: str = "adamw",
     free: int = 0,
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
@@ -81,7 +83,8 @@ def estimate(
             weights=model_map.total_params * item,
             adapter=adapter,
             gradients=adapter,
-            optimizer=3 * adapter,  # AdamW's two moments, and the adapter as it last was sound, in float32
+            # its state, and the adapter as it last was sound, in float32
+            optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
             activations=profile.activations,
             logits=profile.logits,
             workspace=profile.workspace + LIBRARIES.get(device, 0),
@@ -100,7 +103,7 @@ def estimate(
         assumptions=(
             f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
             f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
-            "AdamW with float32 adapters, and a copy of them to fall back to",
+            f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of them to fall back to",
             ("memory: a simulated step" if profile.simulated else "memory: formulas")
             + (", its storages asked of the C library that is here" if profile.heap else ""),
             source,
