@@ -278,13 +278,13 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
     """A limit on the size of files, as a full disk: checkpoints that no longer fit end the run."""
     code = (
         "import resource, sys\n"
-        "from lorafit import checkpoint\n"
-        "was = checkpoint.save\n"
+        "from lorafit.train import loop\n"
+        "was = loop.save_checkpoint\n"
         "def save(folder, step, *rest):\n"
         "    if step > 4:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
         "    return was(folder, step, *rest)\n"
-        "checkpoint.save = save\n"
+        "loop.save_checkpoint = save\n"
         "from lorafit.cli import app\n"
         "app(sys.argv[1:])\n"
     )
@@ -328,7 +328,7 @@ def test_links_in_the_output_path(tiny, pairs, tmp_path):
         RunFolder(tmp_path / "new").open(True, False)
     events_of(job_for(tiny("llama"), tmp_path / "link" / "r", data=(str(pairs),), max_steps=1))
     assert (tmp_path / "real" / "r" / WEIGHTS).is_file()
-    with pytest.raises(RequestError, match="neither a run nor a model"):
+    with pytest.raises(RequestError, match="lorafit did not write"):
         RunFolder(tmp_path / "link").open(True, False)
     (tmp_path / "other").symlink_to(tmp_path / "real" / "r")
     before = (tmp_path / "real" / "r" / WEIGHTS).read_bytes()
