@@ -248,7 +248,7 @@ def test_blocks_of_rows_are_the_whole_product_to_the_bit():
 
 
 def test_a_tensor_larger_than_a_block_merges_as_peft_merges_it(tiny, tmp_path, monkeypatch):
-    monkeypatch.setattr("lorafit.tensorfiles.PIECE", 1)  # blocks of 64 rows
+    monkeypatch.setattr("lorafit.model.safetensors_io.PIECE", 1)  # blocks of 64 rows
     source, found, model = make_adapter(tmp_path / "a", tiny("llama"))
     do_merge(tmp_path / "a", source, found, tmp_path / "m")
     mine = load_file(tmp_path / "m" / "model.safetensors")
@@ -263,8 +263,8 @@ def test_the_proof_by_blocks_says_what_the_proof_of_whole_models_says(tiny, tmp_
     report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert not report.notes, report.notes
     config = json.loads((tmp_path / "m" / "config.json").read_text())
-    base = verify.Side(source, ((tmp_path / "a", 1.0),))
-    merged = verify.Side(ModelSource("m", str(tmp_path / "m"), config))
+    base = verify.WeightedModel(source, ((tmp_path / "a", 1.0),))
+    merged = verify.WeightedModel(ModelSource("m", str(tmp_path / "m"), config))
     tokenizer = load_tokenizer(source.place, "base")
     whole = verify_merge(base, merged, found, [], tokenizer, by_blocks=False)
     assert "whole" in whole.note and report.verify.tokens == whole.tokens

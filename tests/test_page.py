@@ -10,7 +10,7 @@ from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample, S
 from lorafit.model.chart import chart_of
 from lorafit.model.source import find
 from lorafit.outputs import EDITABLE
-from lorafit.report import html
+from lorafit.report import svg
 from lorafit.report.html import make_page
 from lorafit.report.run import read_back
 from lorafit.report.svg import _ticks, curves
@@ -105,7 +105,7 @@ def test_long_curves_are_thinned(trained):
     long = [{**step, "step": n, "loss": 1 / n if n % 500 else float("nan")} for n in range(1, 20_001)]
     drawn = curves([type(run)(run.folder, {}, (*long, *run.every("report")))])
     points = re.findall(r'points="([^"]*)"', drawn)
-    assert len(points) == 2 and all(len(p.split()) <= html.POINTS for p in points) and "nan" not in drawn
+    assert len(points) == 2 and all(len(p.split()) <= svg.POINTS for p in points) and "nan" not in drawn
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.4, 1.3), (0, 20_000), (2.0, 2.0), (1e-4, 3e-4), (0, 1e6)])

@@ -180,7 +180,9 @@ def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "short", prefix_cache="disk", max_steps=2)
     assert not cache.kept() and not list(prefix_store.states_folder().iterdir())
-    dead = prefix_store.states_folder() / f"{'0' * 32}{cache.FILLING}999999999"  # of a process that was killed
+    dead = (
+        prefix_store.states_folder() / f"{'0' * 32}{cache.FILLING}999999999"
+    )  # of a process that was killed
     dead.mkdir()
     (dead / "states.bin").write_bytes(b"half")
     trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")

@@ -7,14 +7,16 @@ import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 
 from lorafit.digests import check
 from lorafit.errors import RequestError
 from lorafit.model import fingerprint
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 

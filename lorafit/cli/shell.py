@@ -16,18 +16,18 @@ from typer.core import TyperGroup
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
-_CLICK_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
 debug = False  # --debug: errors show where they came from
 
 
 class Boundary(TyperGroup):
     """A group of commands that reports errors in lorafit's own words."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, *more, standalone_mode=False, **extra)
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:

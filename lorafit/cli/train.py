@@ -13,12 +13,11 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.report import read_back
-from lorafit.settings import changed_settings, derive_from_model, settle
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
+    from lorafit.report.run import Run
     from lorafit.settings import Preset, RunConfig
 
 
@@ -36,6 +35,8 @@ def train(
 
     Without a model and data, the embedded demo is used.
     """
+    from lorafit.settings import derive_from_model, settle
+
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned
@@ -60,10 +61,10 @@ def train(
     target = Path(settings.output).expanduser() if settings.output is not None else None
     if target is not None:
         if settings.resume and target.exists() and not settings.overwrite:
-            _check_same(settings, target)
+            finished = _finished(settings, target)
             screen.line("done", f"{target} is a finished run: nothing to resume")
             if json:
-                screen.document(read_back(target).report)
+                screen.document(finished.report)
             if push_to_hub:
                 push_folder(screen, str(target), push_to_hub)
             return
@@ -114,15 +115,21 @@ def train(
         push_folder(screen, report.output, push_to_hub)
 
 
-def _check_same(settings: RunConfig, target: Path) -> None:
-    """Raises RequestError when a finished run had other settings than are asked for now."""
-    changed = changed_settings(settings, read_back(target).settings)
-    if changed:
-        name, was, now = changed[0]
+def _finished(settings: RunConfig, target: Path) -> Run:
+    """The finished run that `--resume` names. Raises RequestError when it had other settings than are given
+    now, or is not a run."""
+    from lorafit.report import read_back
+    from lorafit.settings import changed_settings
+
+    run = read_back(target)
+    if not run.settings:
+        raise RequestError(f"`{target}` is not a run: there is no run.yaml to resume from", "another -o")
+    for name, was, now in changed_settings(settings, run.settings):
         raise RequestError(
             f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
             "another -o trains a new run with these settings, --overwrite trains it again in its place",
         )
+    return run
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:

@@ -60,23 +60,7 @@ def estimate(
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    whole = replayed = total = None
-    if work:
-        steps = work.epoch_steps * timing.step
-        whole = work.tokens * timing.token + steps
-        replayed = work.tokens * timing.token_replayed + steps if replay else None
-        later = replayed if replayed is not None and cache.where != "off" else whole
-        total = min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
-    if timing.source and not timing.sure:
-        notes = (
-            *notes,
-            f"the machine is busy: its timings differ by {percent(timing.spread, 1)}, and the seconds are too many",
-        )
-    source = (
-        f"seconds: {timing.source}, best of several tries that agree to {percent(timing.spread, 1)}"
-        if timing.source
-        else f"seconds: {short(rate)} FLOP/s assumed"
-    )
+    whole, replayed, total = _seconds(timing, work, replay, cache.where != "off")
     return Estimate(
         shape=shape,
         memory=Memory(
@@ -100,13 +84,40 @@ def estimate(
         seconds=total,
         tokens_per_second=1 / timing.token if timing.token else 0.0,
         prefix_cache=replace(cache, bytes=size),
-        assumptions=(
-            f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
-            f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
-            f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of them to fall back to",
-            ("memory: a simulated step" if profile.simulated else "memory: formulas")
-            + (", its storages asked of the C library that is here" if profile.heap else ""),
-            source,
-            *notes,
-        ),
+        assumptions=(*_assumptions(shape, profile, timing, device, rate, optimizer), *notes),
+    )
+
+
+def _seconds(
+    timing: Timing, work: Work | None, replay: bool, cached: bool
+) -> tuple[float | None, float | None, float | None]:
+    """Seconds of an epoch, of one with the prefix replayed, and of the whole run; None where unknown."""
+    if work is None:
+        return None, None, None
+    steps = work.epoch_steps * timing.step
+    whole = work.tokens * timing.token + steps
+    replayed = work.tokens * timing.token_replayed + steps if replay else None
+    later = replayed if replayed is not None and cached else whole
+    return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
+
+
+def _assumptions(
+    shape: Shape, profile: Profile, timing: Timing, device: str, rate: float, optimizer: str
+) -> tuple[str, ...]:
+    """What an estimate rests on, in words."""
+    memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
+    if profile.heap:
+        memory += ", replayed through this machine's malloc"
+    seconds = f"seconds: {short(rate)} FLOP/s assumed"
+    if timing.source:
+        agree = percent(timing.spread, 1)
+        seconds = f"seconds: {timing.source}, the fastest of several tries that agree to {agree}"
+    if timing.source and not timing.sure:
+        seconds = f"the machine is busy: its timings differ by {agree}, so the seconds may be too many"
+    return (
+        f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
+        f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
+        f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
+        memory,
+        seconds,
     )

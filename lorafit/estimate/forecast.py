@@ -6,8 +6,6 @@ and a plan that was asked for before is answered without it.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import sys
@@ -18,25 +16,23 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorafit import __version__
 from lorafit.adapter import Plan, planned
-from lorafit.cache import cache_folder, code_digest
+from lorafit.cache import cache_folder
 from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
 from lorafit.estimate.cost import estimate
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
+from lorafit.estimate.kept import Kept
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
-from lorafit.jsonio import jsonable, keep
 from lorafit.model import ModelMap, ModelSource, pick_device
 from lorafit.settings import Preset, RunConfig, derive_from_rows, weighted
-from lorafit.system import free_disk, free_memory, installed, without_collecting
+from lorafit.system import free_disk, free_memory, without_collecting
 from lorafit.units import parse_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-PACKAGES = ("torch", "transformers", "peft")
 
 Tick = Callable[[float, float], None]  # (bytes read, in all)
 
@@ -59,30 +55,6 @@ class Fit:
     free: int
     fits: bool
     alternatives: tuple[Alternative, ...] = ()
-
-
-@dataclass(slots=True)
-class Kept:
-    """Profiles, timings and looks at data, as JSON under the cache folder."""
-
-    folder: Path = field(default_factory=lambda: cache_folder() / "forecasts")
-
-    def get(self, kind: Any, facts: Any) -> Any:
-        """What was kept of that kind under these facts; None when nothing was, or it is damaged."""
-        try:
-            data = json.loads(self._path(kind, facts).read_text(encoding="utf-8"))
-            return DataReport.of(data) if kind is DataReport else kind(**data)
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-
-    def put(self, value: Any, facts: Any) -> None:
-        """Keep a value under these facts."""
-        keep(self._path(type(value), facts), value)
-
-    def _path(self, kind: type, facts: Any) -> Path:
-        versions = [__version__, code_digest("estimate.forecast"), *(installed(name) for name in PACKAGES)]
-        text = json.dumps([versions, jsonable(facts)], sort_keys=True, default=str)
-        return self.folder / f"{kind.__name__.lower()}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def device_of(name: str, elsewhere: bool) -> str:
