@@ -126,6 +126,13 @@ class Predicted:
 
 
 @dataclass(frozen=True, slots=True)
+class Note:
+    """Something that a person should know of the run."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
 class PrefixCache:
     """What becomes of the `layers` below the cut: kept in `memory` or on `disk` after the first pass,
     or run every time (`off`); why; and the bytes of it."""
@@ -337,7 +344,9 @@ class MergeReport:
     notes: tuple[str, ...] = ()
 
 
-Event = DataReport | Started | Predicted | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+Event = (
+    DataReport | Started | Predicted | Note | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+)
 
 
 def record(event: Event) -> dict[str, Any]:

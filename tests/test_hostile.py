@@ -81,7 +81,7 @@ def empty(path):
     [
         (cut, "is damaged"), (wrong_header, "is damaged"), (no_json, "is damaged"), (empty, "is damaged"),
         (other_shape, "model.layers.1.self_attn.q_proj.weight"), (missing, "model.layers.1.self_attn.q_proj.weight"),
-        (not_finite, "`model.layers.1.self_attn.q_proj.weight` of the base holds values that are no finite numbers"),
+        (not_finite, "`model.layers.1.self_attn.q_proj.weight` of the base holds values that are not finite"),
     ],
 )  # fmt: skip
 def test_base_weights_that_are_broken(base, pairs, tmp_path, run, harm, words):

@@ -21,6 +21,7 @@ from lorafit.adapter.folder import WEIGHTS, read_config, tensor_names
 from lorafit.adapter.lora_linear import quicken
 from lorafit.adapter.peft_names import pattern_value
 from lorafit.adapter.plan import Plan
+from lorafit.adapter.trained_whole import train_in_float32
 from lorafit.errors import RequestError, RunError
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _by_name(plan: Plan, patterns: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def inject_plan(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
-    """The model with the plan's adapter in it, everything else frozen; float32 adapters.
+    """The model with the plan's adapter in it, everything else frozen; all that is trained is float32.
 
     Raises RunError with the difference when PEFT adapted anything else than the plan, or
     counts other trainable parameters.
@@ -84,6 +85,7 @@ def inject_plan(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
             f"PEFT trains {trainable:,} parameters where {plan.trainable_params:,} were planned",
             "this is a fault of lorafit: please report it with the model's config",
         )
+    train_in_float32(peft_model)
     quicken(peft_model)
     return peft_model
 

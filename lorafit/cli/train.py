@@ -17,7 +17,8 @@ from lorafit.outputs import check_target
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
-    from lorafit.settings import Preset
+    from lorafit.report.run import Run
+    from lorafit.settings import Preset, RunConfig
 
 
 @app.command()
@@ -43,7 +44,6 @@ def train(
     from lorafit.estimate import predicted, prepare
     from lorafit.events import TrainReport
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
-    from lorafit.report import read_back
     from lorafit.screen import Screen, TrainView, show_data, show_header, show_train_report
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
@@ -61,9 +61,10 @@ def train(
     target = Path(settings.output).expanduser() if settings.output is not None else None
     if target is not None:
         if settings.resume and target.exists() and not settings.overwrite:
+            finished = _finished(settings, target)
             screen.line("done", f"{target} is a finished run: nothing to resume")
             if json:
-                screen.document(read_back(target).report)
+                screen.document(finished.report)
             if push_to_hub:
                 push_folder(screen, str(target), push_to_hub)
             return
@@ -75,9 +76,10 @@ def train(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, claim, recorded, run
+        from lorafit.train import RunFolder, assemble, check_optimizer, claim, recorded, records, run
 
     pick_device(settings.device)
+    check_optimizer(settings.optimizer)
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
@@ -96,8 +98,7 @@ def train(
             job = assemble(
                 source, found, settings, made, rows, tokenizer, folder, stop, predicted(cost, made)
             )
-            for event in recorded(job, run(job)):
-                view.on(event)
+            for event in recorded(job, run(job), [*records(job), view]):
                 report = event if isinstance(event, TrainReport) else report
     except OutOfMemory as error:
         error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
@@ -112,6 +113,23 @@ def train(
         show_train_report(screen, report)
     if push_to_hub:
         push_folder(screen, report.output, push_to_hub)
+
+
+def _finished(settings: RunConfig, target: Path) -> Run:
+    """The finished run that `--resume` names. Raises RequestError when it had other settings than are given
+    now, or is not a run."""
+    from lorafit.report import read_back
+    from lorafit.settings import changed_settings
+
+    run = read_back(target)
+    if not run.settings:
+        raise RequestError(f"`{target}` is not a run: there is no run.yaml to resume from", "another -o")
+    for name, was, now in changed_settings(settings, run.settings):
+        raise RequestError(
+            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
+            "another -o trains a new run with these settings, --overwrite trains it again in its place",
+        )
+    return run
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:

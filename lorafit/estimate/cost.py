@@ -15,6 +15,7 @@ from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
+from lorafit.settings import STATE_BYTES
 from lorafit.units import percent, short
 
 # Bytes that PyTorch's libraries keep for themselves once a step has run: on CUDA cuBLAS is given 2 blocks of
@@ -36,6 +37,7 @@ def estimate(
     device: str = "cpu",
     replay: bool = True,
     prefix_cache: str = "auto",
+    optimizer: str = "adamw",
     free: int = 0,
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
@@ -65,7 +67,8 @@ def estimate(
             weights=model_map.total_params * item,
             adapter=adapter,
             gradients=adapter,
-            optimizer=3 * adapter,  # AdamW's two moments, and the adapter as it last was sound, in float32
+            # its state, and the adapter as it last was sound, in float32
+            optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
             activations=profile.activations,
             logits=profile.logits,
             workspace=profile.workspace + LIBRARIES.get(device, 0),
@@ -81,7 +84,7 @@ def estimate(
         seconds=total,
         tokens_per_second=1 / timing.token if timing.token else 0.0,
         prefix_cache=replace(cache, bytes=size),
-        assumptions=(*_assumptions(shape, profile, timing, device, rate), *notes),
+        assumptions=(*_assumptions(shape, profile, timing, device, rate, optimizer), *notes),
     )
 
 
@@ -98,7 +101,9 @@ def _seconds(
     return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
 
 
-def _assumptions(shape: Shape, profile: Profile, timing: Timing, device: str, rate: float) -> tuple[str, ...]:
+def _assumptions(
+    shape: Shape, profile: Profile, timing: Timing, device: str, rate: float, optimizer: str
+) -> tuple[str, ...]:
     """What an estimate rests on, in words."""
     memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
     if profile.heap:
@@ -112,7 +117,7 @@ def _assumptions(shape: Shape, profile: Profile, timing: Timing, device: str, ra
     return (
         f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
         f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
-        "AdamW with float32 adapters, and a copy of the last good ones",
+        f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
         memory,
         seconds,
     )

@@ -176,6 +176,7 @@ class Forecast:
             device=self.device,
             replay=not profile.refusal,
             prefix_cache=self.config.prefix_cache,
+            optimizer=self.config.optimizer,
             free=free_memory(),
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -11,6 +12,7 @@ from lorafit.events import (
     Evaluated,
     Event,
     Loss,
+    Note,
     Predicted,
     PrefixCache,
     Saved,
@@ -36,6 +38,9 @@ class TrainView:
         self.recent: list[Stepped] = []
         self.headed = False  # the epochs' table has its head
 
+    def start(self, run: Started, settings: Mapping[str, Any]) -> None:
+        """`Started` is shown as an event."""
+
     def on(self, event: Event) -> None:
         match event:
             case Started():
@@ -46,6 +51,8 @@ class TrainView:
                     f"about {seconds_text(event.seconds)} of training steps, "
                     f"{bytes_text(event.peak_memory_bytes)} at the peak",
                 )
+            case Note():
+                self.screen.note(event.text)
             case PrefixCache():
                 self.screen.line("prefix", _prefix_text(event))
             case Evaluated(step=0):
@@ -118,7 +125,7 @@ class TrainView:
             f"{share:>7}{note}"
         )
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

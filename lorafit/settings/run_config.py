@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
+from lorafit.settings.optimizers import OPTIMIZERS
 from lorafit.settings.options import (
     DATA,
     FLAG,
@@ -194,6 +195,13 @@ class RunConfig:
         0.05,
         number(0, 1e9, "a share of the steps below 1, or a number of steps"),
         "Warm-up: a share of the steps, or a number of steps.",
+        TRAINING,
+        training=True,
+    )
+    optimizer: str = option(
+        "adamw",
+        one_of(*OPTIMIZERS),
+        "Optimizer; the derived learning rate is one for AdamW",
         TRAINING,
         training=True,
     )
