@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.classes import config_of, model_class
-from lorafit.model.source import ModelSource, first_line
+from lorafit.model.source import ModelSource, first_line, split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +51,12 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     import torch
     from transformers.utils import logging
 
-    from lorafit.model.safetensors_io import open_file, shards
+    from lorafit.model.headers import open_file, shards
 
     config = config_of(source)
     cls = model_class(config)
     place = source.place
+    name, revision = split_revision(place)
     if Path(place).is_file():
         raise RequestError(
             f"`{place}` is a config without weights", "to train, name a folder that holds both"
@@ -71,8 +72,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
-            ignore_mismatched_sizes=True,
+            name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
+            ignore_mismatched_sizes=True, revision=revision or "main",
         )  # fmt: skip
         model = model.to(device)
     except torch.OutOfMemoryError:
@@ -106,8 +107,12 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
+        owner, revision = split_revision(place)
         return AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, local_files_only=Path(place).exists()
+            owner,
+            trust_remote_code=False,
+            local_files_only=Path(place).exists(),
+            revision=revision or "main",
         )
     except Exception as error:  # tokenizers raise bare Exceptions
         raise RequestError(

@@ -183,7 +183,7 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     dtype = next(job.model.parameters()).dtype
     size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
     composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    place = states_folder() / states_key(base, stack, cut, composition)
+    place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
     choice = choose(
         asked,
         job.steps / job.steps_per_epoch,
