@@ -132,9 +132,10 @@ def file_digest(path: Path) -> str:
         known = loaded if isinstance(loaded, dict) else {}
     if known.get("stamp") == now and re.fullmatch("[0-9a-f]{64}", str(known.get("sha256"))):
         return str(known["sha256"])
-    blob = real.parent.name == "blobs" and re.fullmatch("[0-9a-f]{64}", real.name) and path.is_symlink()
-    found = real.name if blob and not known else _digest(real)
-    settled = time.time_ns() - max(now[1], now[2]) > SETTLED * 1e9
+    blob = not known and path.is_symlink() and real.parent.name == "blobs"
+    blob = blob and bool(re.fullmatch("[0-9a-f]{64}", real.name))
+    found = real.name if blob else _digest(real)
+    settled = blob or time.time_ns() - max(now[1], now[2]) > SETTLED * 1e9
     if settled and _stamp(real) == now:
         with suppress(OSError):  # a cache folder that cannot be written: the file is read again next time
             keep(kept, {"path": str(real), "stamp": now, "sha256": found})

@@ -203,4 +203,5 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        prefix.prove(first, lambda batch: forward.scores(job.model, batch))
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)
