@@ -12,13 +12,14 @@ if TYPE_CHECKING:
     from lorafit.model.classes import config_of as config_of
     from lorafit.model.classes import model_class as model_class
     from lorafit.model.classes import on_meta as on_meta
+    from lorafit.model.headers import FLOATS as FLOATS
     from lorafit.model.headers import INDEX as INDEX
     from lorafit.model.headers import TensorEntry as TensorEntry
     from lorafit.model.headers import TensorFile as TensorFile
     from lorafit.model.headers import dtype_of as dtype_of
-    from lorafit.model.headers import headers as headers
     from lorafit.model.headers import open_file as open_file
     from lorafit.model.headers import shards as shards
+    from lorafit.model.headers import stored_tensors as stored_tensors
     from lorafit.model.identity import fingerprint as fingerprint
     from lorafit.model.identity import local_folder as local_folder
     from lorafit.model.identity import sampled as sampled
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.model.load import load_tokenizer as load_tokenizer
     from lorafit.model.load import pick_device as pick_device
     from lorafit.model.load import pick_dtype as pick_dtype
+    from lorafit.model.load import stored_dtype as stored_dtype
     from lorafit.model.map import ModelMap as ModelMap
     from lorafit.model.map import Slot as Slot
     from lorafit.model.map import Stack as Stack
@@ -40,6 +42,8 @@ if TYPE_CHECKING:
     from lorafit.model.safetensors_io import Change as Change
     from lorafit.model.safetensors_io import ShardLayout as ShardLayout
     from lorafit.model.safetensors_io import lay_out as lay_out
+    from lorafit.model.safetensors_io import read_range as read_range
+    from lorafit.model.safetensors_io import spans as spans
     from lorafit.model.safetensors_io import write as write
     from lorafit.model.source import HUB_ID as HUB_ID
     from lorafit.model.source import ModelSource as ModelSource
@@ -52,12 +56,12 @@ __getattr__ = door(
     {
         "chart": "chart_of map_of",
         "classes": "config_of model_class on_meta",
-        "load": "load_model load_tokenizer pick_device pick_dtype",
+        "load": "load_model load_tokenizer pick_device pick_dtype stored_dtype",
         "map": "ModelMap Slot Stack Uncovered sum_params",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
-        "headers": "INDEX TensorEntry TensorFile dtype_of headers open_file shards",
+        "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
         "identity": "fingerprint local_folder sampled",
-        "safetensors_io": "Change ShardLayout lay_out write",
+        "safetensors_io": "Change ShardLayout lay_out read_range spans write",
         "source": "HUB_ID ModelSource find not_downloaded split_revision",
     },
 )

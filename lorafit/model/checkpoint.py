@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
-from lorafit.model.headers import headers, shards
+from lorafit.model.headers import shards, stored_tensors
 
 DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst", ".zip")
 
@@ -113,7 +113,7 @@ def check_trainable(name: str, config: Mapping[str, Any], place: Path | None) ->
         raise RequestError(
             f"the weights of `{name}` are GGUF files, quantised or packed for llama.cpp", ORIGINAL
         )
-    there = headers(place)
+    there = stored_tensors(place)
     odd = next((n for n, entry in there.items() if CODES.search(n) or entry.dtype.startswith("F8_")), "")
     if odd:
         raise RequestError(

@@ -58,6 +58,16 @@ class TensorFile:
         with self.path.open("rb", buffering=0) as file:
             return read_range(file, self.data_at + entry.start, entry.shape, entry.dtype)
 
+    def rows(self, name: str, first: int, many: int) -> torch.Tensor:
+        """Some rows of one tensor, on the CPU."""
+        from lorafit.model.safetensors_io import read_range
+
+        entry = next(entry for entry in self.entries if entry.name == name)
+        width = (entry.stop - entry.start) // max(1, entry.shape[0])
+        with self.path.open("rb", buffering=0) as file:
+            begin = self.data_at + entry.start + first * width
+            return read_range(file, begin, (many, *entry.shape[1:]), entry.dtype)
+
 
 def open_file(path: Path) -> TensorFile:
     """A file's header, checked: lengths and offsets must add up to the file's size.
@@ -110,7 +120,7 @@ def shards(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def headers(folder: Path) -> dict[str, TensorEntry]:
+def stored_tensors(folder: Path) -> dict[str, TensorEntry]:
     """Every tensor of a model folder's safetensors files, by name; empty when it has none.
 
     Raises RequestError for a damaged file.

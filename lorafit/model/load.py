@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -119,3 +121,31 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
             f"`{name}` has no tokenizer that can be read: {first_line(error)}",
             "a tokenizer.json beside the model, or a model that has one",
         ) from None
+
+
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype that most of a model's weights are stored in, by the headers of its files; by its config
+    where those are not there, float32 where that does not say."""
+    import torch
+
+    from lorafit.model.headers import dtype_of, stored_tensors
+    from lorafit.model.identity import PICKLED, local_folder
+
+    folder = local_folder(source.place)
+    found = dtype_of(stored_tensors(folder).values()) if folder is not None else ""
+    if found:
+        return getattr(torch, found)
+    if folder is not None and (folder / PICKLED).is_file():
+        with suppress(Exception):  # an old format that cannot be mapped, or a damaged file: loading names it
+            tensors = torch.load(folder / PICKLED, map_location="cpu", mmap=True, weights_only=True).values()
+            sizes: Counter[torch.dtype] = Counter()
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    sizes[tensor.dtype] += tensor.nbytes
+            return sizes.most_common(1)[0][0]
+    text = source.config.get("text_config")
+    name = source.config.get("dtype") or source.config.get("torch_dtype")
+    if name is None and isinstance(text, dict):
+        name = text.get("dtype") or text.get("torch_dtype")
+    kind = getattr(torch, str(name).removeprefix("torch."), None)
+    return kind if isinstance(kind, torch.dtype) and kind.is_floating_point else torch.float32

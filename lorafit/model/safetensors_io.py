@@ -54,7 +54,9 @@ def size_in(entry: TensorEntry, dtype: str) -> int:
     return (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * DTYPES[dtype].itemsize
 
 
-def lay_out(files: Sequence[TensorFile], dtype: str = "", limit: int = 0) -> list[ShardLayout]:
+def lay_out(
+    files: Sequence[TensorFile], dtype: str = "", limit: int = 0, headed: bool = False
+) -> list[ShardLayout]:
     """How the tensors of these files lie in new ones.
 
     As they lie now, header and all, unless a `dtype` is named that floating-point tensors are to have,
@@ -64,7 +66,7 @@ def lay_out(files: Sequence[TensorFile], dtype: str = "", limit: int = 0) -> lis
     def kind(entry: TensorEntry) -> str:
         return dtype if dtype and DTYPES[entry.dtype].is_floating_point else entry.dtype
 
-    if not dtype and not limit:
+    if not dtype and not limit and not headed:
         return [
             ShardLayout(f.path.name, f.raw_header, tuple((f, e, e.dtype) for e in f.entries)) for f in files
         ]

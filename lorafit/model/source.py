@@ -32,6 +32,12 @@ class ModelSource:
     def local(self) -> bool:
         return Path(self.place).exists()
 
+    def at(self, folder: Path) -> ModelSource:
+        """Another folder of the same kind of model, with its own config."""
+        return ModelSource(
+            folder.name, str(folder.resolve()), _read_config(folder / "config.json", folder.name)
+        )
+
 
 def find(model: str, revision: str | None = None) -> ModelSource:
     """The model that a person named: `demo`, a folder, a `config.json`, or a hub id. `revision` is a branch,
