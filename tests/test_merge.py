@@ -270,13 +270,19 @@ def test_a_byte_that_no_adapter_touches_is_found(tiny, tmp_path, monkeypatch):
 @pytest.mark.parametrize("what", ["nothing", "scale"])
 def test_a_planted_error_is_found_where_the_whole_model_was_merged(tiny, tmp_path, monkeypatch, lora, what):
     from peft import PeftModel as Model
+    from peft.tuners.lora.layer import LoraLayer
 
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), lora=lora, size=1e-3)
     factor = 0.0 if what == "nothing" else 1.05
 
     def wrong(self):
+        if lora.modules_to_save:
+            saved = self.base_model.model.lm_head.modules_to_save.default.weight
+            saved.data = self.base_model.model.lm_head.original_module.weight.data + (
+                saved.data * (factor != 0) * 0.1
+            )
         for module in self.modules():
-            if hasattr(module, "scaling"):
+            if isinstance(module, LoraLayer):
                 module.scaling["default"] *= factor
         return self.base_model.merge_and_unload()
 

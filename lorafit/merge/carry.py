@@ -10,33 +10,17 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import BASE
+from lorafit.adapter import BASE, TEMPLATES, TOKENIZER, VOCABULARY, is_one
 
 OF_THE_BASE = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
     "video_preprocessor_config.json", "LICENSE*", "LICENCE*", "NOTICE*", "USE_POLICY*",
 )  # fmt: skip
 
-VOCABULARY = (
-    "vocab.json", "vocab.txt", "vocab-*.json", "merges.txt", "*.model", "*.spm", "*.tiktoken", "added_tokens.json",
-    "spiece.model", "source.spm", "target.spm", "tekken.json", "emoji.json", "sentencepiece*",
-)  # fmt: skip
-
-TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", *VOCABULARY)
-
-TEMPLATES = ("*.jinja", "chat_template.json", "additional_chat_templates")
-
 GENERATION = "generation_config.json"
-
-WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "*.bin", "*.bin.index.json", "*.pt", "*.pth", "*.h5", "*.msgpack",
-    "*.gguf", "*.onnx",
-)  # fmt: skip
 
 
 def carry(base: Path, adapter: Path, tokenizer: Path, work: Path) -> tuple[str, ...]:
@@ -47,16 +31,16 @@ def carry(base: Path, adapter: Path, tokenizer: Path, work: Path) -> tuple[str, 
     """
     taken: dict[str, Path] = {}
     for path in _files(base):
-        if _is(path, OF_THE_BASE):
+        if is_one(path, OF_THE_BASE):
             taken[path.name] = path
     if (adapter / BASE).is_file() and (adapter / GENERATION).is_file():
         taken[GENERATION] = adapter / GENERATION
     for path in _files(tokenizer):
-        if _is(path, (*TOKENIZER, *TEMPLATES)):
+        if is_one(path, (*TOKENIZER, *TEMPLATES)):
             taken[path.name] = path
     if tokenizer != base:
         for path in _files(base):  # what slow tokenizers and converters read, where the run has none
-            if _is(path, VOCABULARY):
+            if is_one(path, VOCABULARY):
                 taken.setdefault(path.name, path)
     for name, path in taken.items():
         if (work / name).exists():
@@ -71,7 +55,9 @@ def carry(base: Path, adapter: Path, tokenizer: Path, work: Path) -> tuple[str, 
 def _left_out(base: Path, adapter: Path, taken: set[Path]) -> list[str]:
     """The names of files that are not part of the merged model; weights that were rewritten apart."""
     found = []
-    written = {p.name for p in _files(base) if _is(p, ("model*.safetensors", "model.safetensors.index.json"))}
+    written = {
+        p.name for p in _files(base) if is_one(p, ("model*.safetensors", "model.safetensors.index.json"))
+    }
     for path in _files(base):
         replaced = any(other.name == path.name for other in taken)
         if path not in taken and path.name not in written and not replaced:
@@ -85,12 +71,6 @@ def _left_out(base: Path, adapter: Path, taken: set[Path]) -> list[str]:
 def _files(folder: Path) -> list[Path]:
     """What is in a folder, hidden files and their like apart."""
     return sorted(p for p in folder.iterdir() if not p.name.startswith((".", "__")))
-
-
-def _is(path: Path, patterns: Sequence[str]) -> bool:
-    return any(fnmatch(path.name, pattern) for pattern in patterns) and not (
-        path.is_dir() and path.name != "additional_chat_templates"
-    )
 
 
 def change_config(path: Path, dtype: str, untied: bool) -> None:
