@@ -314,6 +314,18 @@ class EvalReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightProof:
+    """Every tensor of a merged model compared with what base and adapters make it: `tensors` of `values`, of
+    which `adapted` have an adapter. `moved_tensors` and `moved_values` are not what the base has."""
+
+    tensors: int
+    values: int
+    adapted: int
+    moved_tensors: int
+    moved_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
     """Merged model against base and adapter, on real prompts, over every place of them.
 
@@ -329,11 +341,13 @@ class Verified:
     loss: float
     merged_loss: float
     note: str = ""
+    weights: WeightProof | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was merged and where to; `adapted` tensors of `tensors`."""
+    """What was merged and where to; `adapted` tensors of `tensors`. `left_out` are files of base and adapters
+    that are not part of the merged model."""
 
     output: str
     tensors: int
@@ -342,10 +356,20 @@ class MergeReport:
     seconds: float
     verify: Verified | None
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 Event = (
-    DataReport | Started | Predicted | Note | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+    DataReport
+    | Started
+    | Predicted
+    | Note
+    | PrefixCache
+    | Evaluated
+    | Stepped
+    | EpochDone
+    | Saved
+    | TrainReport
 )
 
 

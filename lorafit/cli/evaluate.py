@@ -30,7 +30,9 @@ def evaluate(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+            metavar="ADAPTER...",
+            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id.",
+            show_default=False,
         ),
     ],
     by: Annotated[
@@ -138,7 +140,7 @@ def evaluate(
     """
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import common_base, tokenizer_place
+    from lorafit.adapter import common_base, locate, tokenizer_place
     from lorafit.outputs import check_file
     from lorafit.report import PAGE_MARK
     from lorafit.screen import Screen, show_eval
@@ -159,6 +161,7 @@ def evaluate(
             "--by groups rows, and with --prompt or --tasks there are none without --data",
             "name a file with --data",
         )
+    adapters = [locate(adapter) for adapter in adapters]
     source, found = common_base(adapters, model)
 
     with without_collecting():

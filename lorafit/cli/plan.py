@@ -91,7 +91,7 @@ def plan(
 
     screen = Screen(json)
     room = parse_size(fit) if fit is not None else None
-    source = find(settings.model)
+    source = find(settings.model, settings.revision)
     find_sources(settings)
     found = chart_of(source)
     settings = derive_from_model(settings, found)

@@ -55,7 +55,7 @@ def train(
         from lorafit import hub
 
         hub.check(push_to_hub)
-    source = find(settings.model)
+    source = find(settings.model, settings.revision)
     find_sources(settings)
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
     target = Path(settings.output).expanduser() if settings.output is not None else None

@@ -60,6 +60,9 @@ class RunConfig:
     model: str = option(
         "demo", text("a hub id, a folder, or `demo`", "MODEL"), "Hub id, folder, or `demo`.", WHAT
     )
+    revision: str | None = option(
+        None, text("a branch, a tag or a commit"), "Branch, tag or commit of a hub model.", WHAT
+    )
     preset: str = option(
         "basic",
         text("a preset's name or path"),
