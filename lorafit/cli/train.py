@@ -13,7 +13,7 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.settings import derive_from_model, settle
+from lorafit.settings import dated, derive_from_model, settle
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
@@ -68,7 +68,7 @@ def train(
             return
         check_target(target, settings.overwrite, reads)
     found = chart_of(source)
-    settings = derive_from_model(settings, found)
+    settings = dated(derive_from_model(settings, found))
     made = planned(found, chosen, settings)
     show_header(screen, made, found, settings)
 

@@ -32,7 +32,7 @@ from lorafit.adapter import (
     read_config,
     tensor_names,
 )
-from lorafit.data import Row
+from lorafit.data import Row, write_generation_config
 from lorafit.digests import SEAL, seal
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified
@@ -340,6 +340,7 @@ def _carry(base: Path, folder: Path, work: Path, dtype: str) -> None:
             for path in place.glob(pattern):
                 if path.is_file() and path.name not in written and path.name not in NOT_CARRIED:
                     shutil.copyfile(path, work / path.name)
+    write_generation_config(work, base, work, folder)  # with the ends of the adapter's answers
     if dtype:
         path = work / "config.json"
         config = json.loads(path.read_text(encoding="utf-8"))

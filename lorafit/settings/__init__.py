@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
     from lorafit.settings.precedence import as_recorded as as_recorded
+    from lorafit.settings.precedence import dated as dated
     from lorafit.settings.precedence import derive_from_model as derive_from_model
     from lorafit.settings.precedence import derive_from_rows as derive_from_rows
     from lorafit.settings.precedence import settle as settle
@@ -32,7 +33,7 @@ __getattr__ = door(
     {
         "bands": "BANDS LayerChoice TILED_FROM",
         "options": "DATA OUTPUT Option WHAT",
-        "precedence": "as_recorded derive_from_model derive_from_rows settle",
+        "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",
         "run_config": "OPTIONS RunConfig weighted",
     },

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lorafit.adapter import adapted_names, compare, save_adapter
-from lorafit.data import Batch
+from lorafit.data import Batch, end_tokens, write_generation_config
 from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
 from lorafit.estimate import Shape, flops_per_token
 from lorafit.evaluate import Evaluator
@@ -186,6 +186,7 @@ def _steps(
 
     save_adapter(model, job.folder.work)  # before anything else can fail
     job.tokenizer.save_pretrained(job.folder.work)
+    write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
     if state.best is not None and after.loss <= state.best.loss:
