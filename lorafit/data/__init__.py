@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from lorafit.data.rows import Row as Row
     from lorafit.data.rows import RowSet as RowSet
     from lorafit.data.template import ChatTemplate as ChatTemplate
+    from lorafit.data.tokens_shown import ShownRow as ShownRow
+    from lorafit.data.tokens_shown import shown_tokens as shown_tokens
+    from lorafit.data.tokens_shown import write_rows as write_rows
 
 __getattr__ = door(
     __name__,
@@ -44,5 +47,6 @@ __getattr__ = door(
         "report": "rendered",
         "rows": "IGNORED Row RowSet",
         "template": "ChatTemplate",
+        "tokens_shown": "ShownRow shown_tokens write_rows",
     },
 )

@@ -19,7 +19,8 @@ class Counts:
     hint]. `seams` are rows with a token that holds the end of the prompt and the start of the answer.
     `unused` counts rows by the column that is not read, `unused_keys` messages by such a key. `left_out` is
     what the chat template does not render: kind -> [count, where the first is, its text]. `weightless` are
-    rows and answers whose weight is 0.
+    rows and answers whose weight is 0. Of the rows of plain prompt and completion, `joined` have no white
+    space between the two; `pair` are prompt and completion of the first such row, else of the first.
     """
 
     examples: int = 0
@@ -37,6 +38,8 @@ class Counts:
     seam_at: str = ""
     seam: str = ""
     weightless: int = 0
+    joined: int = 0
+    pair: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
     unused_keys: dict[str, int] = field(default_factory=dict)
     left_out: dict[str, list] = field(default_factory=dict)
@@ -61,6 +64,13 @@ class Counts:
     def leave_out(self, kind: str, where: str, text: str) -> None:
         found = self.left_out.setdefault(kind, [0, where, _short(text)])
         found[0] += 1
+
+    def join(self, prompt: str, completion: str) -> None:
+        """Count a row of plain prompt and completion."""
+        apart = not prompt or prompt[-1:].isspace() or completion[:1].isspace()
+        if not self.pair or (not apart and not self.joined):
+            self.pair = [prompt, completion]
+        self.joined += not apart
 
     def note(self, text: str) -> None:
         if text not in self.notes:
@@ -103,6 +113,10 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
         names = dict.fromkeys(key for c in counts for key in getattr(c, name))
         if names:
             yield f"{what} not used: {', '.join(f'`{key}`' for key in names)}"
+    if joined := sum(c.joined for c in counts):
+        prompt, completion = next(c.pair for c in counts if c.joined)
+        shown = f"`{_tail(prompt)}` + `{_short(completion, 30)}`"
+        yield f"in {joined:,} {_rows(joined)} nothing stands between prompt and completion, e.g. {shown}"
     if seams := sum(c.seams for c in counts):
         at, seam = next((c.seam_at, c.seam) for c in counts if c.seam_at)
         yield (
@@ -113,6 +127,11 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
 
 def _rows(number: int) -> str:
     return "row" if number == 1 else "rows"
+
+
+def _tail(text: str, most: int = 30) -> str:
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= most else "…" + text[1 - most :]
 
 
 def _short(text: str, most: int = 60) -> str:

@@ -215,7 +215,27 @@ def _read_all(
     counts = [part.counts for data in made for part in data.parts]
     if config.on_bad_row == "stop" and any(c.bad for c in counts):
         raise faults(counts)
+    pairs = [c for c in counts if c.pair]
+    if pairs and task == "causal" and tokenizer.chat_template is not None:
+        note = _plain_or_chat(pairs[0].pair, tokenizer, config)
+        if note:
+            pairs[0].note(note)
     return made
+
+
+def _plain_or_chat(pair: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str:
+    """What a row of plain prompt and completion is, and what it would be as a chat; empty where the template
+    refuses it."""
+    prompt, completion = (text if len(text) <= 40 else text[:39] + "…" for text in pair)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    text = chat_template_of(tokenizer, config).probe(turns)
+    if text is None:
+        return ""
+    plain, chat = (t.replace("\n", "⏎") for t in (prompt + completion, text))
+    return (
+        f"prompts and completions are learned as plain text, without the model's chat template: `{plain}`; "
+        f"--as-chat makes turns of them: `{chat}`"
+    )
 
 
 def _maker(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int) -> Tokens:

@@ -191,7 +191,9 @@ def _keeping_white_space(tokenizer: Any) -> Any:
     found = tokenizer.backend_tokenizer.normalizer
     if not isinstance(found, normalizers.Sequence):
         return None
-    steps = json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]["normalizers"] if _drops(found) else []
+    steps = (
+        json.loads(tokenizer.backend_tokenizer.to_str())["normalizer"]["normalizers"] if _drops(found) else []
+    )
     kept = [
         found[n] for n, step in enumerate(steps)
         if step["type"] != "Strip" and not (step["type"] == "Replace" and "Regex" in step["pattern"] and step["content"] == " ")

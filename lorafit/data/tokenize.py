@@ -136,6 +136,7 @@ class Tokens:
         if example.kind == "text" or self.loss_on == "all":
             exact = example.kind != "text"
             return Text(example.prompt + (example.completion or example.text), whole=True, exact=exact)
+        self.counts.join(example.prompt, example.completion)
         text = example.prompt + example.completion
         return Text(text, ((len(example.prompt), len(text)),), exact=True)
 
