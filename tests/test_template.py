@@ -121,7 +121,7 @@ def test_what_ends_the_conversation_is_not_the_end_of_an_answer():
 
 
 def test_an_end_inside_an_answer_does_not_cut_it_off():
-    tokenizer, end = shaped("chatml")
+    tokenizer, _ = shaped("chatml")
     row, _ = made(tokenizer, [turn("user", "a"), turn("assistant", "Write <|im_end|> twice.")])
     assert spans(tokenizer, row) == ["Write <|im_end|> twice.<|im_end|>"]
     plain = bpe(
@@ -221,7 +221,7 @@ def test_what_the_template_leaves_out_is_counted_with_an_example():
 
 def test_an_answer_that_would_be_learned_empty_stops_the_run():
     chatml, _ = shaped("chatml")
-    with pytest.raises(RequestError, match="leaves out a tool call of message 2.*learned empty"):
+    with pytest.raises(RequestError, match=r"leaves out a tool call of message 2.*learned empty"):
         made(chatml, [AGENT[0], {**AGENT[1], "content": ""}, *AGENT[2:]], TOOLS)
 
 
