@@ -53,7 +53,8 @@ class DataReport:
     into several rows, `too_long` dropped for their length, `unsupervised` for having nothing to learn
     (`unsupervised_at` is the first such), `cut_away` for having nothing left to learn once cut. Of the
     training rows, `duplicates` are the same as another, `no_end` end with no end token; `overlap` of
-    the held-out rows are training rows too.
+    the held-out rows are training rows too. Of the rows read, `blank` hold no text and `bad` cannot be used:
+    both are skipped. In `seams` rows a token holds the end of the prompt and the start of the answer.
     """
 
     sources: tuple[ReadSource, ...]
@@ -74,6 +75,9 @@ class DataReport:
     duplicates: int = 0
     overlap: int = 0
     no_end: int = 0
+    blank: int = 0
+    bad: int = 0
+    seams: int = 0
     samples: tuple[Rendered, ...] = ()
     notes: tuple[str, ...] = ()
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NoReturn
 
 # the order of the commands in `lorafit --help`
-from lorafit.cli import cache, evaluate, inspect, merge, plan, presets, push, train  # noqa: F401
+from lorafit.cli import cache, data, evaluate, inspect, merge, plan, presets, push, train  # noqa: F401
 from lorafit.cli.app import app
 from lorafit.cli.shell import run_to_the_end
 

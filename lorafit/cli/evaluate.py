@@ -165,7 +165,7 @@ def evaluate(
     source, found = common_base(adapters, model)
 
     with without_collecting():
-        from lorafit.data import files_of, labelled, read_eval_rows
+        from lorafit.data import chat_template_of, files_of, labelled, read_eval_rows
         from lorafit.evaluate import (
             EvalRequest,
             Sampling,
@@ -195,7 +195,9 @@ def evaluate(
         by=by or "",
         labels=labelled(rows, by, specs) if by and rows is not None else (),
         samples=samples,
-        prompts=own_prompts(prompt or (), tokenizer, found.task, found.max_positions),
+        prompts=own_prompts(
+            prompt or (), tokenizer, found.task, found.max_positions, chat_template_of(tokenizer, settings)
+        ),
         extremes=extremes,
         batch_size=size,
         tasks=Tasks.named(tasks, found.task, limit, size) if tasks else None,

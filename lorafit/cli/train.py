@@ -35,7 +35,7 @@ def train(
 
     Without a model and data, the embedded demo is used.
     """
-    from lorafit.settings import derive_from_model, settle
+    from lorafit.settings import dated, derive_from_model, settle
 
     settings, chosen = settle(flags, config)
 
@@ -70,7 +70,7 @@ def train(
             return
         check_target(target, settings.overwrite, reads)
     found = chart_of(source)
-    settings = derive_from_model(settings, found)
+    settings = dated(derive_from_model(settings, found))
     made = planned(found, chosen, settings)
     show_header(screen, made, found, settings)
 

@@ -27,7 +27,7 @@ from lorafit.estimate.kept import Kept
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
 from lorafit.model import ModelMap, ModelSource, pick_device
-from lorafit.settings import Preset, RunConfig, derive_from_rows, weighted
+from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
 from lorafit.system import free_disk, free_memory, without_collecting
 from lorafit.units import parse_bytes
 
@@ -319,9 +319,7 @@ def look_at(
     """
     if not config.data and config.model != "demo":
         return None
-    names = (
-        "data", "eval_data", "holdout", "format", "map", "chat_template", "loss_on", "overflow", "max_length", "seed",
-    )  # fmt: skip
+    names = [*(name for name, option in OPTIONS.items() if option.panel == DATA), "seed"]
     facts = [
         source.place,
         *(getattr(config, name) for name in names),
@@ -345,7 +343,9 @@ def _stamp(spec: str) -> list[Any]:
     if not spec or not (path.exists() or path.parent.is_dir()):
         return [spec]
     files = (
-        [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else path.parent.glob(path.name))
+        [path]
+        if path.is_file()
+        else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
     )
     stamps = []
     for file in files:

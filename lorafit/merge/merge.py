@@ -15,8 +15,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import tokenizer_place
-from lorafit.data import Row
+from lorafit.adapter import run_of, tokenizer_place
+from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
 from lorafit.events import MergeReport, Verified, WeightProof
@@ -133,6 +133,8 @@ def merge_adapters(
             notes += made.notes
             place = Path(tokenizer_place(str(adapters[0][0]), str(base)))
             left_out = carry(base, adapters[0][0], place, work)
+            # the ends of the answers that any of them was trained to stop at
+            write_generation_config(work, base, *(run_of(folder) for folder, _ in adapters))
             if settings.dtype or made.untied:
                 change_config(work / "config.json", settings.dtype, made.untied)
         seconds = time.perf_counter() - started

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from lorafit.screen.cache import show_removed as show_removed
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
+    from lorafit.screen.data import show_tokens as show_tokens
     from lorafit.screen.evaluate import show_eval as show_eval
     from lorafit.screen.inspect import show_map as show_map
     from lorafit.screen.merge import show_merge as show_merge
@@ -26,7 +27,7 @@ __getattr__ = door(
     {
         "cache": "show_caches show_removed",
         "console": "Screen",
-        "data": "show_data",
+        "data": "show_data show_tokens",
         "evaluate": "show_eval",
         "inspect": "show_map",
         "merge": "show_merge",
