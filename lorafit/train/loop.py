@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from lorafit.adapter import adapted_names, compare, save_adapter
+from lorafit.adapter import adapted_names, compare, save_adapter, save_tokenizer
 from lorafit.data import Batch
 from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
 from lorafit.estimate import Shape, flops_per_token
@@ -185,7 +185,7 @@ def _steps(
         started = time.perf_counter()
 
     save_adapter(model, job.folder.work)  # before anything else can fail
-    job.tokenizer.save_pretrained(job.folder.work)
+    save_tokenizer(job.tokenizer, job.folder.work)
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
     if state.best is not None and after.loss <= state.best.loss:
