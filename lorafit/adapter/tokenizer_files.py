@@ -38,14 +38,14 @@ def is_one(path: Path, patterns: tuple[str, ...]) -> bool:
     return known and (path.name == "additional_chat_templates" or not path.is_dir())
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, place: str, folder: Path) -> None:
-    """Write the tokenizer that a run used: the files of the base at `place` (a folder, or a hub id in the
-    hub's cache) as they are, and over them a chat template and special tokens that the run changed.
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write the tokenizer that a run used: the files of the place that `load_tokenizer` read it from as they are, and over them a chat template and special tokens that the run changed.
 
     Where tokens were added, or the base has no tokenizer files of its own, transformers writes all of it.
     Raises OSError where the folder cannot be written.
     """
-    base = local_folder(place)
+    place = tokenizer.name_or_path
+    base = local_folder(place) if place else None
     files = (
         [p for p in sorted(base.iterdir()) if is_one(p, (*TOKENIZER, *TEMPLATES))] if base is not None else []
     )

@@ -14,6 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.adapter import BASE, TEMPLATES, TOKENIZER, VOCABULARY, is_one
+from lorafit.digests import SEAL
+from lorafit.outputs import CARD, EVENTS, PAGE, RUN_FILE
 
 OF_THE_BASE = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -21,6 +23,8 @@ OF_THE_BASE = (
 )  # fmt: skip
 
 GENERATION = "generation_config.json"
+
+RECORD = (BASE, SEAL, CARD, PAGE, EVENTS, RUN_FILE)  # what a run of lorafit has beside its adapter
 
 
 def carry(base: Path, adapter: Path, tokenizer: Path, work: Path) -> tuple[str, ...]:
@@ -62,8 +66,12 @@ def _left_out(base: Path, adapter: Path, taken: set[Path]) -> list[str]:
         replaced = any(other.name == path.name for other in taken)
         if path not in taken and path.name not in written and not replaced:
             found.append(f"base: {path.name}")
+    ours = (adapter / BASE).is_file()
     for path in _files(adapter):
-        if path not in taken and not path.name.startswith(("adapter_model", "adapter_config")):
+        recorded = path.name.startswith(("adapter_model", "adapter_config")) or (
+            ours and is_one(path, RECORD)
+        )
+        if path not in taken and not recorded and not path.name.startswith("checkpoint-"):
             found.append(f"adapter: {path.name}")
     return sorted(found)
 

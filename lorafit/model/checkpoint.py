@@ -152,6 +152,20 @@ def not_a_language_model(architecture: str) -> str:
     return ""
 
 
-def missing_head(names: Collection[str], tied: bool, wanted: Collection[str]) -> str:
-    """The first of the head's weights that a checkpoint lacks; empty when it has them, or ties them."""
-    return "" if tied else next((name for name in sorted(wanted) if name not in names), "")
+def check_head(name: str, place: Path, heads: Collection[str]) -> None:
+    """Check that a folder's weights hold the language model head. `heads` are the names of its parameters.
+
+    Raises RequestError where none of them is there, under any prefix.
+    """
+    there = stored_tensors(place) if place.is_dir() else {}
+    tails = {tail(name) for name in there}
+    if there and heads and not any(tail(head) in tails for head in heads):
+        raise RequestError(
+            f"the weights of `{name}` have no language model head: `{min(heads)}` is missing",
+            "it is a bare body or another model's weights: name the language model it was made from",
+        )
+
+
+def tail(name: str) -> str:
+    """The last two parts of a parameter's name."""
+    return ".".join(name.split(".")[-2:])

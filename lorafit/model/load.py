@@ -110,7 +110,7 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
 
     try:
         owner, revision = split_revision(place)
-        return AutoTokenizer.from_pretrained(
+        found = AutoTokenizer.from_pretrained(
             owner,
             trust_remote_code=False,
             local_files_only=Path(place).exists(),
@@ -121,6 +121,8 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
             f"`{name}` has no tokenizer that can be read: {first_line(error)}",
             "a tokenizer.json beside the model, or a model that has one",
         ) from None
+    found.name_or_path = place  # its revision too: a run's folder gets the files that lie there
+    return found
 
 
 def stored_dtype(source: ModelSource) -> torch.dtype:
