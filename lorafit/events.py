@@ -347,7 +347,7 @@ def record(event: Event) -> dict[str, Any]:
         "EpochDone": "epoch",
         "Stepped": "step",
         "PrefixCache": "prefix",
-        "Look": "data",
+        "DataReport": "data",
     }
     kind = type(event).__name__
     return {"event": names.get(kind, kind.lower()), **jsonable(event)}

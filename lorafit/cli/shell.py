@@ -21,7 +21,7 @@ debug = False  # --debug: errors show where they came from
 
 
 class Boundary(TyperGroup):
-    """A group of commands that reports errors in lorafit's own words."""
+    """A group of commands that reports every error in one or two lines."""
 
     def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
         signal.signal(signal.SIGTERM, _on_term)
@@ -43,8 +43,8 @@ class Boundary(TyperGroup):
                 raise
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-            hint = "--debug shows where; please report it with the command"
-            code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
+            hint = "--debug shows the traceback; please report it with the command"
+            code = _report(LorafitError(f"unexpected error: {what}", hint), FAILED)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
@@ -70,7 +70,7 @@ def _report(error: LorafitError, code: int | None = None) -> int:
 
 
 def _usage(error: Any) -> LorafitError:
-    """A wrong command line in lorafit's own words."""
+    """An error of the command line, without the parser's own layout."""
     message = error.format_message().strip().rstrip(".")
     context = getattr(error, "ctx", None)
     command = context.command_path if context is not None else "lorafit"
@@ -79,9 +79,9 @@ def _usage(error: Any) -> LorafitError:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM ask a run to end after its step; the second time, it ends at once.
+    """The first Ctrl-C or SIGTERM ends a run after its step, the second one at once.
 
-    Gives a function that returns the signal's number, or 0.
+    Yields a function that returns the signal's number, or 0.
     """
     asked = 0
 
@@ -102,7 +102,7 @@ def stopping() -> Iterator[Callable[[], int]]:
 def run_to_the_end(app: typer.Typer) -> NoReturn:
     """Run the command line and end the process.
 
-    It ends at once: Python would take torch's thousand modules apart first, for a second.
+    Without the interpreter's shutdown, which takes a second once torch is loaded.
     """
     code: Any = DONE
     try:

@@ -1,8 +1,8 @@
-"""What a plan costs: memory by named terms, FLOPs a token, seconds, and where the prefix is kept.
+"""What a plan costs: memory by named terms, FLOPs per token, seconds, and where the frozen-layer cache is kept.
 
 Weights, adapter, gradients and optimizer are exact. Activations, logits and FLOPs come from a
-simulated step (simulate.py makes the `Profile`), or where a model's code cannot be simulated from
-the formulas below; seconds from a probe (a `Timing`), or from a stated rate.
+simulated step (simulate.py makes the `Profile`), or from formulas.py where a model's code cannot be
+simulated; seconds from a probe (a `Timing`), or from an assumed rate.
 """
 
 from __future__ import annotations
@@ -15,13 +15,13 @@ from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
-from lorafit.units import percent, short
+from lorafit.units import percent, scaled
 
-# Bytes that PyTorch's libraries keep for themselves once a step has run: on CUDA cuBLAS is given 2 blocks of
-# 4 MiB and 8 of 16 KiB. On the CPU they are there before a run's memory is counted (`train.load_kernels`).
+# Bytes that PyTorch's libraries keep once a step has run: on CUDA, cuBLAS has a workspace of 2 blocks of
+# 4 MiB and 8 of 16 KiB. On the CPU they are loaded before a run's memory is counted (`train.load_kernels`).
 LIBRARIES = {"cuda": 8_519_680}
 
-# FLOPs a second that are assumed where nothing is timed.
+# FLOP/s that are assumed where nothing is timed.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
 
 
@@ -40,17 +40,22 @@ def estimate(
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
 ) -> Estimate:
-    """Peak memory of a training step, in bytes, FLOPs a token, and seconds.
+    """Peak memory of a training step in bytes, FLOPs per token, and seconds.
 
-    Without a profile the formulas stand in; without a timing the ASSUMED_RATE of the device.
-    `replay` says that the prefix may be replayed exactly; then `prefix_cache`, `free` memory and
-    `free_on_disk` decide where it is kept.
+    Without a profile the formulas are used, without a timing the device's ASSUMED_RATE. `replay` says that
+    the frozen layers' output can be reused exactly; then `prefix_cache`, `free` memory (bytes) and
+    `free_on_disk` (bytes) decide where it is kept.
     """
     item = ITEMSIZE.get(shape.dtype, 4)
     profile = profile or by_formula(plan, model_map, shape)
     adapter = plan.adapter_bytes
     size = 0
-    cache = Choice("off", "nothing is frozen below the band" if not replay else "the rows are not known")
+    cache = Choice(
+        "off",
+        "no frozen layers below the band that can be cached exactly"
+        if not replay
+        else "the number of rows is unknown",
+    )
     if work and replay:
         size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens)
         cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
@@ -68,12 +73,12 @@ def estimate(
     if timing.source and not timing.sure:
         notes = (
             *notes,
-            f"the machine is busy: its timings differ by {percent(timing.spread, 1)}, and the seconds are too many",
+            f"the machine is busy: timings differ by {percent(timing.spread, 1)}, so the predicted time is too high",
         )
     source = (
-        f"seconds: {timing.source}, best of several tries that agree to {percent(timing.spread, 1)}"
+        f"time: {timing.source}, the fastest of several tries, which agree within {percent(timing.spread, 1)}"
         if timing.source
-        else f"seconds: {short(rate)} FLOP/s assumed"
+        else "time: {} {}FLOP/s assumed".format(*scaled(rate))
     )
     return Estimate(
         shape=shape,
@@ -81,7 +86,7 @@ def estimate(
             weights=model_map.total_params * item,
             adapter=adapter,
             gradients=adapter,
-            optimizer=3 * adapter,  # AdamW's two moments, and the adapter as it last was sound, in float32
+            optimizer=3 * adapter,  # AdamW's two moments and the last good adapter, in float32
             activations=profile.activations,
             logits=profile.logits,
             workspace=profile.workspace + LIBRARIES.get(device, 0),
@@ -99,10 +104,10 @@ def estimate(
         prefix_cache=replace(cache, bytes=size),
         assumptions=(
             f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
-            f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
-            "AdamW with float32 adapters, and a copy of them to fall back to",
+            f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
+            "AdamW with float32 adapters, and a copy of the last good ones",
             ("memory: a simulated step" if profile.simulated else "memory: formulas")
-            + (", its storages asked of the C library that is here" if profile.heap else ""),
+            + (", its allocations replayed through this machine's malloc" if profile.heap else ""),
             source,
             *notes,
         ),

@@ -8,7 +8,7 @@ from lorafit.units import bytes_text, count, seconds_text
 
 
 def show_merge(screen: Screen, report: MergeReport) -> None:
-    """What was merged, and the proof."""
+    """What was merged, and the result of the verification."""
     screen.line(
         "merged",
         f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
