@@ -118,7 +118,7 @@ def test_the_matrix_holds_every_strategy_and_band(run):
 
 def test_presets_are_listed(run):
     text = run("presets").out
-    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "folklore"))
+    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "compare them"))
     assert [p["name"] for p in run("presets", "--json").document["presets"]] == [
         "basic",
         "attention",
@@ -330,7 +330,7 @@ WRONG = [
     (("inspect", "nobody/nothing"), "the hub did not give it"),
     (("plan", "demo", "--preset", "fnn"), "did you mean `ffn`"),
     (("plan", "demo", "--layers", "hihg"), "did you mean `high`"),
-    (("plan", "demo", "--layers", ""), "the choice is empty"),
+    (("plan", "demo", "--layers", ""), "choice of layers is empty"),
     (("plan", "demo", "--layers", "5-2"), "run backwards"),
     (("plan", "demo", "--layers", "99"), "no layer 99"),
     (("plan", "demo", "--modules", "q_porj"), "did you mean `q_proj`"),
@@ -376,7 +376,7 @@ def test_a_model_too_shallow_and_a_role_that_is_missing(run, tmp_path):
 
     folder = save_model("llama", tmp_path / "two", num_hidden_layers=2)
     result = run("plan", folder, "--layers", "high")
-    assert result.code == 2 and "a stack of 2 has no band `high`" in result.err
+    assert result.code == 2 and "a stack of 2 layers has no band `high`" in result.err
     save_model("gpt2", tmp_path / "gpt2")
     (tmp_path / "gate.yaml").write_text("roles: [gate]\n")
     result = run("plan", tmp_path / "gpt2", "--preset", tmp_path / "gate.yaml")

@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import NoReturn
 
+# isort: off
 # the order of the commands in `lorafit --help`
-from lorafit.cli import cache, evaluate, inspect, merge, plan, presets, push, train  # noqa: F401
+from lorafit.cli import inspect, plan, train, evaluate, merge, push, presets, cache, help  # noqa: F401
+
+# isort: on
 from lorafit.cli.app import app
 from lorafit.cli.shell import run_to_the_end
 

@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
     from lorafit.screen.evaluate import show_eval as show_eval
+    from lorafit.screen.help import show_topic as show_topic
+    from lorafit.screen.help import show_topics as show_topics
     from lorafit.screen.inspect import show_map as show_map
     from lorafit.screen.merge import show_merge as show_merge
     from lorafit.screen.plan import show_header as show_header
@@ -28,6 +30,7 @@ __getattr__ = door(
         "console": "Screen",
         "data": "show_data",
         "evaluate": "show_eval",
+        "help": "show_topic show_topics",
         "inspect": "show_map",
         "merge": "show_merge",
         "plan": "show_header show_matrix show_plan",

@@ -21,15 +21,15 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
         v = report.verify
         screen.line(
             "verified",
-            f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
-            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}; the adapter itself moves them by "
+            f"against base + adapter on {count(v.tokens)} tokens: largest logit difference "
+            f"{v.max_logit_diff:.2g} (tolerance {v.tolerance:.2g}; the adapter changes them by up to "
             f"{v.adapter_logit_diff:.2g}), same most likely token {v.argmax_agreement:.2%}, "
             f"loss {v.merged_loss:.4f} ({v.merged_loss - v.loss:+.1g})",
             answer=True,
         )
         if v.max_logit_diff >= v.adapter_logit_diff > 0:
             screen.note(
-                "the adapter moves the logits no more than rounding does: --dtype float32 keeps it whole",
+                "the adapter changes the logits no more than rounding does; --dtype float32 keeps its effect",
                 answer=True,
             )
     for note in report.notes:

@@ -289,10 +289,7 @@ class RunConfig:
         return tuple(path for path in found if path.exists())
 
     def as_file(self) -> dict[str, Any]:
-        """What `run.yaml` holds: the values that may be read back, then their origins.
-
-        Files and folders stand there by their full path, to be found from anywhere.
-        """
+        """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
         values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
