@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-# isort: off
-# the order of the commands in `lorafit --help`
-from lorafit.cli import inspect, plan, train, evaluate, merge, push, presets, cache, help  # noqa: F401
-
-# isort: on
+from lorafit.cli import cache, evaluate, help, inspect, merge, plan, presets, push, train  # noqa: F401
 from lorafit.cli.app import app
 from lorafit.cli.shell import run_to_the_end
+
+# the order in `lorafit --help`
+ORDER = ("inspect", "plan", "train", "eval", "merge", "push", "presets", "cache", "help")
+app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))
 
 __all__ = ["app", "main"]
 

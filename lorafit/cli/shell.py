@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -37,8 +38,12 @@ class Boundary(TyperGroup):
         except Terminated:
             code = _report(LorafitError("terminated"), TERMINATED)
         except BrokenPipeError:  # the reader has closed the pipe: `lorafit inspect … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # `lorafit inspect > /dev/full`
+                _drop_output()
+                code = _report(LorafitError("cannot write the output: no space left on the device"), FAILED)
+                sys.exit(code)
             if debug:
                 raise
             text = str(error).strip().splitlines()
@@ -48,6 +53,11 @@ class Boundary(TyperGroup):
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
+
+
+def _drop_output() -> None:
+    """Send what is still in stdout's buffer nowhere, so that the last flush does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminated(BaseException):
@@ -104,13 +114,23 @@ def run_to_the_end(app: typer.Typer) -> NoReturn:
 
     Without the interpreter's shutdown, which takes a second once torch is loaded.
     """
+    from lorafit.screen import allow_ascii
+
     code: Any = DONE
+    for name in ("stdout", "stderr"):  # closed by the caller, `>&-`: Python has None there
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        allow_ascii(getattr(sys, name))
     try:
         app()
     except SystemExit as end:
         code = end.code
     atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # the reader has closed the pipe: `lorafit presets | true`
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except BrokenPipeError:  # the reader has closed the pipe: `lorafit presets | true`
+        pass
+    except OSError:  # the last lines could not be written, e.g. to a full disk
+        code = code or FAILED
     os._exit(code if isinstance(code, int) else DONE)

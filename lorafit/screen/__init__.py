@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.screen.ascii import allow_ascii as allow_ascii
     from lorafit.screen.cache import show_caches as show_caches
     from lorafit.screen.cache import show_removed as show_removed
     from lorafit.screen.console import Screen as Screen
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
+        "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
         "console": "Screen",
         "data": "show_data",

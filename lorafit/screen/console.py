@@ -6,12 +6,11 @@ one below the other: no figure is ever cut.
 
 from __future__ import annotations
 
-import codecs
 import json
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 from rich.cells import cell_len
@@ -22,6 +21,7 @@ from rich.text import Text
 
 from lorafit.errors import LorafitError
 from lorafit.jsonio import jsonable
+from lorafit.screen.ascii import allow_ascii, is_unicode
 from lorafit.units import count
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.
@@ -30,12 +30,6 @@ CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) != "\n"} | {0x7F: "\
 LABEL = 11  # columns of the word at the head of a line
 NARROWEST = 12  # columns that a wrapped column keeps
 GAP = 2  # columns between two columns of a table
-
-# What stands for these characters where the output cannot hold them, e.g. with LC_ALL=C.
-ASCII = str.maketrans(
-    {"–": "-", "—": "-", "−": "-", "×": "x", "·": "-", "→": "->", "±": "+-", "…": "...", "│": "|", "┃": "#", "─": "-",
-     "┌": "+", "┐": "+", "└": "+", "┘": "+", "■": "#", "⏎": "\\n", "•": "-", "━": "-", "╸": "-", "╺": "-"}
-)  # fmt: skip
 
 
 class Screen:
@@ -49,8 +43,8 @@ class Screen:
 
     def document(self, data: Any) -> None:
         """One JSON document on stdout."""
-        ascii_only = not (sys.stdout.encoding or "").lower().startswith("utf")
-        text = json.dumps(jsonable(data), indent=2, ensure_ascii=ascii_only, allow_nan=False)
+        escaped = not is_unicode(sys.stdout)
+        text = json.dumps(jsonable(data), indent=2, ensure_ascii=escaped, allow_nan=False)
         sys.stdout.write(text + "\n")
 
     def answer(self, text: str | Text | Table = "") -> None:
@@ -215,21 +209,8 @@ def _wrapped(console: Console, text: Text, width: int) -> list[Text]:
     return list(lines)
 
 
-def _plain(error: UnicodeError) -> tuple[str | bytes, int]:
-    """Characters that the output cannot hold, in ASCII."""
-    if not isinstance(error, UnicodeEncodeError):
-        raise error
-    text = error.object[error.start : error.end].translate(ASCII)
-    return "".join(c if ord(c) < 128 else "?" for c in text), error.end
-
-
-codecs.register_error("lorafit-plain", _plain)
-
-
 def _console(stream: Any) -> Console:
-    if not (getattr(stream, "encoding", None) or "utf-8").lower().startswith("utf"):
-        with suppress(AttributeError, ValueError, OSError):  # not a text stream of its own
-            stream.reconfigure(errors="lorafit-plain")
+    allow_ascii(stream)
     width = None
     if not stream.isatty():
         width = int(os.environ.get("COLUMNS", "0") or 0) or 100
