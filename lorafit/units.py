@@ -83,6 +83,11 @@ def percent(part: float, whole: float) -> str:
     return f"{figures(100 * part / whole, 2)} %" if whole else "0 %"
 
 
+def deviation(predicted: float, actual: float) -> str:
+    """How far the actual value lies from the predicted one: ` (+3 %)`; empty where nothing was predicted."""
+    return f" ({100 * (actual / predicted - 1):+.0f} %)".replace("-", "−") if predicted > 0 else ""
+
+
 def index_ranges(indices: tuple[int, ...]) -> str:
     """Whole numbers in short: `(0, 1, 2, 5)` is `0–2, 5`."""
     runs: list[list[int]] = []

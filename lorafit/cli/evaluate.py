@@ -153,12 +153,12 @@ def evaluate(
     about_data = {name: given[name] for name in ABOUT_DATA if name in given}
     if about_data and not (data or also):
         raise RequestError(
-            f"{OPTIONS[next(iter(about_data))].flag} is about --data, and none is given",
+            f"{OPTIONS[next(iter(about_data))].flag} needs --data",
             "name a file with --data",
         )
     if by and not data and (prompt or tasks):
         raise RequestError(
-            "--by groups rows, and with --prompt or --tasks there are none without --data",
+            "--by groups rows, and with --prompt or --tasks there are no rows without --data",
             "name a file with --data",
         )
     adapters = [locate(adapter) for adapter in adapters]
@@ -181,7 +181,7 @@ def evaluate(
     tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
     stored = stored_settings(adapters[0], found)
     settings = replace(stored, **{"format": "auto", "map": None, **about_data})
-    # options about the rows' shape are about --data, where that is given
+    # with --data, the format options apply to it and not to --also
     beside = replace(settings, format="auto", map=None) if data else settings
     read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
     rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
@@ -221,10 +221,10 @@ def _write_page(
     adapted: Mapping[str, tuple[str, ...]],
     report: EvalReport,
 ) -> tuple[str, str]:
-    """(where the page was written, or nothing; why it was not). Unless `asked` names a place it goes
+    """(path of the written page or empty, reason why it was not written). Without `asked` the page goes
     into the folder of the first adapter's run.
 
-    Raises RequestError where the named place cannot be written.
+    Raises RequestError if `asked` cannot be written.
     """
     from lorafit.adapter import run_of
     from lorafit.outputs import PAGE
@@ -238,11 +238,13 @@ def _write_page(
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:
-        return "", f"no report page was drawn: the record of `{runs[0].folder}` is damaged"
+        return "", f"no report page: the events or settings of `{runs[0].folder}` are damaged"
     try:
         write_page(path, shown)
     except OSError as error:
         if asked:
-            raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
-        return "", f"`{path}` was not written: {error.strerror}; --report names another place"
+            raise RequestError(
+                f"cannot write --report `{path}`: {error.strerror}", "choose another file"
+            ) from None
+        return "", f"could not write `{path}`: {error.strerror}; choose another file with --report"
     return str(path), ""

@@ -112,7 +112,7 @@ def merge(
     tokenizer, rows = None, None
     if verify:
         tokenizer = load_tokenizer(tokenizer_place(first, source.place), first)
-        # where its data are missing, the verification reads texts of lorafit's own
+        # without the run's data, the verification uses built-in texts
         with suppress(RequestError):
             rows = held_out_rows(first, tokenizer, found)
     settings = MergeSettings(
@@ -132,7 +132,7 @@ def merge(
 
 
 def _weighed(text: str) -> tuple[str, float]:
-    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1. Raises RequestError for another word as the weight."""
+    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1. Raises RequestError if the weight is not a number."""
     path, equals, weight = text.rpartition("=")
     if not equals:
         return text, 1.0
@@ -140,4 +140,4 @@ def _weighed(text: str) -> tuple[str, float]:
         value = float(weight)
         if path and math.isfinite(value):
             return path, value
-    raise RequestError(f"`--adapter {text}` has no number after its =", "e.g. runs/a=0.5")
+    raise RequestError(f"`--adapter {text}` has no number after the =", "e.g. runs/a=0.5")

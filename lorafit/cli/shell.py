@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -37,7 +38,7 @@ debug = False  # --debug: errors show where they came from
 
 
 class Boundary(TyperGroup):
-    """A group of commands that reports errors in lorafit's own words."""
+    """A group of commands that reports every error in one or two lines."""
 
     def main(  # type: ignore[override]  # the other parameters go on as they come
         self, args: Any = None, standalone_mode: bool = True, **extra: Any
@@ -55,17 +56,26 @@ class Boundary(TyperGroup):
         except Terminated:
             code = _report(LorafitError("terminated"), TERMINATED)
         except BrokenPipeError:  # the reader has closed the pipe: `lorafit inspect … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # `lorafit inspect > /dev/full`
+                _drop_output()
+                code = _report(LorafitError("cannot write the output: no space left on the device"), FAILED)
+                sys.exit(code)
             if debug:
                 raise
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-            hint = "--debug shows where; please report it with the command"
-            code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
+            hint = "--debug shows the traceback; please report it with the command"
+            code = _report(LorafitError(f"unexpected error: {what}", hint), FAILED)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
+
+
+def _drop_output() -> None:
+    """Send what is still in stdout's buffer nowhere, so that the last flush does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminated(BaseException):
@@ -88,7 +98,7 @@ def _report(error: LorafitError, code: int | None = None) -> int:
 
 
 def _usage(error: Any, arguments: list[str]) -> LorafitError:
-    """A wrong command line in lorafit's own words."""
+    """An error of the command line, without the parser's own layout."""
     message = error.format_message().strip().rstrip(".")
     context = getattr(error, "ctx", None)
     command = "lorafit " + next((word for word in arguments if not word.startswith("-")), "")
@@ -106,9 +116,9 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM ask a run to end after its step; the second time, it ends at once.
+    """The first Ctrl-C or SIGTERM ends a run after its step, the second one at once.
 
-    Gives a function that returns the signal's number, or 0.
+    Yields a function that returns the signal's number, or 0.
     """
     asked = 0
 
@@ -129,15 +139,25 @@ def stopping() -> Iterator[Callable[[], int]]:
 def run_to_the_end(app: typer.Typer) -> NoReturn:
     """Run the command line and end the process.
 
-    It ends at once: Python would take torch's thousand modules apart first, for a second.
+    Without the interpreter's shutdown, which takes a second once torch is loaded.
     """
+    from lorafit.screen import allow_ascii
+
     code: Any = DONE
+    for name in ("stdout", "stderr"):  # closed by the caller, `>&-`: Python has None there
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        allow_ascii(getattr(sys, name))
     try:
         app()
     except SystemExit as end:
         code = end.code
     atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # the reader has closed the pipe: `lorafit presets | true`
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except BrokenPipeError:  # the reader has closed the pipe: `lorafit presets | true`
+        pass
+    except OSError:  # the last lines could not be written, e.g. to a full disk
+        code = code or FAILED
     os._exit(code if isinstance(code, int) else DONE)

@@ -31,7 +31,7 @@ def train(
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter: show the plan, do exactly that, evaluate before and after, save.
+    """Train an adapter: show the plan, train, evaluate before and after, save.
 
     Without a model and data, the embedded demo is used.
     """
@@ -50,7 +50,7 @@ def train(
 
     screen = Screen(json, quiet)
     if settings.resume and settings.output is None:
-        raise RequestError("--resume needs the run's folder", "name it with -o")
+        raise RequestError("--resume needs the run's folder", "name it with -o DIR")
     if push_to_hub:
         from lorafit import hub
 
@@ -133,7 +133,7 @@ def _finished(settings: RunConfig, target: Path) -> Run:
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:
-    """The nearest settings that would have fitted, as a hint; empty where there are none."""
+    """The nearest settings that would have fitted, as a hint; empty if there are none."""
     from lorafit.estimate import free_on
     from lorafit.units import bytes_text
 
@@ -142,12 +142,12 @@ def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> s
     if not nearest:
         return ""
     return (
-        f"{nearest[0].flags}: {bytes_text(nearest[0].peak)} by the plan, where this run was to take "
+        f"try {nearest[0].flags}: {bytes_text(nearest[0].peak)} planned, instead of "
         f"{bytes_text(cost.memory.peak)}"
     )
 
 
 def _stem(model: str, made: Plan) -> str:
-    """`MODEL-PRESET-LAYERS`, in characters that a file name may have."""
+    """`MODEL-PRESET-LAYERS`, in characters that are safe in a file name."""
     words = (model.rpartition("/")[2], made.preset, made.spec)
     return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:60] for word in words)

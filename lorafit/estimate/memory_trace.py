@@ -1,8 +1,7 @@
-"""Every storage from its making to its end, and the FLOPs: over tensors that have bytes, and over such
-that have none.
+"""Every storage from allocation to release, and the FLOPs, on real tensors and on meta tensors.
 
-Whatever runs while a MemoryTrace is on is written down, with the phase and the block it belongs to. On the
-meta device it answers what a model asks of values, and attention is as the kernel of a device has it.
+Whatever runs while a MemoryTrace is on is recorded, with its phase and its block. On the meta device the
+trace answers a model's questions about values, and attention allocates what a device's kernel would.
 """
 
 from __future__ import annotations
@@ -26,8 +25,8 @@ aten: Any = torch.ops.aten
 
 
 class Allocation(NamedTuple):
-    """A storage was made, of so many bytes, or freed: then they are less than none. `block` is the
-    block that ran, or whose backward did; -1 where none did."""
+    """A storage was allocated (`bytes` above 0) or freed (below 0). `block` is the number of the block
+    that ran, forward or backward; -1 outside the blocks."""
 
     storage: int
     bytes: int
@@ -36,10 +35,10 @@ class Allocation(NamedTuple):
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Every storage that is made while it is on, by the phase and the block it was made in; and the FLOPs.
+    """Every storage that is allocated while it is on, by phase and block; and the FLOPs.
 
-    Phases are `prefix`, `body`, `head` and `backward`. Works over real tensors too, which is how
-    a simulation is held against a step.
+    Phases are `prefix`, `body`, `head` and `backward`. It works on real tensors too, so a simulation can
+    be compared with a real step.
     """
 
     def __init__(self) -> None:
@@ -56,7 +55,7 @@ class MemoryTrace(TorchDispatchMode):
         self._experts = 1
 
     def know(self, *modules: torch.nn.Module) -> None:
-        """These modules' tensors are there already: they are not counted."""
+        """These modules' tensors exist already: they are not counted."""
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._live[tensor.untyped_storage()._cdata] = 0
@@ -75,7 +74,7 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     def _reason(self, packet: Any, args: Any, tensor: torch.Tensor) -> None:
-        """Note which truths say that a mask hides nothing: its `all`, or its sum being its size."""
+        """Note which results mean that a mask hides nothing: its `all`, or its sum being its size."""
         key = tensor.untyped_storage()._cdata
         if packet is aten.all:
             self._true.add(key)
@@ -87,9 +86,9 @@ class MemoryTrace(TorchDispatchMode):
                 self._true.add(key)
 
     def _answer(self, func: Any, args: Any) -> Any:
-        """What a question about a value is answered with where there are no values.
+        """The answer to a question about a value where there are no values.
 
-        A mask hides nothing, any other truth is false; each expert sees its share of the tokens.
+        A mask hides nothing, any other condition is false; each expert gets its share of the tokens.
         """
         tensor = args[0]
         if func is aten._local_scalar_dense.default:

@@ -1,4 +1,4 @@
-"""A run for people: read back from its folder, its page and its card."""
+"""A finished run: its folder read back, its report page and its model card."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from lorafit.units import bytes_text, count, seconds_text
 
 
 def show_merge(screen: Screen, report: MergeReport) -> None:
-    """What was merged, and the proof."""
+    """What was merged, and the result of the verification."""
     screen.line(
         "merged",
         f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
@@ -29,15 +29,15 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
             )
         screen.line(
             "verified",
-            f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
-            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}; the adapter itself moves them by "
+            f"against base + adapter on {count(v.tokens)} tokens: largest logit difference "
+            f"{v.max_logit_diff:.2g} (tolerance {v.tolerance:.2g}; the adapter changes them by up to "
             f"{v.adapter_logit_diff:.2g}), same most likely token {v.argmax_agreement:.2%}, "
             f"loss {v.merged_loss:.4f} ({v.merged_loss - v.loss:+.1g})",
             answer=True,
         )
         if v.max_logit_diff >= v.adapter_logit_diff > 0:
             screen.note(
-                "the adapter moves the logits no more than rounding does: --dtype float32 keeps it whole",
+                "the adapter changes the logits no more than rounding does; --dtype float32 keeps its effect",
                 answer=True,
             )
     if report.left_out:

@@ -1,4 +1,4 @@
-"""The settings of a run: options, presets, bands, and how they are settled."""
+"""The settings of a run: options, presets, bands, and their precedence."""
 
 from __future__ import annotations
 

@@ -1,10 +1,10 @@
-"""Which layers: a band of the depth, or any other choice, as text and as indices.
+"""Which layers: a band of the depth or any other choice, as text and as indices.
 
 A choice is one or more terms with commas between them:
 
     low  mid  high  all      a band, which scales with the depth
-    3   0-3   8-             one layer, a range (both ends belong to it), all from one on
-    first:4   last:4         so many at either end
+    3   0-3   8-             one layer, a range (both ends included), all from one on
+    first:4   last:4         that many layers at either end
 
 For `L` layers let `a = floor(L/3 + 1/2)` and `b = floor(3L/4 + 1/2)`: `low` is `0..a-1`, `mid` is
 `a..b-1`, `high` is `b..L-1`. At 12: 0-3, 4-8, 9-11; at 32: 0-10, 11-23, 24-31. From three
@@ -39,11 +39,11 @@ class Band:
         return tuple(range(floor(self.start * depth + half), floor(self.stop * depth + half)))
 
 
-LOW = Band("low", Fraction(0), Fraction(1, 3), "basic language, syntax, simple patterns")
+LOW = Band("low", Fraction(0), Fraction(1, 3), "the lower third, next to the embedding")
 
-MID = Band("mid", Fraction(1, 3), Fraction(3, 4), "meaning, context, abstraction")
+MID = Band("mid", Fraction(1, 3), Fraction(3, 4), "the middle")
 
-HIGH = Band("high", Fraction(3, 4), Fraction(1), "complex reasoning, high-level understanding, generation")
+HIGH = Band("high", Fraction(3, 4), Fraction(1), "the upper quarter, next to the head: the cheapest to train")
 
 ALL = Band("all", Fraction(0), Fraction(1), "every layer")
 
@@ -59,7 +59,7 @@ class LayerChoice:
     """A choice of layers as it was written, independent of any depth.
 
     `bands` are a preset's own, by name: a pair of fractions, or another choice as text.
-    Raises RequestError when the text is not a choice.
+    Raises RequestError when the text is not a choice of layers.
     """
 
     text: str
@@ -67,7 +67,7 @@ class LayerChoice:
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise RequestError("no layers are named: the choice is empty", WAYS)
+            raise RequestError("the choice of layers is empty", WAYS)
         for term in self.terms:
             self._check(term)
 
@@ -120,7 +120,7 @@ class LayerChoice:
             wanted = int(term.partition(":")[2])
             if wanted > depth:
                 raise RequestError(
-                    f"`{term}` asks for more layers than the {depth} there are",
+                    f"`{term}` is more than the {depth} layers of the stack",
                     f"the layers are {layer_span(depth)}",
                 )
             return tuple(range(depth))[:wanted] if term[0] == "f" else tuple(range(depth))[-wanted:]
@@ -129,7 +129,7 @@ class LayerChoice:
         high = int(last) if last else (depth - 1 if dash else low)
         if max(low, high) >= depth:
             raise RequestError(
-                f"there is no layer {max(low, high)} in a stack of {depth}",
+                f"there is no layer {max(low, high)} in a stack of {depth} layers",
                 f"the layers are {layer_span(depth)}",
             )
         return tuple(range(low, high + 1))

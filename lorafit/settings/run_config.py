@@ -1,6 +1,6 @@
 """Every option of a run, declared once: its values, default and help. A `RunConfig` holds one value of each.
 
-A default of None is derived later, from the model or the data (precedence.py says from what).
+A default of None is derived later, from the model or the data (see precedence.py).
 """
 
 from __future__ import annotations
@@ -68,9 +68,9 @@ def _is_date(value: Any) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One value for each option of a run, by its name; None where a value is not derived yet.
+    """One value for each option of a run, by name; None where a value is not derived yet.
 
-    `origin` says of each where it came from: `flag`, `file`, `preset NAME`, `default`, or
+    `origin` has the source of each value: `flag`, `file`, `preset NAME`, `default`, or
     `derived: REASON`.
     """
 
@@ -342,13 +342,13 @@ class RunConfig:
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def derived(self, name: str, value: Any, reason: str) -> RunConfig:
-        """With a derived value where none is set."""
+        """The settings with this derived value, unless one is set."""
         if getattr(self, name) is not None:
             return self
         return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
 
     def why(self, name: str) -> str:
-        """The reason of a derived value in words: `from hidden size 128`; empty for what was set."""
+        """The reason of a derived value, e.g. `from hidden size 128`; empty for other values."""
         came = self.origin.get(name, "")
         return came.removeprefix("derived: ") if came.startswith("derived") else ""
 
@@ -361,10 +361,7 @@ class RunConfig:
         return tuple(path for path in found if path.exists())
 
     def as_file(self) -> dict[str, Any]:
-        """What `run.yaml` holds: the values that may be read back, then their origins.
-
-        Files and folders stand there by their full path, to be found from anywhere.
-        """
+        """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
         values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
@@ -380,9 +377,9 @@ OPTIONS: dict[str, Option] = options_of(RunConfig)
 
 
 def weighted(spec: str) -> tuple[str, float]:
-    """A `--data` and how often it comes in an epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
+    """A `--data` and how often it is used per epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
 
-    Raises RequestError for a weight that is not above 0 or beyond 1,000.
+    Raises RequestError for a weight that is not above 0 or is above 1,000.
     """
     name, equals, text = spec.rpartition("=")
     if not equals or Path(spec).expanduser().exists():
@@ -397,7 +394,7 @@ def weighted(spec: str) -> tuple[str, float]:
 
 
 def _lasting(name: str) -> str:
-    """A file or folder by its full path, its weight kept; anything else as it is."""
+    """A file or folder as an absolute path with its weight; anything else unchanged."""
     plain, weight = weighted(name)
     path = Path(plain).expanduser()
     if not path.parent.exists() or not (path.exists() or any(c in path.name for c in "*?[")):
