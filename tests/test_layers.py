@@ -12,7 +12,8 @@ HOUSE = ROOT / "lorafit"
 # From the top down; a row imports only from rows above it. Folders and files of one row know nothing of each other.
 ROWS = [
     ["errors", "units", "jsonio", "system", "lazy"],
-    ["digests", "cache", "events", "demo"],
+    ["cache"],
+    ["digests", "events", "demo"],
     ["outputs", "model"],
     ["settings"],
     ["data", "adapter"],
@@ -27,7 +28,7 @@ ROWS = [
 ORDER = {name: number for number, row in enumerate(ROWS) for name in row}
 # What is imported without torch, transformers, peft or rich: what `--help`, refusals and cached answers need.
 LIGHT = [
-    *(name for row in ROWS[:3] for name in row if name not in ("model", "demo")),
+    *(name for row in ROWS[:4] for name in row if name not in ("model", "demo")),
     "lorafit", "demo", "hub", "model.roles", "model.map", "model.source", "model.chart", "model.classes", "model.load",
     "settings.bands", "settings.options", "settings.run_config", "settings.preset", "settings.precedence",
     "adapter.plan", "adapter.peft_names", "adapter.folder", "adapter.base", "data.files", "data.formats", "data.batching",

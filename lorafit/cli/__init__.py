@@ -12,7 +12,7 @@ from lorafit.cli.app import app
 from lorafit.cli.shell import run_to_the_end
 
 # the order in `lorafit --help`
-ORDER = ("inspect", "plan", "train", "eval", "merge", "push", "presets", "cache", "help")
+ORDER = ("inspect", "data", "plan", "train", "eval", "merge", "push", "presets", "cache", "help")
 app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))
 
 __all__ = ["app", "main"]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Push, Quiet, run_options
@@ -13,11 +15,12 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
+from lorafit.settings import OUTPUT
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
-    from lorafit.report.run import Run
+    from lorafit.screen import Screen
     from lorafit.settings import Preset, RunConfig
 
 
@@ -27,6 +30,15 @@ def train(
     flags: Mapping[str, Any],
     config: Config = None,
     push_to_hub: Push = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Start even where the predicted memory is more than twice what is free.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
@@ -49,8 +61,6 @@ def train(
     from lorafit.units import bytes_text
 
     screen = Screen(json, quiet)
-    if settings.resume and settings.output is None:
-        raise RequestError("--resume needs the run's folder", "name it with -o DIR")
     if push_to_hub:
         from lorafit import hub
 
@@ -58,17 +68,12 @@ def train(
     source = find(settings.model, settings.revision)
     find_sources(settings)
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
-    target = Path(settings.output).expanduser() if settings.output is not None else None
-    if target is not None:
-        if settings.resume and target.exists() and not settings.overwrite:
-            finished = _finished(settings, target)
-            screen.line("done", f"{target} is a finished run: nothing to resume")
-            if json:
-                screen.document(finished.report)
-            if push_to_hub:
-                push_folder(screen, str(target), push_to_hub)
-            return
-        check_target(target, settings.overwrite, reads)
+    target = _target(settings, reads)
+    if target is not None and settings.resume and target.exists() and not settings.overwrite:
+        _show_finished(screen, settings, target)
+        if push_to_hub:
+            push_folder(screen, str(target), push_to_hub)
+        return
     found = chart_of(source)
     settings = dated(derive_from_model(settings, found))
     made = planned(found, chosen, settings)
@@ -86,10 +91,9 @@ def train(
     ahead, settings = prepare(settings, source, found, look=rows.look, seconds=1.0)
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
-    if target is None:
-        folder = claim(_stem(found.model, made))
-    else:
-        folder = RunFolder(target)
+    _check_memory(screen, ahead, made, chosen, cost, force)
+    folder = RunFolder(target) if target is not None else claim(_stem(found.model, made))
+    if target is not None:
         folder.open(settings.overwrite, settings.resume, reads)
     view = TrainView(screen)
     report = None
@@ -115,9 +119,45 @@ def train(
         push_folder(screen, report.output, push_to_hub)
 
 
-def _finished(settings: RunConfig, target: Path) -> Run:
-    """The finished run that `--resume` names. Raises RequestError when it had other settings than are given
-    now, or is not a run."""
+def _target(settings: RunConfig, reads: Sequence[Path]) -> Path | None:
+    """The output folder that was named, if any. Raises RequestError when it may not be written."""
+    if settings.output is None:
+        if settings.resume:
+            raise RequestError("--resume needs the run's folder", "name it with -o DIR")
+        return None
+    target = Path(settings.output).expanduser()
+    if not (settings.resume and target.exists() and not settings.overwrite):
+        check_target(target, settings.overwrite, reads)
+    return target
+
+
+def _check_memory(
+    screen: Screen, ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate, force: bool
+) -> None:
+    """Warn when the predicted peak is more than the free memory.
+
+    Raises RequestError when it is more than twice that, unless `force`.
+    """
+    from lorafit.estimate import free_on
+    from lorafit.units import bytes_text
+
+    free, peak = free_on(ahead.device), cost.memory.peak
+    if peak <= free:
+        return
+    what = f"the run needs {bytes_text(peak)} at its peak, and {bytes_text(free)} are free on {ahead.device}"
+    if peak <= 2 * free or force:
+        screen.note(what)
+        return
+    fit = ahead.fit(made, chosen, cost, ahead.timing(made), free).alternatives
+    hint = f"{fit[0].flags} needs {bytes_text(fit[0].peak)}; " if fit else ""
+    raise RequestError(what, f"{hint}--force starts it all the same")
+
+
+def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
+    """Say that the run which `--resume` names is finished.
+
+    Raises RequestError when it had other settings than are given now, or is not a run.
+    """
     from lorafit.report import read_back
     from lorafit.settings import changed_settings
 
@@ -129,7 +169,9 @@ def _finished(settings: RunConfig, target: Path) -> Run:
             f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
             "another -o trains a new run with these settings, --overwrite trains it again in its place",
         )
-    return run
+    screen.line("done", f"{target} is a finished run: nothing to resume")
+    if screen.as_json:
+        screen.document(run.report)
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:

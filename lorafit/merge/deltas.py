@@ -12,7 +12,7 @@ import torch
 
 from lorafit.adapter import BASE_LAYER, WEIGHTS, changes_its_base, pattern_value
 from lorafit.errors import RequestError
-from lorafit.model import ModelMap, TensorFile, open_file, shards
+from lorafit.model import ModelMap, TensorFile, open_file, read_tensor, shards
 
 LOW_RANK = (".lora_A.weight", ".lora_B.weight", ".lora_embedding_A", ".lora_embedding_B")
 
@@ -87,7 +87,7 @@ def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap, weight: fl
             raise RequestError(f"the adapter has no B for `{module}`", "the file is not whole")
         if len(entry.shape) != 2:  # a convolution's: merged through the model
             return {}
-        down, up = file.read(entry).float(), file.read(partner).float()
+        down, up = read_tensor(file, entry).float(), read_tensor(file, partner).float()
         rank = down.shape[0]
         alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
         scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
@@ -113,7 +113,7 @@ def own_base(folder: Path, there: Mapping[str, TensorFile], prefix: str) -> str:
         old = next(e for e in there[home].entries if e.name == home)
         if old.shape != entry.shape:
             return name
-        kept, base = file.read(entry), there[home].read(old)
+        kept, base = read_tensor(file, entry), read_tensor(there[home], old)
         if not torch.equal(kept.float(), base.float()) and not torch.equal(kept, base.to(kept.dtype)):
             return name
     return ""

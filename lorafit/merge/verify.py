@@ -33,6 +33,7 @@ from lorafit.model import (
     model_class,
     on_meta,
     open_file,
+    read_tensor,
     shards,
     stored_dtype,
 )
@@ -193,7 +194,7 @@ class _Home:
     entry: TensorEntry
 
     def read(self) -> torch.Tensor:
-        return self.file.read(self.entry)
+        return read_tensor(self.file, self.entry)
 
 
 def _homes(model: Any, source: ModelSource) -> dict[int, _Home]:

@@ -29,6 +29,8 @@ from lorafit.model import (
     model_class,
     on_meta,
     open_file,
+    read_rows,
+    read_tensor,
     shards,
     stored_dtype,
     write,
@@ -205,9 +207,11 @@ def through_the_model(
     if alike:
         for name, (file, entry) in new.items():
             origin_file, origin = old[made.copies.get(name, name)]
-            if not _same(origin_file.read(origin), file.read(entry)):
+            if not _same(read_tensor(origin_file, origin), read_tensor(file, entry)):
                 made.changes[name] = (
-                    partial(_replaced, file.read(entry)) if entry.stop < 2**20 else _Reread(file, name)
+                    partial(_replaced, read_tensor(file, entry))
+                    if entry.stop < 2**20
+                    else _Reread(file, name)
                 )
         if made.copies:
             files = _with_copies(files, made.copies)
@@ -268,4 +272,4 @@ class _Reread:
     name: str
 
     def __call__(self, rows: torch.Tensor, first: int) -> torch.Tensor:
-        return self.file.rows(self.name, first, len(rows))
+        return read_rows(self.file, self.name, first, len(rows))

@@ -43,6 +43,8 @@ if TYPE_CHECKING:
     from lorafit.model.safetensors_io import ShardLayout as ShardLayout
     from lorafit.model.safetensors_io import lay_out as lay_out
     from lorafit.model.safetensors_io import read_range as read_range
+    from lorafit.model.safetensors_io import read_rows as read_rows
+    from lorafit.model.safetensors_io import read_tensor as read_tensor
     from lorafit.model.safetensors_io import spans as spans
     from lorafit.model.safetensors_io import write as write
     from lorafit.model.source import HUB_ID as HUB_ID
@@ -61,7 +63,7 @@ __getattr__ = door(
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
         "identity": "fingerprint local_folder sampled",
-        "safetensors_io": "Change ShardLayout lay_out read_range spans write",
+        "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
         "source": "HUB_ID ModelSource find not_downloaded split_revision",
     },
 )

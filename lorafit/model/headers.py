@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.errors import RequestError
 
 if TYPE_CHECKING:
-    import torch
+    pass
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -50,23 +50,6 @@ class TensorFile:
     @property
     def data_at(self) -> int:
         return 8 + len(self.raw_header)
-
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        from lorafit.model.safetensors_io import read_range
-
-        with self.path.open("rb", buffering=0) as file:
-            return read_range(file, self.data_at + entry.start, entry.shape, entry.dtype)
-
-    def rows(self, name: str, first: int, many: int) -> torch.Tensor:
-        """Some rows of one tensor, on the CPU."""
-        from lorafit.model.safetensors_io import read_range
-
-        entry = next(entry for entry in self.entries if entry.name == name)
-        width = (entry.stop - entry.start) // max(1, entry.shape[0])
-        with self.path.open("rb", buffering=0) as file:
-            begin = self.data_at + entry.start + first * width
-            return read_range(file, begin, (many, *entry.shape[1:]), entry.dtype)
 
 
 def open_file(path: Path) -> TensorFile:

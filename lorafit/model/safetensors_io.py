@@ -199,6 +199,21 @@ def _rewrite(
     return at
 
 
+def read_tensor(file: TensorFile, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file, on the CPU."""
+    with file.path.open("rb", buffering=0) as source:
+        return read_range(source, file.data_at + entry.start, entry.shape, entry.dtype)
+
+
+def read_rows(file: TensorFile, name: str, first: int, many: int) -> torch.Tensor:
+    """Some rows of one tensor of a file, on the CPU."""
+    entry = next(entry for entry in file.entries if entry.name == name)
+    width = (entry.stop - entry.start) // max(1, entry.shape[0])
+    with file.path.open("rb", buffering=0) as source:
+        begin = file.data_at + entry.start + first * width
+        return read_range(source, begin, (many, *entry.shape[1:]), entry.dtype)
+
+
 def read_range(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """The tensor that begins there in a file."""
     found = torch.empty(shape, dtype=DTYPES[dtype])
