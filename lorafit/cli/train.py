@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,8 +21,10 @@ from lorafit.settings import OUTPUT
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
+    from lorafit.events import TrainReport
     from lorafit.screen import Screen
     from lorafit.settings import Preset, RunConfig
+    from lorafit.train import Job
 
 
 @app.command()
@@ -54,9 +57,8 @@ def train(
     from lorafit.adapter import planned
     from lorafit.data import find_sources
     from lorafit.estimate import predicted, prepare
-    from lorafit.events import TrainReport
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
-    from lorafit.screen import Screen, TrainView, show_data, show_header, show_train_report
+    from lorafit.screen import Screen, show_data, show_header, show_train_report
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
 
@@ -81,7 +83,7 @@ def train(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, check_optimizer, claim, recorded, records, run
+        from lorafit.train import RunFolder, assemble, check_optimizer, claim
 
     pick_device(settings.device)
     check_optimizer(settings.optimizer)
@@ -92,25 +94,17 @@ def train(
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
     _check_memory(screen, ahead, made, chosen, cost, force)
-    folder = RunFolder(target) if target is not None else claim(_stem(found.model, made))
+    folder = claim(_stem(found.model, made)) if target is None else RunFolder(target)
     if target is not None:
         folder.open(settings.overwrite, settings.resume, reads)
-    view = TrainView(screen)
-    report = None
-    try:
-        with stopping() as stop:
+    with _explained(ahead, made, chosen, cost), stopping() as stop:
+        try:
             job = assemble(
                 source, found, settings, made, rows, tokenizer, folder, stop, predicted(cost, made)
             )
-            for event in recorded(job, run(job), [*records(job), view]):
-                report = event if isinstance(event, TrainReport) else report
-    except OutOfMemory as error:
-        error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
-        raise
-    finally:
-        folder.abandon()
-        view.close()
-    assert report is not None
+            report = _watched(screen, job)
+        finally:
+            folder.abandon()
     if json:
         screen.document(report)
     else:
@@ -172,6 +166,31 @@ def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
     screen.line("done", f"{target} is a finished run: nothing to resume")
     if screen.as_json:
         screen.document(run.report)
+
+
+def _watched(screen: Screen, job: Job) -> TrainReport:
+    """Run a job to its end, on the screen and into its folder; its report."""
+    from lorafit.events import TrainReport
+    from lorafit.screen import TrainView
+    from lorafit.train import recorded, records, run
+
+    view = TrainView(screen)
+    try:
+        *_, report = recorded(job, run(job), [*records(job), view])
+    finally:
+        view.close()
+    assert isinstance(report, TrainReport)
+    return report
+
+
+@contextmanager
+def _explained(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> Iterator[None]:
+    """Where memory runs out, the error says what would have fitted."""
+    try:
+        yield
+    except OutOfMemory as error:
+        error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
+        raise
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:

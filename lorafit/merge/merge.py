@@ -36,7 +36,7 @@ from lorafit.model import (
     split_revision,
 )
 from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
-from lorafit.report import merged_card, read_back
+from lorafit.report import Run, merged_card, read_back
 
 FETCHED = (
     "*.safetensors",
@@ -160,15 +160,23 @@ def merge_adapters(
             notes=tuple(notes),
             left_out=left_out,
         )
-        with writing(work, "merge again"):
-            parts = [(read_back(folder), weight) for folder, weight in adapters]
-            card = merged_card(report, source.name, parts, model_map.task)
-            (work / CARD).write_text(card, encoding="utf-8")
-            seal(work, but=EDITABLE)
-            put_in_place(work, output)
+        _finish(work, output, merged_card(report, source.name, _runs(adapters), model_map.task))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _runs(adapters: Sequence[tuple[Path, float]]) -> list[tuple[Run, float]]:
+    """What the runs that made the adapters tell of themselves, with the adapters' weights."""
+    return [(read_back(folder), weight) for folder, weight in adapters]
+
+
+def _finish(work: Path, output: Path, card: str) -> None:
+    """Write the card and the digests, and put the folder in its place."""
+    with writing(work, "merge again"):
+        (work / CARD).write_text(card, encoding="utf-8")
+        seal(work, but=EDITABLE)
+        put_in_place(work, output)
 
 
 def _proved(
