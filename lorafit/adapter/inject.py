@@ -147,7 +147,7 @@ def attach(
             f"the adapter `{folder}` does not fit its base: {detail[:220]}",
             "it was trained on another model, or the base has changed",
         ) from None
-    odd = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    odd = sorted({*_really_missing(peft_model, loaded.missing_keys), *loaded.unexpected_keys})
     if odd:
         raise RequestError(
             f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
@@ -166,6 +166,19 @@ def attach(
                 else:
                     peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}").weight = value
     return peft_model
+
+
+def _really_missing(model: PeftModel, names: Sequence[str]) -> list[str]:
+    """Names of an adapter's parameters that its file lacks, less pairs of experts' tensors that it has
+    neither half of: PEFT adapts those of every layer, and without values they add nothing."""
+    missing = set(names)
+
+    def unused(name: str) -> bool:
+        both = {name, name.replace(".lora_A.", ".lora_B."), name.replace(".lora_B.", ".lora_A.")}
+        module = model.get_submodule(re.split(r"\.lora_[AB]\.", name)[0])
+        return isinstance(module, ParamWrapper) and both <= missing
+
+    return [name for name in names if not unused(name)]
 
 
 def attach_all(
