@@ -128,7 +128,7 @@ def attach(
     A model that has an adapter gets one more. `on_meta` is for a base whose weights are not there and
     an adapter of low-rank matrices alone: those are. Raises RequestError when the adapter belongs to another model.
     """
-    read_config(folder)
+    config = read_config(folder)
     names = set(tensor_names(folder))
     try:
         with warnings.catch_warnings():
@@ -147,7 +147,10 @@ def attach(
             f"the adapter `{folder}` does not fit its base: {detail[:220]}",
             "it was trained on another model, or the base has changed",
         ) from None
-    odd = sorted({*_really_missing(peft_model, loaded.missing_keys), *loaded.unexpected_keys})
+    missing = loaded.missing_keys
+    if not config.get("target_parameters"):  # it names experts as earlier versions did
+        missing = _really_missing(peft_model, missing)
+    odd = sorted({*missing, *loaded.unexpected_keys})
     if odd:
         raise RequestError(
             f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
