@@ -214,3 +214,9 @@ def test_a_weight_file_has_the_permissions_of_the_others(tiny, tmp_path):
         os.umask(was)
     modes = {stat.S_IMODE(path.stat().st_mode) for path in (tmp_path / "a").iterdir()}
     assert modes == {0o644}
+
+
+def test_a_misspelt_run_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    assert locate("runs/mine") == "runs/mine"
