@@ -321,7 +321,7 @@ def test_names_of_runs(tiny, pairs, tmp_path, run, monkeypatch):
 
 WRONG = [
     (("inspect", "./nowhere"), "no model at"),
-    (("inspect", "nobody/nothing"), "the hub did not give it"),
+    (("inspect", "nobody/nothing"), "it is not in the local cache"),
     (("plan", "demo", "--preset", "fnn"), "did you mean `ffn`"),
     (("plan", "demo", "--layers", "hihg"), "did you mean `high`"),
     (("plan", "demo", "--layers", ""), "choice of layers is empty"),
@@ -344,7 +344,7 @@ WRONG = [
     (("train", "--resume"), "name it with -o"),
     (("train", "--eval-data", "none.txt"), "there is no file"),
     (("eval", "nowhere"), "no folder `nowhere`"),
-    (("eval", "."), "is no adapter"),
+    (("eval", "."), "is not an adapter"),
     (("eval",), "missing argument"),
     (("merge", "nowhere", "-o", "x"), "no folder `nowhere`"),
     (("merge", "nowhere"), "-o DIR"),

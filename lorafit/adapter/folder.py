@@ -149,7 +149,9 @@ def locate(adapter: str) -> str:
     name, revision = split_revision(adapter)
     if path.exists() or path.is_symlink() or name.count("/") != 1 or not HUB_ID.fullmatch(name):
         return adapter
-    if name.startswith(("./", "../", "~")):
+    if (
+        name.startswith(("./", "../", "~")) or Path(name.partition("/")[0]).is_dir()
+    ):  # a folder's name, misspelt
         return adapter
     from huggingface_hub import snapshot_download
 

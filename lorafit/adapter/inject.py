@@ -130,7 +130,7 @@ def attach(
     A model that has an adapter gets one more. `on_meta` is for a base whose weights are not there and
     an adapter of low-rank matrices alone: those are. Raises RequestError when the adapter belongs to another model.
     """
-    read_config(folder)
+    config = read_config(folder)
     names = set(tensor_names(folder))
     try:
         with warnings.catch_warnings():
@@ -149,7 +149,10 @@ def attach(
             f"the adapter `{folder}` does not fit its base: {detail[:220]}",
             "it was trained on another model, or the base has changed",
         ) from None
-    odd = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    missing = loaded.missing_keys
+    if not config.get("target_parameters"):  # it names experts as earlier versions did
+        missing = _really_missing(peft_model, missing)
+    odd = sorted({*missing, *loaded.unexpected_keys})
     if odd:
         raise RequestError(
             f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
@@ -168,6 +171,19 @@ def attach(
                 else:
                     peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}").weight = value
     return peft_model
+
+
+def _really_missing(model: PeftModel, names: Sequence[str]) -> list[str]:
+    """Names of an adapter's parameters that its file lacks, less pairs of experts' tensors that it has
+    neither half of: PEFT adapts those of every layer, and without values they add nothing."""
+    missing = set(names)
+
+    def unused(name: str) -> bool:
+        both = {name, name.replace(".lora_A.", ".lora_B."), name.replace(".lora_B.", ".lora_A.")}
+        module = model.get_submodule(re.split(r"\.lora_[AB]\.", name)[0])
+        return isinstance(module, ParamWrapper) and both <= missing
+
+    return [name for name in names if not unused(name)]
 
 
 def attach_all(

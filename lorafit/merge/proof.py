@@ -27,7 +27,7 @@ from lorafit.errors import LorafitError
 from lorafit.events import WeightProof
 from lorafit.model import FLOATS, ModelMap, TensorEntry, TensorFile, open_file, read_range, shards, spans
 
-PIECE = 2**22  # bytes of a tensor that are read at a time
+PIECE = 2**20  # bytes of a tensor that are read at a time
 
 SPACINGS = 2  # of the dtype: what rounding twice may bring
 

@@ -59,9 +59,8 @@ def chart_of(source: ModelSource) -> ModelMap:
             found = chart(on_meta(model_class(config), config), config, source.name)
         maps.put(key, found)
     if source.local and not found.tied_head:
-        check_head(
-            source.name, Path(source.place), [row.path for row in found.uncovered if row.reason == "head"]
-        )
+        heads = [row.path for row in found.uncovered if row.reason == "head" and "." in row.path]
+        check_head(source.name, Path(source.place), heads, found.modules)
     return found
 
 

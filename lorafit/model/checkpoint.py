@@ -152,14 +152,19 @@ def not_a_language_model(architecture: str) -> str:
     return ""
 
 
-def check_head(name: str, place: Path, heads: Collection[str]) -> None:
-    """Check that a folder's weights hold the language model head. `heads` are the names of its parameters.
+def check_head(name: str, place: Path, heads: Collection[str], modules: Collection[str]) -> None:
+    """Check that a folder's weights hold the language model head. `heads` are the names of its parameters,
+    `modules` those of all the model's modules.
 
-    Raises RequestError where none of them is there, under any prefix.
+    Raises RequestError where none of the heads is there, under any prefix. A checkpoint that names a module
+    otherwise (GPT-NeoX's `embed_out`) is not judged: the head may be what it names so.
     """
     there = stored_tensors(place) if place.is_dir() else {}
-    tails = {tail(name) for name in there}
-    if there and heads and not any(tail(head) in tails for head in heads):
+    tails = {tail(stored) for stored in there}
+    if not there or not heads or any(tail(head) in tails for head in heads):
+        return
+    known = {module.rpartition(".")[2] for module in modules}
+    if all(stored.rpartition(".")[0] in known for stored in tails if "." in stored):
         raise RequestError(
             f"the weights of `{name}` have no language model head: `{min(heads)}` is missing",
             "it is a bare body or another model's weights: name the language model it was made from",
