@@ -233,7 +233,7 @@ def test_rows_without_weight_are_left_out_and_other_weights_are_refused_by_name(
     rows = [{**PAIR[0], "weight": 0}, {**PAIR[1], "weight": 1}, {**PAIR[2], "weight": 1}]
     made = rows_of(write(tmp_path, "d.jsonl", *rows))
     assert made.look.rows + made.look.held_out_rows == 2
-    with pytest.raises(RequestError, match="`weight` is 0.5: a weight here is 0 or 1"):
+    with pytest.raises(RequestError, match=r"`weight` is 0\.5: a weight here is 0 or 1"):
         rows_of(write(tmp_path, "e.jsonl", {**PAIR[0], "weight": 0.5}, *PAIR))
     made = rows_of(write(tmp_path, "f.jsonl", *({**pair, "weight": 72.5} for pair in PAIR)))
     assert "columns not used: `weight`" in made.look.notes

@@ -20,7 +20,8 @@ if TYPE_CHECKING:
     from lorafit.model import ModelMap
 
 GENERATION, BENCHMARKS = "Generation", "Benchmarks"
-ABOUT_DATA = ("format", "map", "loss_on", "overflow", "max_length")
+SHAPE = ("format", "map", "on_bad_row", "csv_delimiter", "csv_quote")  # of the run's own files, not of others
+ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
 
 @app.command(name="eval")
@@ -177,7 +178,8 @@ def evaluate(
     device = pick_device(given.get("device", "auto"))
     tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
     stored = stored_settings(adapters[0], found)
-    settings = replace(stored, **{"format": "auto", "map": None, **about_data})
+    usual = {name: OPTIONS[name].default for name in SHAPE}
+    settings = replace(stored, **{**usual, **about_data})
     # options about the rows' shape are about --data, where that is given
     beside = replace(settings, format="auto", map=None) if data else settings
     read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
@@ -190,7 +192,7 @@ def evaluate(
         rows=rows,
         also={file: read([file], config=beside) for file in also or ()},
         by=by or "",
-        labels=labelled(rows, by, specs) if by and rows is not None else (),
+        labels=labelled(rows, by, specs, settings if data else stored) if by and rows is not None else (),
         samples=samples,
         prompts=own_prompts(
             prompt or (), tokenizer, found.task, found.max_positions, chat_template_of(tokenizer, settings)

@@ -20,7 +20,7 @@ from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
 from lorafit.data.batching import held_out
 from lorafit.data.counts import Counts, faults
-from lorafit.data.files import DataSource, records, sources
+from lorafit.data.files import DataSource, records, resembles_json, sources
 from lorafit.data.formats import Reading, parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
@@ -124,6 +124,7 @@ def read_eval_rows(
     specs: Sequence[str], config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int
 ) -> RowSet:
     """All rows of those files, for evaluation. Raises RequestError as `load` does."""
+    config = replace(config, group_by=None)
     made = _read_all(specs, config, tokenizer, task, vocab_size, lambda done, total: None)
     stores = tuple(part.store for data in made for part in data.parts)
     rows = RowSet(stores, np.arange(sum(map(len, stores))))
@@ -132,11 +133,11 @@ def read_eval_rows(
     return rows
 
 
-def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
+def labelled(rows: RowSet, by: str, specs: Sequence[str], config: RunConfig | None = None) -> list[str]:
     """For each row what a column of its file says, or by `file` the file's name, with its folders where
     two files have the same.
 
-    `specs` are the files that the rows come from. Raises RequestError where there is no such column.
+    `specs` are the files that the rows come from, read as `config` says. Raises RequestError where there is no such column.
     """
     origins = list(rows.origins())
     if by == "file":
@@ -147,9 +148,13 @@ def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
     said: dict[tuple[str, int], str] = {}
     for source in {s.name: s for spec in specs for s in sources(weighted(spec)[0])}.values():
         numbers = {number for name, number in wanted if name == source.name}
+        if config is not None:
+            source = _as_told(source, config)
+        if source.kind == "text" and resembles_json(source):
+            source = source.as_kind("jsonl")
         if numbers and source.kind == "text":
             raise RequestError(f"--by {by}: `{source.name}` is plain text and has no columns", "--by file")
-        for number, row in records(source) if numbers else ():
+        for number, row in records(source, fault=lambda error: None) if numbers else ():
             if number in numbers:
                 if not isinstance(row, dict) or by not in row:
                     columns = [str(column) for column in row] if isinstance(row, dict) else []

@@ -39,7 +39,12 @@ def look_of(
     return DataReport(
         sources=tuple(
             ReadSource(
-                Path(d.spec).name, ", ".join(dict.fromkeys(p.format for p in d.parts)), d.examples, d.weight
+                Path(d.spec).name,
+                ", ".join(dict.fromkeys(p.format for p in d.parts)),
+                d.examples,
+                d.weight,
+                sum(len(p.store) for p in d.parts),
+                tuple(remarks([p.counts for p in d.parts])),
             )
             for d in own
         ),
