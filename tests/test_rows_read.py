@@ -417,3 +417,16 @@ def test_stored_rows_know_what_they_were_made_with(tmp_path, monkeypatch):
     for day in ("2026-01-31", "2026-02-01"):
         rows_of(path, shaped("llama3")[0], template_date=day)
     assert len(set(keys)) == 2
+
+
+def test_an_answer_is_learned_where_it_is_one_token_with_the_whole_prompt(tmp_path):
+    tokenizer, _ = shaped("chatml")
+    merged = next(t for t in ("In", "th", "re", "er", "is", "ar") if len(tokenizer(t)["input_ids"]) == 1)
+    rows = [{"prompt": merged[0], "completion": merged[1]}] * 3
+    made = rows_of(write(tmp_path, "d.jsonl", *rows), tokenizer)
+    assert spans(tokenizer, made.train[0]) == [merged[1] + "<|endoftext|>"]
+
+
+def test_an_empty_answer_that_is_null_is_blank(tmp_path):
+    rows = [{"messages": [turn("user", "a"), turn("assistant", None)]}, *[{"messages": CHATS["one"]}] * 3]
+    assert rows_of(write(tmp_path, "d.jsonl", *rows)).look.blank == 1

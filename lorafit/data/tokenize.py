@@ -194,6 +194,8 @@ class Tokens:
             if example.kind == "tokens":
                 found[number] = Encoded(list(example.ids), list(example.labels))
             elif example.kind != "messages":
+                if found[number].seam == 0 and not self.encoder.begin and self.task == "causal":
+                    found[number] = self._apart(example)  # nothing would predict a first token
                 found[number] = self._closed(found[number])
             if found[number].seam is not None:
                 self._count_seam(found[number], example)
@@ -213,6 +215,13 @@ class Tokens:
             else Encoded(list(source), list(target))
             for source, target in pairs
         ]  # fmt: skip
+
+    def _apart(self, example: Example) -> Encoded:
+        """Prompt and completion each encoded alone, where together they begin with one token of both."""
+        prompt, completion = self.encoder.encode(
+            [Text(example.prompt, whole=True), Text(example.completion, whole=True)]
+        )
+        return Encoded(prompt.ids + completion.ids, [IGNORED] * len(prompt.ids) + completion.ids)
 
     def _closed(self, found: Encoded) -> Encoded:
         """A text between its begin token and its end token, each there once."""
