@@ -15,7 +15,7 @@ from lorafit.events import DataReport, ReadSource, Rendered
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.data.dataset import ReadData
+    from lorafit.data.split import ReadData
 
 
 def look_of(
