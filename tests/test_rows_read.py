@@ -430,3 +430,20 @@ def test_an_answer_is_learned_where_it_is_one_token_with_the_whole_prompt(tmp_pa
 def test_an_empty_answer_that_is_null_is_blank(tmp_path):
     rows = [{"messages": [turn("user", "a"), turn("assistant", None)]}, *[{"messages": CHATS["one"]}] * 3]
     assert rows_of(write(tmp_path, "d.jsonl", *rows)).look.blank == 1
+
+
+def test_keys_that_the_template_reads_are_not_listed(tmp_path):
+    chat = [
+        turn("user", "a"),
+        turn("assistant", "b", thinking="Of b."),
+        turn("user", "c", name="Ada"),
+        turn("assistant", "d"),
+    ]
+    made = rows_of(write(tmp_path, "d.jsonl", *[{"messages": chat, "tools": []}] * 3), shaped("gpt-oss")[0])
+    assert "keys of messages not used: `name`" in made.look.notes
+    assert not any("columns" in note for note in made.look.notes)
+
+
+def test_a_text_of_other_objects_is_a_document(tmp_path):
+    path = write(tmp_path, "log.txt", *({"time": n, "event": "Ada went home."} for n in range(90)))
+    assert rows_of(path).look.sources[0].format == "document"

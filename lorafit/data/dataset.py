@@ -293,6 +293,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         for row in maker.rows(examples, format):
             writer.add(row)
         made = writer.finish()
+        counts.forget_keys(maker.reads)
     except BaseException as error:  # whatever it was, nothing stays half filled
         writer.close()
         if writer.folder is not None:

@@ -51,10 +51,10 @@ COLUMNS = (
 )  # fmt: skip
 BESIDE = ("system", "tools", "functions")  # columns that go with messages
 READ = {
-    "messages": ("messages", *BESIDE),
-    "conversations": ("conversations", "conversation", *BESIDE),
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
     "prompt-completion": ("prompt", "completion"),
-    "instruction": ("instruction", "input", "output", "history", *BESIDE),
+    "instruction": ("instruction", "input", "output", "history"),
     "text": ("text",),
     "tokens": ("input_ids", "labels", "attention_mask", "token_type_ids"),
 }
@@ -101,7 +101,7 @@ def read(
     """
     reading = reading or Reading(format, columns or {})
     format = reading.format
-    if source.kind == "text" and format not in ("document", "lines", "text") and resembles_json(source):
+    if source.kind == "text" and format not in ("document", "lines", "text") and _holds_rows(source, reading):
         source = source.as_kind("jsonl")
     elif source.is_text and format in ("document", "lines"):
         source = source.as_kind("text")
@@ -129,6 +129,19 @@ def read(
             else f"`{source.name}` is empty: nothing to learn in its {blank:,} blank rows"
         )
     return format, _and_rest(head, found)
+
+
+def _holds_rows(source: DataSource, reading: Reading) -> bool:
+    """Whether a text file holds JSON lines of a known format: other lines are text."""
+    if not resembles_json(source):
+        return False
+    if reading.format != "auto" or reading.columns:
+        return True
+    try:
+        number, row = next(records(source.as_kind("jsonl")))
+        return bool(_format_of(row, source, number))
+    except (RequestError, StopIteration):
+        return False
 
 
 def _and_rest(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -183,8 +196,9 @@ def _examples(
         except RequestError as error:
             reading.fault(error)
             continue
+        beside = BESIDE if example.messages else ()
         for column in row:
-            if column not in read_columns and not _is_weight(column, row):
+            if column not in read_columns and column not in beside and not _is_weight(column, row):
                 counts.unused[str(column)] = counts.unused.get(str(column), 0) + 1
         yield example
 

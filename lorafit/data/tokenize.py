@@ -7,6 +7,7 @@ all of a text.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -18,6 +19,7 @@ from lorafit.data.encode import Encoded, Encoder, Text
 from lorafit.data.example import Example
 from lorafit.data.files import Fault, refuse
 from lorafit.data.left_out import LeftOut, fit_arguments
+from lorafit.data.messages import REASONING
 from lorafit.data.rows import CUT, IGNORED, NO_END, Row
 from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate
 from lorafit.errors import RequestError
@@ -75,6 +77,14 @@ class Tokens:
     def dated(self) -> bool:
         """Whether the chat template writes today's date."""
         return self.tokenizer.chat_template is not None and ChatTemplate(self.tokenizer).dated
+
+    def reads(self, key: str) -> bool:
+        """Whether the chat template reads this key of a message; what it leaves out of a thought is found
+        otherwise."""
+        template = self.tokenizer.chat_template
+        if self.task == "seq2seq" or template is None:
+            return False
+        return key in REASONING or re.search(rf"\b{re.escape(key)}\b", str(template)) is not None
 
     @property
     def left_out(self) -> LeftOut:
