@@ -18,7 +18,7 @@ QWEN3 = (
     "{% if '</think>' in content %}{% set thought = content.split('</think>')[0].split('<think>')[-1].strip('\n') %}{% set content = content.split('</think>')[-1].lstrip('\n') %}{% endif %}"
     "{{ '<|im_start|>assistant\n' }}"
     "{% if loop.index0 > ns.last and (loop.last or thought) %}{{ '<think>\n' + thought + '\n</think>\n\n' }}{% endif %}{{ content }}"
-    "{% for c in m.tool_calls or [] %}{% set c = c.function or c %}{{ '\n<tool_call>\n{\"name\": \"' + c.name + '\", \"arguments\": ' }}"
+    '{% for c in m.tool_calls or [] %}{% set c = c.function or c %}{{ \'\n<tool_call>\n{"name": "\' + c.name + \'", "arguments": \' }}'
     "{% if c.arguments is string %}{{ c.arguments }}{% else %}{{ c.arguments | tojson }}{% endif %}{{ '}\n</tool_call>' }}{% endfor %}{{ '<|im_end|>\n' }}"
     "{% elif m.role == 'tool' %}{{ '<|im_start|>user\n<tool_response>\n' + content + '\n</tool_response><|im_end|>\n' }}"
     "{% else %}{{ '<|im_start|>' + m.role + '\n' + content + '<|im_end|>\n' }}{% endif %}{% endfor %}"
