@@ -26,12 +26,15 @@ class Loss:
 
 @dataclass(frozen=True, slots=True)
 class ReadSource:
-    """One `--data`: its name, the format it was read in, its examples, how often it comes in an epoch."""
+    """One `--data`: its name, the format it was read in, its examples, how often it comes in an epoch; its
+    rows, and what a person should know of them."""
 
     name: str
     format: str
     examples: int
     weight: float = 1.0
+    rows: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +101,7 @@ class DataReport:
             Rendered(**{**row, "pieces": tuple((str(t), bool(b)) for t, b in row["pieces"])})
             for row in data["samples"]
         )
-        rows = (ReadSource(**row) for row in data["sources"])
+        rows = (ReadSource(**{**row, "notes": tuple(row.get("notes", ()))}) for row in data["sources"])
         return DataReport(
             **{**data, "sources": tuple(rows), "samples": tuple(samples), "notes": tuple(data["notes"])}
         )

@@ -379,7 +379,7 @@ def test_a_model_too_shallow_and_a_role_that_is_missing(run, tmp_path):
 
 @pytest.mark.parametrize(
     "content, words",
-    [(b"", "is empty"), (b'{"text": 3}\n{"text": 4}\n', "no string"), (b"\xff\xfe\n", "is UTF-16")],
+    [(b"", "is empty"), (b'{"text": 3}\n{"text": 4}\n', "not a string"), (b"\xff\xfe\n", "is UTF-16")],
 )
 def test_data_that_is_none(run, tmp_path, monkeypatch, content, words):
     monkeypatch.chdir(tmp_path)

@@ -233,7 +233,7 @@ def test_rows_without_weight_are_left_out_and_other_weights_are_refused_by_name(
     rows = [{**PAIR[0], "weight": 0}, {**PAIR[1], "weight": 1}, {**PAIR[2], "weight": 1}]
     made = rows_of(write(tmp_path, "d.jsonl", *rows))
     assert made.look.rows + made.look.held_out_rows == 2
-    with pytest.raises(RequestError, match="`weight` is 0.5: a weight here is 0 or 1"):
+    with pytest.raises(RequestError, match=r"`weight` is 0\.5: a weight here is 0 or 1"):
         rows_of(write(tmp_path, "e.jsonl", {**PAIR[0], "weight": 0.5}, *PAIR))
     made = rows_of(write(tmp_path, "f.jsonl", *({**pair, "weight": 72.5} for pair in PAIR)))
     assert "columns not used: `weight`" in made.look.notes
@@ -417,3 +417,33 @@ def test_stored_rows_know_what_they_were_made_with(tmp_path, monkeypatch):
     for day in ("2026-01-31", "2026-02-01"):
         rows_of(path, shaped("llama3")[0], template_date=day)
     assert len(set(keys)) == 2
+
+
+def test_an_answer_is_learned_where_it_is_one_token_with_the_whole_prompt(tmp_path):
+    tokenizer, _ = shaped("chatml")
+    merged = next(t for t in ("In", "th", "re", "er", "is", "ar") if len(tokenizer(t)["input_ids"]) == 1)
+    rows = [{"prompt": merged[0], "completion": merged[1]}] * 3
+    made = rows_of(write(tmp_path, "d.jsonl", *rows), tokenizer)
+    assert spans(tokenizer, made.train[0]) == [merged[1] + "<|endoftext|>"]
+
+
+def test_an_empty_answer_that_is_null_is_blank(tmp_path):
+    rows = [{"messages": [turn("user", "a"), turn("assistant", None)]}, *[{"messages": CHATS["one"]}] * 3]
+    assert rows_of(write(tmp_path, "d.jsonl", *rows)).look.blank == 1
+
+
+def test_keys_that_the_template_reads_are_not_listed(tmp_path):
+    chat = [
+        turn("user", "a"),
+        turn("assistant", "b", thinking="Of b."),
+        turn("user", "c", name="Ada"),
+        turn("assistant", "d"),
+    ]
+    made = rows_of(write(tmp_path, "d.jsonl", *[{"messages": chat, "tools": []}] * 3), shaped("gpt-oss")[0])
+    assert "keys of messages not used: `name`" in made.look.notes
+    assert not any("columns" in note for note in made.look.notes)
+
+
+def test_a_text_of_other_objects_is_a_document(tmp_path):
+    path = write(tmp_path, "log.txt", *({"time": n, "event": "Ada went home."} for n in range(90)))
+    assert rows_of(path).look.sources[0].format == "document"

@@ -133,7 +133,7 @@ def test_an_end_inside_an_answer_does_not_cut_it_off():
 
 def test_the_assistant_may_speak_first():
     for shape in ("chatml", "gemma", "llama3", "gpt-oss"):
-        tokenizer, end = shaped(shape)
+        tokenizer, _ = shaped(shape)
         chat = [
             turn("assistant", "Hello there."),
             turn("user", "Where is Ada?"),

@@ -24,7 +24,8 @@ if TYPE_CHECKING:
     from lorafit.settings import RunConfig
 
 GENERATION, BENCHMARKS = "Generation", "Benchmarks"
-ABOUT_DATA = ("format", "map", "loss_on", "overflow", "max_length")
+SHAPE = ("format", "map", "on_bad_row", "csv_delimiter", "csv_quote")  # of the run's own files, not of others
+ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
 
 @app.command(name="eval")
@@ -222,7 +223,8 @@ def _rows(
     data = given.get("data")
     stored = stored_settings(adapter, found)
     about_data = {name: given[name] for name in ABOUT_DATA if name in given}
-    settings = replace(stored, **{"format": "auto", "map": None, **about_data})
+    usual = {name: OPTIONS[name].default for name in SHAPE}
+    settings = replace(stored, **{**usual, **about_data})
     # with --data, the format options apply to it and not to --also
     beside = replace(settings, format="auto", map=None) if data else settings
     read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
@@ -231,7 +233,7 @@ def _rows(
         rows = read(data, config=settings)
     elif held_out:
         rows = held_out_rows(adapter, tokenizer, found)
-    labels = labelled(rows, by, specs) if by and rows is not None else ()
+    labels = labelled(rows, by, specs, settings if data else stored) if by and rows is not None else ()
     return rows, labels, {file: read([file], config=beside) for file in also or ()}, settings
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from lorafit.errors import RequestError
@@ -71,6 +71,10 @@ class Counts:
         if not self.pair or (not apart and not self.joined):
             self.pair = [prompt, completion]
         self.joined += not apart
+
+    def forget_keys(self, is_read: Callable[[str], bool]) -> None:
+        """Of the messages' keys, keep those that are not read."""
+        self.unused_keys = {key: n for key, n in self.unused_keys.items() if not is_read(key)}
 
     def note(self, text: str) -> None:
         if text not in self.notes:

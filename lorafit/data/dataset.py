@@ -11,19 +11,18 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
-from random import Random
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
-from lorafit.data.batching import held_out
 from lorafit.data.counts import Counts, faults
-from lorafit.data.files import DataSource, records, sources
+from lorafit.data.files import DataSource, records, resembles_json, sources
 from lorafit.data.formats import Reading, parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
+from lorafit.data.split import ReadData, ReadFile, as_often, held_out_rows, nothing_left
 from lorafit.data.template import ChatTemplate, parse_args, special_texts
 from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError, RunError, closest
@@ -90,7 +89,7 @@ def load(
     stores: list[RowStore] = []
     train: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    chosen = iter(() if apart else _held_out(own, config))
+    chosen = iter(() if apart else held_out_rows(own, config))
     for data in own:
         keeping = []
         for part in data.parts:
@@ -99,7 +98,7 @@ def load(
             out = np.zeros(len(numbers), dtype=bool) if apart else next(chosen)
             kept.append(numbers[out])
             keeping.append(numbers[~out])
-        train.append(_as_often(np.concatenate(keeping), data.weight, config.seed))
+        train.append(as_often(np.concatenate(keeping), data.weight, config.seed))
     for data in others:
         for part in data.parts:
             kept.append(np.arange(len(part.store)) + sum(map(len, stores)))
@@ -109,7 +108,7 @@ def load(
     counts = [part.counts for data in made for part in data.parts]
     sets = RowSet(whole, np.concatenate(train)), RowSet(whole, np.concatenate(kept))
     if not len(sets[0]) or not len(sets[1]):
-        raise RequestError(*_nothing_left("training" if not len(sets[0]) else "held-out", counts, config))
+        raise RequestError(*nothing_left("training" if not len(sets[0]) else "held-out", counts, config))
     name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data, at most 200"
     return Rows(*sets, look_of(*sets, own, counts, name, tokenizer, task))
 
@@ -124,6 +123,7 @@ def read_eval_rows(
     specs: Sequence[str], config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int
 ) -> RowSet:
     """All rows of those files, for evaluation. Raises RequestError as `load` does."""
+    config = replace(config, group_by=None)
     made = _read_all(specs, config, tokenizer, task, vocab_size, lambda done, total: None)
     stores = tuple(part.store for data in made for part in data.parts)
     rows = RowSet(stores, np.arange(sum(map(len, stores))))
@@ -132,11 +132,11 @@ def read_eval_rows(
     return rows
 
 
-def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
+def labelled(rows: RowSet, by: str, specs: Sequence[str], config: RunConfig | None = None) -> list[str]:
     """For each row what a column of its file says, or by `file` the file's name, with its folders where
     two files have the same.
 
-    `specs` are the files that the rows come from. Raises RequestError where there is no such column.
+    `specs` are the files that the rows come from, read as `config` says. Raises RequestError where there is no such column.
     """
     origins = list(rows.origins())
     if by == "file":
@@ -147,9 +147,13 @@ def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
     said: dict[tuple[str, int], str] = {}
     for source in {s.name: s for spec in specs for s in sources(weighted(spec)[0])}.values():
         numbers = {number for name, number in wanted if name == source.name}
+        if config is not None:
+            source = _as_told(source, config)
+        if source.kind == "text" and resembles_json(source):
+            source = source.as_kind("jsonl")
         if numbers and source.kind == "text":
             raise RequestError(f"--by {by}: `{source.name}` is plain text and has no columns", "--by file")
-        for number, row in records(source) if numbers else ():
+        for number, row in records(source, fault=lambda error: None) if numbers else ():
             if number in numbers:
                 if not isinstance(row, dict) or by not in row:
                     columns = [str(column) for column in row] if isinstance(row, dict) else []
@@ -159,28 +163,6 @@ def labelled(rows: RowSet, by: str, specs: Sequence[str]) -> list[str]:
                     )
                 said[source.name, number] = " ".join(str(row[by]).split())
     return [said[origin] for origin in origins]
-
-
-@dataclass(frozen=True, slots=True)
-class _ReadFile:
-    """One source, read."""
-
-    store: RowStore
-    format: str
-    counts: Counts
-
-
-@dataclass(frozen=True, slots=True)
-class ReadData:
-    """One `--data`, read."""
-
-    spec: str
-    weight: float
-    parts: tuple[_ReadFile, ...]
-
-    @property
-    def examples(self) -> int:
-        return sum(part.counts.examples for part in self.parts)
 
 
 def _read_all(
@@ -289,7 +271,7 @@ def _template(path: str) -> str:
     return text
 
 
-def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable[[int], None]) -> _ReadFile:
+def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable[[int], None]) -> ReadFile:
     """The rows of a source: from the cache where a large one was read before, else made, and then kept."""
     by_line = source.where(0).endswith(":0")
     entry = None
@@ -298,7 +280,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         if found := opened(entry):
             arrays, index = found
             tick(source.bytes)
-            return _ReadFile(
+            return ReadFile(
                 RowStore(source.name, by_line, arrays), index["format_read"], Counts(**index["counts"])
             )
     counts = maker.counts
@@ -311,6 +293,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         for row in maker.rows(examples, format):
             writer.add(row)
         made = writer.finish()
+        counts.forget_keys(maker.reads)
     except BaseException as error:  # whatever it was, nothing stays half filled
         writer.close()
         if writer.folder is not None:
@@ -322,7 +305,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
             "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
         ) from None
     if entry is None:
-        return _ReadFile(RowStore(source.name, by_line, made), format, counts)  # type: ignore[arg-type]
+        return ReadFile(RowStore(source.name, by_line, made), format, counts)  # type: ignore[arg-type]
     tokens = writer.at[0]
     index = {
         "about": source.name, "tokens": tokens, "format": FORMAT, "digests": made, "format_read": format,
@@ -333,7 +316,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
     again = opened(entry)
     if again is None:
         raise RunError(f"what was written to `{entry}` is not what is there", "check the disk")
-    return _ReadFile(RowStore(source.name, by_line, again[0]), format, counts)
+    return ReadFile(RowStore(source.name, by_line, again[0]), format, counts)
 
 
 def _key(source: DataSource, config: RunConfig, maker: Tokens) -> str:
@@ -354,90 +337,6 @@ def _key(source: DataSource, config: RunConfig, maker: Tokens) -> str:
     ]  # fmt: skip
     found.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return found.hexdigest()[:32]
-
-
-def _held_out(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarray]:
-    """For each source whether a row is held out: a seeded share of all examples, but of a document its
-    end, since a window knows its neighbours. Raises RequestError where there is nothing to part."""
-    parts = [part for several in data for part in several.parts]
-    kinds = [part for part in parts if part.format != "document"]
-    documents = [part for part in parts if part.format == "document"]
-    for part in documents:
-        if len(part.store) < 2:
-            raise RequestError(
-                f"`{part.store.name}` is one window of {config.max_length} tokens: none can be held out",
-                "a longer text, a smaller --max-length, or --eval-data",
-            )
-    # by number, the group of each example that has rows
-    alive = [np.unique(part.store.arrays["examples"], return_index=True) for part in kinds]
-    groups = [part.store.arrays["groups"][first] for part, (_, first) in zip(kinds, alive, strict=True)]
-    several = sum(len(numbers) for numbers, _ in alive)
-    if not documents and several < 2:
-        names = ", ".join(f"`{each.spec}`" for each in data)
-        if not several:
-            counts = [part.counts for part in parts]
-            raise RequestError(*_nothing_left("training", counts, config))
-        raise RequestError(
-            f"{names} holds one example: none can be held out", "more examples, or --eval-data"
-        )
-    out = np.zeros(several, dtype=bool)
-    if config.group_by:
-        out = _out_by_group(np.concatenate(groups), config)
-    elif several > 1:
-        out[held_out(several, config.holdout, config.seed)] = True
-    found, before = [], 0
-    for part in parts:
-        rows = len(part.store)
-        if part.format == "document":
-            most = max(1, round(rows * config.holdout))
-            found.append(np.arange(rows) >= rows - most)
-        else:
-            numbers = np.unique(part.store.arrays["examples"])
-            chosen = numbers[out[before : before + len(numbers)]]
-            found.append(np.isin(part.store.arrays["examples"], chosen))
-            before += len(numbers)
-    return found
-
-
-def _out_by_group(groups: np.ndarray, config: RunConfig) -> np.ndarray:
-    """(examples,) whether each is held out: groups in a seeded order, until the share is reached.
-
-    Raises RequestError where all are one group.
-    """
-    names, sizes = np.unique(groups, return_counts=True)
-    if len(names) < 2:
-        raise RequestError(
-            f"--group-by {config.group_by}: all rows are one group: none can be held out", "--eval-data"
-        )
-    order = list(range(len(names)))
-    Random(f"{config.seed}/groups").shuffle(order)
-    wanted = len(held_out(len(groups), config.holdout, config.seed))
-    chosen: list[int] = []
-    for number in order[:-1]:  # one stays to be trained on
-        if sum(int(sizes[n]) for n in chosen) >= wanted:
-            break
-        chosen.append(number)
-    return np.isin(groups, names[chosen])
-
-
-def _as_often(numbers: np.ndarray, weight: float, seed: int) -> np.ndarray:
-    """Each row as often as its weight says; of what is left of a weight, a seeded share once more."""
-    whole, part = int(weight), weight - int(weight)
-    more = sorted(Random(f"{seed}/weight").sample(range(len(numbers)), round(part * len(numbers))))
-    return np.concatenate([*[numbers] * whole, numbers[more]]).astype(np.int64)
-
-
-def _nothing_left(which: str, counts: Sequence[Counts], config: RunConfig) -> tuple[str, str]:
-    why = [
-        f"{sum(c.unsupervised for c in counts):,} had nothing to learn",
-        f"{sum(c.cut_away for c in counts):,} nothing within {config.max_length} tokens",
-        f"{sum(c.too_long for c in counts):,} were longer than that",
-        f"{sum(c.blank for c in counts):,} were blank",
-        f"{sum(c.bad for c in counts):,} cannot be used",
-        f"{sum(c.weightless for c in counts):,} had weight 0",
-    ]
-    said = ", ".join(text for text in why if not text.startswith("0 ")) or "there was none"
-    return f"no {which} row is left: {said}", "raise --max-length, or look at the data"
 
 
 def prepare(tokenizer: PreTrainedTokenizerBase, config: RunConfig | None = None) -> None:

@@ -48,12 +48,15 @@ class Encoder:
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Encoder:
-        """Raises nothing: a tokenizer that puts its tokens elsewhere than at both ends has none."""
+        """Its own tokens are those before and behind a letter; none where it puts them elsewhere."""
         plain = list(tokenizer("a", add_special_tokens=False, verbose=False)["input_ids"])
         framed = list(tokenizer("a", verbose=False)["input_ids"])
-        at = next((n for n in range(len(framed) + 1) if framed[n : n + len(plain)] == plain), 0)
-        begin, behind = tuple(framed[:at]), tuple(framed[at + len(plain) :])
-        if not plain:  # a vocabulary that does not know the letter
+        begin: tuple[int, ...] = ()
+        behind: tuple[int, ...] = ()
+        places = [n for n in range(len(framed)) if plain and framed[n : n + len(plain)] == plain]
+        if places:
+            begin, behind = tuple(framed[: places[0]]), tuple(framed[places[0] + len(plain) :])
+        elif not plain:  # a vocabulary that does not know the letter
             half = (len(framed) + 1) // 2
             begin, behind = tuple(framed[:half]), tuple(framed[half:])
         added = getattr(tokenizer, "added_tokens_decoder", None) or {}

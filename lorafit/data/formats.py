@@ -17,19 +17,17 @@ Beside the turns a row may hold `system`, a text, and `tools`, a list for the ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 from typing import Any
 
 from lorafit.data.counts import Counts
+from lorafit.data.example import Example, Reading
 from lorafit.data.files import (
     DataSource,
-    Fault,
     Tick,
     lines_of,
     opened_file,
     reading_errors,
     records,
-    refuse,
     resembles_json,
 )
 from lorafit.data.messages import (
@@ -53,10 +51,10 @@ COLUMNS = (
 )  # fmt: skip
 BESIDE = ("system", "tools", "functions")  # columns that go with messages
 READ = {
-    "messages": ("messages", *BESIDE),
-    "conversations": ("conversations", "conversation", *BESIDE),
+    "messages": ("messages",),
+    "conversations": ("conversations", "conversation"),
     "prompt-completion": ("prompt", "completion"),
-    "instruction": ("instruction", "input", "output", "history", *BESIDE),
+    "instruction": ("instruction", "input", "output", "history"),
     "text": ("text",),
     "tokens": ("input_ids", "labels", "attention_mask", "token_type_ids"),
 }
@@ -66,49 +64,6 @@ SAID = ("role", "content", "from", "value", "tool_calls", "function_call")  # ke
 ASKED = ("question", "query", "problem", "input", "source", "instruction", "context", "article")
 
 ANSWERED = ("answer", "response", "solution", "output", "target", "summary", "reply", "label")
-
-
-@dataclass(frozen=True, slots=True)
-class Example:
-    """One example as it was read: `messages`, or `prompt` and `completion`, or `text`, or `ids` and `labels`.
-
-    `where` is its file and line, `number` its place in the file; `group` is what --group-by keeps together.
-    Of the messages, `skipped` are not learned though the assistant's.
-    """
-
-    where: str
-    messages: tuple[Message, ...] = ()
-    tools: tuple[Any, ...] = ()
-    asked: int = 0  # messages at the head that belong to the prompt: none of them is learned
-    prompt: str = ""
-    completion: str = ""
-    text: str = ""
-    number: int = 0
-    ids: tuple[int, ...] = ()
-    labels: tuple[int, ...] = ()
-    group: str = ""
-    skipped: frozenset[int] = frozenset()
-
-    @property
-    def kind(self) -> str:
-        if self.messages:
-            return "messages"
-        if self.ids:
-            return "tokens"
-        return "prompt-completion" if self.completion else "text"
-
-
-@dataclass(frozen=True, slots=True)
-class Reading:
-    """How rows are read: the format, `--map`'s columns, the column that --group-by names, whether prompts and
-    completions become turns; what is counted, and what is done with a bad row."""
-
-    format: str = "auto"
-    columns: Mapping[str, str] = field(default_factory=dict)
-    group_by: str = ""
-    as_chat: bool = False
-    counts: Counts = field(default_factory=Counts)
-    fault: Fault = refuse
 
 
 class _Blank(Exception):
@@ -146,7 +101,7 @@ def read(
     """
     reading = reading or Reading(format, columns or {})
     format = reading.format
-    if source.kind == "text" and format not in ("document", "lines", "text") and resembles_json(source):
+    if source.kind == "text" and format not in ("document", "lines", "text") and _holds_rows(source, reading):
         source = source.as_kind("jsonl")
     elif source.is_text and format in ("document", "lines"):
         source = source.as_kind("text")
@@ -174,6 +129,19 @@ def read(
             else f"`{source.name}` is empty: nothing to learn in its {blank:,} blank rows"
         )
     return format, _and_rest(head, found)
+
+
+def _holds_rows(source: DataSource, reading: Reading) -> bool:
+    """Whether a text file holds JSON lines of a known format: other lines are text."""
+    if not resembles_json(source):
+        return False
+    if reading.format != "auto" or reading.columns:
+        return True
+    try:
+        number, row = next(records(source.as_kind("jsonl")))
+        return bool(_format_of(row, source, number))
+    except (RequestError, StopIteration):
+        return False
 
 
 def _and_rest(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
@@ -228,8 +196,9 @@ def _examples(
         except RequestError as error:
             reading.fault(error)
             continue
+        beside = BESIDE if example.messages else ()
         for column in row:
-            if column not in read_columns and not _is_weight(column, row):
+            if column not in read_columns and column not in beside and not _is_weight(column, row):
                 counts.unused[str(column)] = counts.unused.get(str(column), 0) + 1
         yield example
 

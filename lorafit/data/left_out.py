@@ -8,8 +8,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from lorafit.data.messages import REASONING
 from lorafit.data.template import (
-    REASONING,
     SENTINEL,
     ChatTemplate,
     Message,

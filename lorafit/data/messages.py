@@ -10,6 +10,8 @@ from lorafit.errors import RequestError, closest
 
 Message = dict[str, Any]
 
+REASONING = ("reasoning_content", "reasoning", "thinking")  # keys of a message that hold a thought
+
 SPEAKERS = {
     "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
     "chatgpt": "assistant", "bot": "assistant", "bard": "assistant", "bing": "assistant", "ai": "assistant",
@@ -127,11 +129,10 @@ def _message(turn: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Mess
     elif not isinstance(turn["tool_calls"], list) or not all(isinstance(c, dict) for c in turn["tool_calls"]):
         raise RequestError(f"`{where}`: `tool_calls` in `{key}` is not a list of calls")
     if not isinstance(turn.get("content"), str):
-        if not turn.get("tool_calls") and not any(
-            isinstance(turn.get(k), str) for k in ("reasoning_content", "thinking")
-        ):
+        called = turn.get("tool_calls") or any(isinstance(turn.get(k), str) for k in REASONING)
+        if not called and turn.get("content", 0) is not None:
             raise RequestError(f"`{where}`: the `content` of a message in `{key}` is not a string")
-        turn["content"] = None if "content" in turn else ""
+        turn["content"] = None if called and "content" in turn else ""
     return turn
 
 
@@ -183,10 +184,7 @@ def is_learned(holder: Message, names: Iterable[str], where: str, strict: bool =
             if number == 0:
                 return False
         elif number is not None and 0 < number < 1:
-            raise RequestError(
-                f"`{where}`: `{name}` is {value}: a weight here is 0 or 1",
-                "--on-bad-row skip leaves such rows out",
-            )
+            raise RequestError(f"`{where}`: `{name}` is {value}: a weight here is 0 or 1")
         elif strict:
             raise RequestError(f"`{where}`: `{name}` of a message is {value!r}: a weight here is 0 or 1")
     return True

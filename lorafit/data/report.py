@@ -15,7 +15,7 @@ from lorafit.events import DataReport, ReadSource, Rendered
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from lorafit.data.dataset import ReadData
+    from lorafit.data.split import ReadData
 
 
 def look_of(
@@ -39,7 +39,12 @@ def look_of(
     return DataReport(
         sources=tuple(
             ReadSource(
-                Path(d.spec).name, ", ".join(dict.fromkeys(p.format for p in d.parts)), d.examples, d.weight
+                Path(d.spec).name,
+                ", ".join(dict.fromkeys(p.format for p in d.parts)),
+                d.examples,
+                d.weight,
+                sum(len(p.store) for p in d.parts),
+                tuple(remarks([p.counts for p in d.parts])),
             )
             for d in own
         ),

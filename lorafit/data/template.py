@@ -32,7 +32,6 @@ SENTINEL = "XqSentinelXq"  # a text that no row holds
 
 GENERATION_BLOCK = re.compile(r"\{%-?\s*generation\s*-?%\}")
 DATE = re.compile(r"strftime_now\(\s*(?:\"([^\"]*)\"|'([^']*)')\s*\)")
-REASONING = ("reasoning_content", "reasoning", "thinking")
 
 Message = dict[str, Any]
 Span = tuple[int, int]

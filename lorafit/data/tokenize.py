@@ -7,6 +7,7 @@ all of a text.
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,9 +16,10 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.data.counts import Counts
 from lorafit.data.encode import Encoded, Encoder, Text
+from lorafit.data.example import Example
 from lorafit.data.files import Fault, refuse
-from lorafit.data.formats import Example
 from lorafit.data.left_out import LeftOut, fit_arguments
+from lorafit.data.messages import REASONING
 from lorafit.data.rows import CUT, IGNORED, NO_END, Row
 from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate
 from lorafit.errors import RequestError
@@ -75,6 +77,14 @@ class Tokens:
     def dated(self) -> bool:
         """Whether the chat template writes today's date."""
         return self.tokenizer.chat_template is not None and ChatTemplate(self.tokenizer).dated
+
+    def reads(self, key: str) -> bool:
+        """Whether the chat template reads this key of a message; what it leaves out of a thought is found
+        otherwise."""
+        template = self.tokenizer.chat_template
+        if self.task == "seq2seq" or template is None:
+            return False
+        return key in REASONING or re.search(rf"\b{re.escape(key)}\b", str(template)) is not None
 
     @property
     def left_out(self) -> LeftOut:
@@ -194,6 +204,8 @@ class Tokens:
             if example.kind == "tokens":
                 found[number] = Encoded(list(example.ids), list(example.labels))
             elif example.kind != "messages":
+                if found[number].seam == 0 and not self.encoder.begin and self.task == "causal":
+                    found[number] = self._apart(example)  # nothing would predict a first token
                 found[number] = self._closed(found[number])
             if found[number].seam is not None:
                 self._count_seam(found[number], example)
@@ -213,6 +225,13 @@ class Tokens:
             else Encoded(list(source), list(target))
             for source, target in pairs
         ]  # fmt: skip
+
+    def _apart(self, example: Example) -> Encoded:
+        """Prompt and completion each encoded alone, where together they begin with one token of both."""
+        prompt, completion = self.encoder.encode(
+            [Text(example.prompt, whole=True), Text(example.completion, whole=True)]
+        )
+        return Encoded(prompt.ids + completion.ids, [IGNORED] * len(prompt.ids) + completion.ids)
 
     def _closed(self, found: Encoded) -> Encoded:
         """A text between its begin token and its end token, each there once."""

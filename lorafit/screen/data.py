@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from rich.text import Text
 
-from lorafit.data import ShownRow
 from lorafit.events import DataReport
 from lorafit.screen.console import CONTROLS, LABEL, Screen, rows_text, table_of
 from lorafit.settings import RunConfig
 from lorafit.units import count, figures, percent
+
+if TYPE_CHECKING:
+    from lorafit.data import ShownRow
 
 
 def show_data(screen: Screen, config: RunConfig, look: DataReport) -> None:
