@@ -8,7 +8,6 @@ from pathlib import Path
 from lorafit.digests import SEAL
 from lorafit.errors import RequestError, RunError
 from lorafit.outputs import EVENTS, RUN_FILE
-from lorafit.train import STATE_FILES
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
@@ -36,6 +35,8 @@ def push(folder: Path, name: str) -> str:
     here is as it was.
     """
     import huggingface_hub
+
+    from lorafit.train import STATE_FILES
 
     if not folder.is_dir():
         raise RequestError(f"there is no folder `{folder}`")

@@ -94,7 +94,7 @@ def test_the_prefix_is_run_once_for_all(runs, monkeypatch):
         return around(self, batch)
 
     monkeypatch.setattr(Prefix, "around", seen)
-    question = side_by_side.Question(rows)
+    question = side_by_side.EvalRequest(rows)
     side_by_side.compare(
         question, source, found, [str(runs[1])], tokenizer, torch.float32, {}, torch.device("cpu")
     )
@@ -159,7 +159,7 @@ def test_data_of_another_shape_are_mapped(runs, run, tmp_path):
 
 
 def test_by_needs_rows(runs, run, tmp_path):
-    assert "beside --prompt" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
+    assert "with --prompt" in run("eval", runs[0], "--prompt", "Ada", "--by", "topic").err
     text = tmp_path / "text.txt"
     text.write_text("Ada lent the lamp to Finn. " * 40)
     assert "no columns" in run("eval", runs[0], "--data", text, "--by", "topic").err

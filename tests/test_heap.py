@@ -22,7 +22,7 @@ def started(code: str, **more: str) -> tuple[str, int]:
     """What a Python process of its own prints, and the number it was started under."""
     environment = {name: value for name, value in os.environ.items() if name != TUNABLES}
     process = subprocess.Popen(
-        [sys.executable, "-c", f"from lorafit import heap; import os\n{code}"], env={**environment, **more},
+        [sys.executable, "-c", f"from lorafit.estimate.glibc_heap import STARTED, TUNABLES, keep_freed, start_over; import os\n{code}"], env={**environment, **more},
         stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     out, _ = process.communicate()
@@ -39,7 +39,7 @@ def test_a_process_starts_over_once_and_stays_the_same_one():
 
 @glibc
 def test_what_a_user_has_set_stays():
-    show = "heap.start_over(); print(os.environ[TUNABLES])"
+    show = "start_over(); print(os.environ[TUNABLES])"
     own = "glibc.malloc.arena_max=1"
     assert started(show, GLIBC_TUNABLES=own)[0].strip() == f"{own}:{NO_CACHE}"
     sized = "glibc.malloc.tcache_count=3"
@@ -123,5 +123,5 @@ before = held()
 rounds(50)
 print(held() - before)
 """
-    grown = int(started("heap.start_over()\n" + code)[0])
+    grown = int(started("start_over()\n" + code)[0])
     assert grown <= 8, f"{grown} MiB"

@@ -3,8 +3,8 @@ import json
 import pytest
 from families import FAMILIES, build_config, build_model
 
-from lorafit import system
 from lorafit.jsonio import jsonable
+from lorafit.model import map as model_map
 from lorafit.model.chart import map_of
 from lorafit.model.map import MapCache, from_json, sum_params
 
@@ -47,7 +47,7 @@ def test_a_cache_that_cannot_be_written_is_no_reason_to_stop(tmp_path):
 
 def test_another_version_reads_no_old_map(monkeypatch):
     before = MapCache.key({})
-    monkeypatch.setattr(system, "installed", lambda package: "0.0")
+    monkeypatch.setattr(model_map, "installed", lambda package: "0.0")
     assert MapCache.key({}) != before
 
 

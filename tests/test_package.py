@@ -46,7 +46,7 @@ def test_a_wheel_finds_its_presets_and_its_demo(wheel, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(tmp_path / "site"), "HF_HUB_OFFLINE": "1"}
     code = (
         "import lorafit, lorafit.cli; assert lorafit.__file__.startswith(sys_path), lorafit.__file__\n"
-        "from lorafit import presets, demo; assert len(presets.names()) == 5; assert presets.load('ffn').roles\n"
+        "from lorafit import demo, settings; assert len(settings.preset_names()) == 5\nassert settings.load_preset('ffn').roles\n"
         "assert demo.MODEL.is_dir() and str(demo.MODEL).startswith(sys_path)\n"
         "lorafit.cli.app(['plan', '--preset', 'ffn', '--layers', 'high', '--no-estimate'])"
     )

@@ -139,7 +139,7 @@ def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
     assert kept.about.endswith("layers 0–1") and kept.tokens == job.rows.look.tokens
     tokens = kept.tokens + job.rows.look.held_out_tokens
     assert (
-        prefix_store.folder() / kept.key / "states.bin"
+        prefix_store.states_folder() / kept.key / "states.bin"
     ).stat().st_size <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
 
 
@@ -157,7 +157,7 @@ def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, m
 def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix_store.folder() / cache.kept()[0].key / "states.bin"
+    path = prefix_store.states_folder() / cache.kept()[0].key / "states.bin"
     raw = bytearray(path.read_bytes())
     raw[1000] ^= 1
     path.write_bytes(raw)
@@ -169,7 +169,7 @@ def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path,
 def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
-    path = prefix_store.folder() / cache.kept()[0].key / "states.bin"
+    path = prefix_store.states_folder() / cache.kept()[0].key / "states.bin"
     path.write_bytes(path.read_bytes()[:-8])
     _, events = trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
     assert next(e for e in events if isinstance(e, EpochDone)).replayed is False
@@ -179,8 +179,10 @@ def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypa
 def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "short", prefix_cache="disk", max_steps=2)
-    assert not cache.kept() and not list(prefix_store.folder().iterdir())
-    dead = prefix_store.folder() / f"{'0' * 32}{cache.FILLING}999999999"  # of a process that was killed
+    assert not cache.kept() and not list(prefix_store.states_folder().iterdir())
+    dead = (
+        prefix_store.states_folder() / f"{'0' * 32}{cache.FILLING}999999999"
+    )  # of a process that was killed
     dead.mkdir()
     (dead / "states.bin").write_bytes(b"half")
     trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")
@@ -211,7 +213,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, 
     assert load_file(job.folder.work / WEIGHTS).keys() and adapter_of(job.folder.work) == adapter_of(
         tmp_path / "off"
     )
-    assert not cache.kept() and not list(prefix_store.folder().iterdir())
+    assert not cache.kept() and not list(prefix_store.states_folder().iterdir())
 
 
 @pytest.mark.parametrize(

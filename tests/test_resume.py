@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -22,6 +23,7 @@ from lorafit import digests
 from lorafit.adapter.folder import WEIGHTS, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Started, Stepped, TrainReport
+from lorafit.train.checkpoint import trainable
 from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 # A process that has imported everything, and forks a child for each command it reads; the child may
@@ -182,9 +184,11 @@ def test_damaged_checkpoints_are_passed_over(tiny, pairs, tmp_path):
 @pytest.mark.parametrize(
     "change, words",
     [
-        ({"learning_rate": 1e-3}, "learning_rate was"), ({"epochs": 3}, "epochs was 2, is 3"), ({"layers": "high"}, "layers was"),
-        ({"preset": "ffn"}, "preset was"), ({"seed": 5}, "seed was 0, is 5"), ({"data": None}, "training rows are other ones"),
-        ({"rank": 4}, "rank was"), ({"loss_on": "all"}, "training rows are other ones"),
+        ({"learning_rate": 1e-3}, "`learning_rate` was"), ({"epochs": 3}, "`epochs` was 2, is 3"), ({"layers": "high"}, "`layers` was"),
+        ({"preset": "ffn"}, "`preset` was"), ({"seed": 5}, "`seed` was 0, is 5"), ({"data": None}, "training rows differ"),
+        ({"weight_decay": 0.1}, "`weight_decay` was 0.0, is 0.1"), ({"max_grad_norm": 0.5}, "`max_grad_norm` was"),
+        ({"optimizer": "sgd"}, "`optimizer` was 'adamw', is 'sgd'"), ({"modules": ("q_proj,k_proj",)}, "adapted modules differ"),
+        ({"rank": 4}, "`rank` was"), ({"loss_on": "all"}, "training rows differ"),
     ],
 )  # fmt: skip
 def test_another_run_is_not_resumed(tiny, pairs, tmp_path, change, words):
@@ -213,8 +217,96 @@ def test_other_base_weights_are_another_run(tiny, pairs, tmp_path):
     raw = bytearray(path.read_bytes())
     raw[-1] ^= 1
     path.write_bytes(bytes(raw))
-    with pytest.raises(RequestError, match="base weights are other ones"):
+    with pytest.raises(RequestError, match="base weights differ"):
         events_of(job_for(base, tmp_path / "r", resume=True, **flags))
+
+
+@pytest.mark.parametrize("optimizer", ["adafactor", "sgd"])
+def test_every_optimizer_is_resumed_to_the_bit(tiny, pairs, tmp_path, optimizer):
+    """Its state is kept exactly: numbers as numbers, tensors as tensors."""
+    flags = stopped(tiny, pairs, tmp_path / "r", optimizer=optimizer, weight_decay=0.1, learning_rate=1e-2)
+    flags = {k: v for k, v in flags.items() if v is not None}
+    resumed = events_of(job_for(tiny("llama"), tmp_path / "r", resume=True, **flags))
+    straight = events_of(job_for(tiny("llama"), tmp_path / "whole", **flags))
+    assert next(e for e in resumed if isinstance(e, Started)).resumed_at == 6
+    assert same(tmp_path / "r", tmp_path / "whole")
+    assert (
+        resumed[-1].eval["after"].loss == straight[-1].eval["after"].loss < straight[-1].eval["before"].loss
+    )
+
+
+def test_a_checkpoint_keeps_an_optimizers_state_as_it_is(tiny, pairs, tmp_path):
+    """Tensors that parameters share, bytes, and numbers that float32 would round."""
+    from lorafit.train.checkpoint import restore, save_checkpoint
+
+    job = job_for(tiny("llama"), tmp_path / "r", data=(str(pairs),), max_steps=1)
+    optimizer = torch.optim.SGD(job.parameters, lr=1.0)
+    table = torch.linspace(-1, 1, 256)
+    for n, parameter in enumerate(job.parameters):
+        optimizer.state[parameter] = {
+            "step": 2**40 + n, "share": 1 / 3, "table": table,
+            "state1": torch.arange(300, dtype=torch.uint8), "absmax": torch.rand(2),
+        }  # fmt: skip
+    wanted = [dict(optimizer.state[p]) for p in job.parameters]
+    path = save_checkpoint(tmp_path / "c", 1, job.model, optimizer, {})
+    other = torch.optim.SGD(job.parameters, lr=1.0)
+    restore(path, job.model, other)
+    for parameter, right in zip(job.parameters, wanted, strict=True):
+        got = other.state[parameter]
+        assert got.keys() == right.keys()
+        for key, value in right.items():
+            if isinstance(value, torch.Tensor):
+                assert torch.equal(got[key], value) and got[key].dtype == value.dtype
+            else:
+                assert got[key] == value and type(got[key]) is type(value)
+    assert optimizer.state[job.parameters[0]]["table"].data_ptr() == table.data_ptr()
+
+
+def test_a_finished_run_asked_for_more_is_refused(tiny, pairs, tmp_path, run):
+    words = ["train", tiny("llama"), "--data", pairs, "--batch-size", 8, "-o", tmp_path / "r", "--epochs", 1]
+    assert run(*words).code == 0
+    before = (tmp_path / "r" / "events.jsonl").read_bytes()
+    same = run(*words, "--resume")
+    assert same.code == 0 and "nothing to resume" in same.err
+    assert run(*words, "--resume", "--save-steps", 3).code == 0  # how it is saved may differ
+    for more, text in (
+        (("--epochs", 3), "`epochs` was 1, is 3"),
+        (("--weight-decay", 0.1), "`weight_decay` was 0.0, is 0.1"),
+        (("--max-steps", 2), "`max_steps` was None, is 2"),
+        (("--overflow", "drop"), "`overflow` was 'truncate', is 'drop'"),
+        (("--optimizer", "sgd"), "`optimizer` was 'adamw', is 'sgd'"),
+    ):
+        done = run(*words, "--resume", *more)
+        assert done.code == 2 and text in " ".join(done.err.split())
+        assert "another -o" in done.err and "--overwrite" in done.err
+    assert (tmp_path / "r" / "events.jsonl").read_bytes() == before
+    (tmp_path / "notes").mkdir()
+    done = run("train", tiny("llama"), "--data", pairs, "-o", tmp_path / "notes", "--resume")
+    assert done.code == 2 and "is not a run" in done.err
+
+
+def test_what_is_kept_of_a_diverged_run_is_the_last_good_adapter(tiny, pairs, tmp_path):
+    """To the bit that of the step it names, in the folder and in the model, and none of what came after."""
+    from lorafit.train.loggers import recorded
+    from lorafit.train.loop import run
+
+    job = job_for(
+        tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=9, batch_size=4, warmup=20.0,
+        scheduler="constant",
+    )  # fmt: skip
+    job.config = replace(job.config, learning_rate=1e4)
+    after: dict[int, list[torch.Tensor]] = {}
+    with pytest.raises(RunError) as error:
+        for event in recorded(job, run(job)):
+            if isinstance(event, Stepped):
+                after[event.step] = [p.detach().clone() for p in job.parameters]
+    (good,) = re.findall(r"after step (\d+) is saved", error.value.message)
+    last = max(after)
+    assert int(good) < last and not torch.equal(after[int(good)][1], after[last][1])
+    assert all(torch.equal(a, p) for a, p in zip(after[int(good)], job.parameters, strict=True))
+    saved = load_file(tmp_path / "r.partial" / LAST_GOOD / WEIGHTS)
+    values = [saved[name.replace(".default", "")] for name in trainable(job.model)]
+    assert all(torch.equal(a, b) for a, b in zip(after[int(good)], values, strict=True))
 
 
 def test_the_best_on_the_way_is_kept(tiny, pairs, tmp_path):
@@ -278,13 +370,13 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
     """A limit on the size of files, as a full disk: checkpoints that no longer fit end the run."""
     code = (
         "import resource, sys\n"
-        "from lorafit import checkpoint\n"
-        "was = checkpoint.save\n"
+        "from lorafit.train import loop\n"
+        "was = loop.save_checkpoint\n"
         "def save(folder, step, *rest):\n"
         "    if step > 4:\n"
         "        resource.setrlimit(resource.RLIMIT_FSIZE, (4096, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
         "    return was(folder, step, *rest)\n"
-        "checkpoint.save = save\n"
+        "loop.save_checkpoint = save\n"
         "from lorafit.cli import app\n"
         "app(sys.argv[1:])\n"
     )
@@ -328,7 +420,7 @@ def test_links_in_the_output_path(tiny, pairs, tmp_path):
         RunFolder(tmp_path / "new").open(True, False)
     events_of(job_for(tiny("llama"), tmp_path / "link" / "r", data=(str(pairs),), max_steps=1))
     assert (tmp_path / "real" / "r" / WEIGHTS).is_file()
-    with pytest.raises(RequestError, match="neither a run nor a model"):
+    with pytest.raises(RequestError, match="lorafit did not write"):
         RunFolder(tmp_path / "link").open(True, False)
     (tmp_path / "other").symlink_to(tmp_path / "real" / "r")
     before = (tmp_path / "real" / "r" / WEIGHTS).read_bytes()

@@ -219,7 +219,7 @@ def test_a_map_seen_before_needs_no_torch(tmp_path):
 
     chart_of(find("demo"))
     code = (
-        "import sys; from lorafit.survey import find, survey; found = chart_of(find('demo'));"
+        "import sys; from lorafit.model import chart_of, find; found = chart_of(find('demo'));"
         "assert found.total_params == 2525952; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)

@@ -141,7 +141,7 @@ def test_another_run_cannot_be_resumed(tiny, pairs, tmp_path):
     job = job_for(tiny("llama"), tmp_path / "b", stop=lambda: 2, **flags)
     with pytest.raises(Interrupted):
         events_of(job)
-    with pytest.raises(RequestError, match="learning_rate was"):
+    with pytest.raises(RequestError, match="`learning_rate` was"):
         events_of(job_for(tiny("llama"), tmp_path / "b", resume=True, learning_rate=1e-5, **flags))
     with pytest.raises(RequestError, match="an unfinished run lies"):
         job_for(tiny("llama"), tmp_path / "b", **flags)

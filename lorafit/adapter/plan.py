@@ -12,11 +12,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.adapter.peft_names import Spelling, pattern_value, spell
+from lorafit.adapter.plan_checks import (
+    bare_layers,
+    check_peft_can,
+    check_rank,
+    fused_notes,
+    missing_roles,
+    no_role,
+)
 from lorafit.errors import RequestError, closest
 from lorafit.model import (
-    ATTENTIONS,
     DEFAULT_PARTS,
-    FEED_FORWARDS,
     ModelMap,
     Part,
     Role,
@@ -144,24 +150,13 @@ def resolve(
     notes: list[str] = []
     chosen = _layers(model_map, stacks, candidates, choice)
     slots = tuple(s for s in candidates if s.layer in chosen[s.stack])
-    if not slots:
-        where = f"layers {index_ranges(tuple(sorted({i for c in chosen.values() for i in c})))}"
-        wanted = ", ".join(f"`{r}`" for r in preset.roles or preset.modules)
-        there = sorted({s.layer for s in candidates})
-        raise RequestError(
-            f"{where} of `{model_map.model}` hold no weight for {wanted}",
-            f"layers that do: {index_ranges(tuple(there))}",
-        )
-    for name in preset.modules:
-        if not any(s.path == name or s.path.endswith(f".{name}") for s in slots):
-            raise RequestError(
-                f"module `{name}` lies in none of the chosen layers", "choose its layers too, or leave it out"
-            )
+    _check_chosen(model_map, preset, candidates, slots, chosen)
     if preset.roles:
-        notes += _missing_roles(model_map, preset.roles, candidates, slots)
-        notes += _fused(preset.roles, slots, strict)
-    notes += _bare_layers(model_map, chosen, slots, preset)
-    _check_peft_can(model_map, slots, preset.lora)
+        notes += missing_roles(model_map, preset.roles, candidates, slots)
+        notes += fused_notes(preset.roles, slots, strict)
+    notes += bare_layers(model_map, chosen, slots, preset)
+    check_peft_can(model_map, slots, preset.lora)
+    notes += check_rank(slots, preset.lora)
     notes += model_map.notes
 
     linear = [s for s in slots if s.kind != "parameter"]
@@ -209,6 +204,29 @@ def planned(model_map: ModelMap, preset: Preset, config: RunConfig, layers: str 
     )
 
 
+def _check_chosen(
+    model_map: ModelMap,
+    preset: Preset,
+    candidates: Sequence[Slot],
+    slots: Sequence[Slot],
+    chosen: dict[str, tuple[int, ...]],
+) -> None:
+    """Raises RequestError when the chosen layers hold nothing, or not a module that was named."""
+    if not slots:
+        where = f"layers {index_ranges(tuple(sorted({i for c in chosen.values() for i in c})))}"
+        wanted = ", ".join(f"`{r}`" for r in preset.roles or preset.modules)
+        there = sorted({s.layer for s in candidates})
+        raise RequestError(
+            f"{where} of `{model_map.model}` hold no weight for {wanted}",
+            f"layers that do: {index_ranges(tuple(there))}",
+        )
+    for name in preset.modules:
+        if not any(s.path == name or s.path.endswith(f".{name}") for s in slots):
+            raise RequestError(
+                f"module `{name}` lies in none of the chosen layers", "choose its layers too, or leave it out"
+            )
+
+
 def _parts(include: Sequence[str], exclude: Sequence[str]) -> frozenset[Part]:
     known = {part.value: part for part in Part}
     for word in (*include, *exclude):
@@ -243,24 +261,8 @@ def _playing(
     with_roles = {s.part for s in model_map.slots if s.roles}
     found = [s for s in within if asked & set(s.roles) or (not s.roles and s.part not in with_roles)]
     if not found:
-        raise _no_role(model_map, sorted(asked, key=list(Role).index), within)
+        raise no_role(model_map, sorted(asked, key=list(Role).index), within)
     return found
-
-
-def _no_role(model_map: ModelMap, roles: Sequence[Role], within: Sequence[Slot]) -> RequestError:
-    names = ", ".join(f"`{r}`" for r in roles)
-    word = "role" if len(roles) == 1 else "roles"
-    feed = {Role.GATE, Role.UP, Role.DOWN}
-    group, name = (FEED_FORWARDS, "feed-forward") if set(roles) <= feed else (ATTENTIONS, "attention")
-    there = [r for r in Role if any(r in s.roles for s in within if s.part in group)]
-    known = f"its {name} roles are " + ", ".join(f"`{r}`" for r in there) if there else ""
-    elsewhere = sorted({s.part.value for s in model_map.slots if set(roles) & set(s.roles)})
-    if not known and elsewhere:
-        known = f"they stand in {', '.join(elsewhere)}: --include {elsewhere[0]}"
-    see = f"see `lorafit inspect {model_map.model}`"
-    return RequestError(
-        f"no weight of `{model_map.model}` plays {word} {names}", f"{known}; {see}" if known else see
-    )
 
 
 def _named(
@@ -328,105 +330,6 @@ def _layers(
                 f"{error.hint}; or --stack {others[0]}" if others else error.hint,
             ) from None
     return chosen
-
-
-def _missing_roles(
-    model_map: ModelMap, roles: Sequence[Role], candidates: Sequence[Slot], slots: Sequence[Slot]
-) -> list[str]:
-    """Notes on roles that are asked for and not there; an error where that was the point.
-
-    A feed-forward without a gate is a common shape, and `ffn` there means up and down: said,
-    not refused.
-    """
-    anywhere = {role for slot in candidates for role in slot.roles}
-    here = {role for slot in slots for role in slot.roles}
-    notes = []
-    missing = [role for role in roles if role not in anywhere]
-    if missing == [Role.GATE] and {Role.UP, Role.DOWN} & set(roles) & anywhere:
-        notes.append("no gate: the feed-forward of this model is not gated")
-    elif missing:
-        raise _no_role(model_map, missing, [s for s in model_map.slots if s.part in DEFAULT_PARTS])
-    for role in roles:
-        if role in anywhere and role not in here:
-            notes.append(f"none of the chosen layers holds `{role}`")
-    low_rank = {s.path.rpartition(".")[2] for s in slots} & {"q_b_proj", "kv_b_proj"}
-    if low_rank:
-        names = " and ".join(f"`{name}`" for name in sorted(low_rank, reverse=True))
-        notes.append(f"latent attention: {names} make queries, keys and values of a compressed state")
-    return notes
-
-
-def _fused(roles: Sequence[Role], slots: Sequence[Slot], strict: bool) -> list[str]:
-    """A note for each spelling of a fused weight that plays more than was asked for."""
-    notes = {}
-    for slot in slots:
-        more = [r for r in slot.roles if r not in roles]
-        if more and slot.roles:
-            leaf = slot.path.rpartition(".")[2]
-            asked = ", ".join(r.value for r in roles)
-            also = ", ".join(r.value for r in more)
-            notes[leaf] = f"asked {asked}; `{leaf}` also holds {also} and is adapted whole"
-    if notes and strict:
-        first = next(iter(notes.values())).removesuffix(" and is adapted whole")
-        raise RequestError(f"--strict: {first}", "drop --strict, or ask for all that it holds")
-    return list(notes.values())
-
-
-def _bare_layers(
-    model_map: ModelMap, chosen: dict[str, tuple[int, ...]], slots: Sequence[Slot], preset: Preset
-) -> list[str]:
-    """A note for the chosen layers that hold nothing that was asked for: said, not skipped."""
-    notes = []
-    wanted = ", ".join(str(r) for r in preset.roles) or ", ".join(preset.modules)
-    for path, layers in chosen.items():
-        bare = tuple(i for i in layers if not any(s.stack == path and s.layer == i for s in slots))
-        if bare:
-            parts = sorted({s.part.value for s in model_map.slots if s.stack == path and s.layer in bare})
-            holds = f" (they hold {', '.join(parts)})" if parts else ""
-            notes.append(f"layers {index_ranges(bare)} of `{path}` hold none of {wanted}{holds}")
-    return notes
-
-
-def _check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> None:
-    """Refuse what PEFT would do differently, or not at all."""
-    bare = [s for s in slots if s.kind == "parameter"]
-    if bare:
-        asked = [
-            name
-            for name, on in (
-                ("dropout", lora.dropout > 0),
-                ("use_dora", lora.use_dora),
-                ("bias", lora.bias != "none"),
-            )
-            if on
-        ]
-        if asked:
-            part = bare[0].part.value
-            raise RequestError(
-                f"PEFT adapts expert parameters without {', '.join(asked)} (`{bare[0].path}`)",
-                f"leave it out, or --exclude {part}",
-            )
-    renamed = [
-        s
-        for s in slots
-        if s.kind != "parameter"
-        and any(s.path == n or s.path.endswith("." + n) for n in model_map.reinterpreted)
-    ]
-    if renamed:
-        parts = sorted({s.part.value for s in renamed})
-        raise RequestError(
-            f"PEFT takes `{renamed[0].path}` for expert parameters of every layer in family "
-            f"`{model_map.family}`, and would not adapt it",
-            f"--exclude {','.join(parts)}",
-        )
-    shared = [s for s in slots if s.shared_with]
-    if shared:
-        raise RequestError(
-            f"`{shared[0].path}` is one tensor with `{shared[0].shared_with}`: two adapters on it "
-            "would not merge",
-            "choose roles or layers that do not share their weights; "
-            f"see `lorafit inspect {model_map.model}`",
-        )
 
 
 def _spelling(model_map: ModelMap, linear: Sequence[Slot], chosen: dict[str, tuple[int, ...]]) -> Spelling:

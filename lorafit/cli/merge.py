@@ -26,7 +26,9 @@ def merge(
     run: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+            metavar="ADAPTER",
+            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id.",
+            show_default=False,
         ),
     ] = None,
     adapter: Annotated[
@@ -77,12 +79,13 @@ def merge(
     """Merge adapters into the base; streams tensors and verifies the result."""
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import common_base, tokenizer_place
+    from lorafit.adapter import common_base, locate, tokenizer_place
     from lorafit.screen import Screen, show_merge
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text, parse_bytes
 
     named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
+    named = [(locate(path), weight) for path, weight in named]
     if not named:
         raise RequestError("merge needs an adapter", "lorafit merge RUN -o DIR")
     output, first = given.get("output"), named[0][0]

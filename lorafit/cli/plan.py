@@ -11,7 +11,7 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, run_options
-from lorafit.settings import BANDS, OPTIONS, OUTPUT, load_preset, preset_names, settle
+from lorafit.settings import OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
     from lorafit.estimate import Forecast
@@ -79,6 +79,9 @@ def plan(
 
     Modules and layers, their names for PEFT, trainable parameters, peak memory, time.
     """
+
+    from lorafit.settings import settle
+
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned
@@ -91,7 +94,7 @@ def plan(
 
     screen = Screen(json)
     room = parse_size(fit) if fit is not None else None
-    source = find(settings.model)
+    source = find(settings.model, settings.revision)
     find_sources(settings)
     found = chart_of(source)
     settings = derive_from_model(settings, found)
@@ -125,10 +128,17 @@ def plan(
 def _matrix(screen: Screen, ahead: Forecast, settings: RunConfig, free: int) -> None:
     """Every strategy in every band, with this run's rank, alpha and dropout."""
     from lorafit.screen import show_matrix
+    from lorafit.settings import BANDS, load_preset, preset_names
 
-    lora = {"r": settings.rank, "alpha": settings.alpha, "dropout": settings.dropout}
+    assert settings.rank is not None and settings.alpha is not None and settings.dropout is not None
     every = [load_preset(name) for name in preset_names()]
-    every = [replace(preset, lora=replace(preset.lora, **lora)) for preset in every]
+    every = [
+        replace(
+            preset,
+            lora=replace(preset.lora, r=settings.rank, alpha=settings.alpha, dropout=settings.dropout),
+        )
+        for preset in every
+    ]
     cells = ahead.matrix(every, tuple(BANDS))
     if screen.as_json:
         screen.document({"model": ahead.found.model, "free": free, "cells": cells})

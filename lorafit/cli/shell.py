@@ -17,22 +17,40 @@ from typer.core import TyperGroup
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
-_CLICK_ERROR = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+_CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# What other tools call our options.
+ELSEWHERE = {
+    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--output-dir": "--output",
+    "--output_dir": "--output", "--per-device-train-batch-size": "--batch-size",
+    "--per_device_train_batch_size": "--batch-size", "--num-train-epochs": "--epochs", "--num_train_epochs": "--epochs",
+    "--gradient-accumulation-steps": "--accumulate", "--gradient_accumulation_steps": "--accumulate",
+    "--lora-r": "--rank", "--lora_r": "--rank", "--r": "--rank", "--lora-alpha": "--alpha", "--lora_alpha": "--alpha",
+    "--lora-dropout": "--dropout", "--lora_dropout": "--dropout", "--target-modules": "--modules",
+    "--target_modules": "--modules", "--max-seq-length": "--max-length", "--max_seq_length": "--max-length",
+    "--cutoff-len": "--max-length", "--lr-scheduler-type": "--scheduler", "--lr_scheduler_type": "--scheduler",
+    "--warmup-ratio": "--warmup", "--warmup-steps": "--warmup", "--warmup_ratio": "--warmup", "--dataset": "--data",
+    "--train-file": "--data", "--base-model": "MODEL, the first argument", "--model": "MODEL, the first argument",
+    "--model-name-or-path": "MODEL, the first argument", "--model_name_or_path": "MODEL, the first argument",
+    "--save-total-limit": "--keep", "--eval-split": "--holdout", "--val-size": "--holdout", "--template": "--chat-template",
+    "--bf16": "--dtype bfloat16", "--fp16": "--dtype float16",
+}  # fmt: skip
 debug = False  # --debug: errors show where they came from
 
 
 class Boundary(TyperGroup):
     """A group of commands that reports every error in one or two lines."""
 
-    def main(self, *args: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # the other parameters go on as they come
+        self, args: Any = None, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
-            code = super().main(*args, standalone_mode=False, **extra)
+            code = super().main(args, standalone_mode=False, **extra)
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:
-            code = _report(_usage(error))
+            code = _report(_usage(error, list(sys.argv[1:] if args is None else args)))
         except (KeyboardInterrupt, typer.Abort):
             code = _report(LorafitError("interrupted"), INTERRUPTED)
         except Terminated:
@@ -79,12 +97,21 @@ def _report(error: LorafitError, code: int | None = None) -> int:
     return error.exit_code if code is None else code
 
 
-def _usage(error: Any) -> LorafitError:
+def _usage(error: Any, arguments: list[str]) -> LorafitError:
     """An error of the command line, without the parser's own layout."""
     message = error.format_message().strip().rstrip(".")
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "lorafit"
-    return RequestError(message[:1].lower() + message[1:], f"see `{command} --help`")
+    command = "lorafit " + next((word for word in arguments if not word.startswith("-")), "")
+    if context is not None:
+        command = f"lorafit {context.info_name}" if context.parent is not None else "lorafit"
+    name = getattr(error, "option_name", "")
+    if name in ELSEWHERE:
+        return RequestError(f"there is no option `{name}`", f"lorafit calls it {ELSEWHERE[name]}")
+    if name and getattr(error, "possibilities", None):
+        return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
+    if command == "lorafit merge" and "unexpected extra argument" in message:
+        return RequestError(message[:1].lower() + message[1:], "--adapter PATH names each further adapter")
+    return RequestError(message[:1].lower() + message[1:], f"see `{command.strip()} --help`")
 
 
 @contextmanager

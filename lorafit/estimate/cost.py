@@ -15,6 +15,7 @@ from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
+from lorafit.settings import STATE_BYTES
 from lorafit.units import percent, scaled
 
 # Bytes that PyTorch's libraries keep once a step has run: on CUDA, cuBLAS has a workspace of 2 blocks of
@@ -36,6 +37,7 @@ def estimate(
     device: str = "cpu",
     replay: bool = True,
     prefix_cache: str = "auto",
+    optimizer: str = "adamw",
     free: int = 0,
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
@@ -63,30 +65,15 @@ def estimate(
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    whole = replayed = total = None
-    if work:
-        steps = work.epoch_steps * timing.step
-        whole = work.tokens * timing.token + steps
-        replayed = work.tokens * timing.token_replayed + steps if replay else None
-        later = replayed if replayed is not None and cache.where != "off" else whole
-        total = min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
-    if timing.source and not timing.sure:
-        notes = (
-            *notes,
-            f"the machine is busy: timings differ by {percent(timing.spread, 1)}, so the predicted time is too high",
-        )
-    source = (
-        f"time: {timing.source}, the fastest of several tries, which agree within {percent(timing.spread, 1)}"
-        if timing.source
-        else "time: {} {}FLOP/s assumed".format(*scaled(rate))
-    )
+    whole, replayed, total = _seconds(timing, work, replay, cache.where != "off")
     return Estimate(
         shape=shape,
         memory=Memory(
             weights=model_map.total_params * item,
             adapter=adapter,
             gradients=adapter,
-            optimizer=3 * adapter,  # AdamW's two moments and the last good adapter, in float32
+            # its state, and the adapter as it last was sound, in float32
+            optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
             activations=profile.activations,
             logits=profile.logits,
             workspace=profile.workspace + LIBRARIES.get(device, 0),
@@ -102,13 +89,40 @@ def estimate(
         seconds=total,
         tokens_per_second=1 / timing.token if timing.token else 0.0,
         prefix_cache=replace(cache, bytes=size),
-        assumptions=(
-            f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
-            f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
-            "AdamW with float32 adapters, and a copy of the last good ones",
-            ("memory: a simulated step" if profile.simulated else "memory: formulas")
-            + (", its allocations replayed through this machine's malloc" if profile.heap else ""),
-            source,
-            *notes,
-        ),
+        assumptions=(*_assumptions(shape, profile, timing, device, rate, optimizer), *notes),
+    )
+
+
+def _seconds(
+    timing: Timing, work: Work | None, replay: bool, cached: bool
+) -> tuple[float | None, float | None, float | None]:
+    """Seconds of an epoch, of one with the prefix replayed, and of the whole run; None where unknown."""
+    if work is None:
+        return None, None, None
+    steps = work.epoch_steps * timing.step
+    whole = work.tokens * timing.token + steps
+    replayed = work.tokens * timing.token_replayed + steps if replay else None
+    later = replayed if replayed is not None and cached else whole
+    return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
+
+
+def _assumptions(
+    shape: Shape, profile: Profile, timing: Timing, device: str, rate: float, optimizer: str
+) -> tuple[str, ...]:
+    """What an estimate rests on, in words."""
+    memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
+    if profile.heap:
+        memory += ", its allocations replayed through this machine's malloc"
+    seconds = "time: {} {}FLOP/s assumed".format(*scaled(rate))
+    if timing.source:
+        agree = percent(timing.spread, 1)
+        seconds = f"time: {timing.source}, the fastest of several tries, which agree within {agree}"
+    if timing.source and not timing.sure:
+        seconds = f"the machine is busy: timings differ by {agree}, so the predicted time is too high"
+    return (
+        f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
+        f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
+        f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
+        memory,
+        seconds,
     )

@@ -6,8 +6,6 @@ plan a second time does not need torch.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import sys
@@ -18,25 +16,23 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorafit import __version__
 from lorafit.adapter import Plan, planned
-from lorafit.cache import cache_folder, code_digest
+from lorafit.cache import cache_folder
 from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
 from lorafit.estimate.cost import estimate
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
+from lorafit.estimate.kept import Kept
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
-from lorafit.jsonio import jsonable, keep
 from lorafit.model import ModelMap, ModelSource, pick_device
-from lorafit.settings import Preset, RunConfig, derive_from_rows, weighted
-from lorafit.system import free_disk, free_memory, installed, without_collecting
+from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
+from lorafit.system import free_disk, free_memory, without_collecting
 from lorafit.units import parse_bytes
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
-PACKAGES = ("torch", "transformers", "peft")
 
 Tick = Callable[[float, float], None]  # (bytes read, total)
 
@@ -59,30 +55,6 @@ class Fit:
     free: int
     fits: bool
     alternatives: tuple[Alternative, ...] = ()
-
-
-@dataclass(slots=True)
-class Kept:
-    """Profiles, timings and data reports, as JSON in the cache folder."""
-
-    folder: Path = field(default_factory=lambda: cache_folder() / "forecasts")
-
-    def get(self, kind: Any, facts: Any) -> Any:
-        """The value of that kind that was kept for these facts; None if there is none or it is damaged."""
-        try:
-            data = json.loads(self._path(kind, facts).read_text(encoding="utf-8"))
-            return DataReport.of(data) if kind is DataReport else kind(**data)
-        except (OSError, ValueError, TypeError, KeyError):
-            return None
-
-    def put(self, value: Any, facts: Any) -> None:
-        """Keep a value for these facts."""
-        keep(self._path(type(value), facts), value)
-
-    def _path(self, kind: type, facts: Any) -> Path:
-        versions = [__version__, code_digest("estimate.forecast"), *(installed(name) for name in PACKAGES)]
-        text = json.dumps([versions, jsonable(facts)], sort_keys=True, default=str)
-        return self.folder / f"{kind.__name__.lower()}-{hashlib.sha256(text.encode()).hexdigest()[:32]}.json"
 
 
 def device_of(name: str, elsewhere: bool) -> str:
@@ -148,7 +120,7 @@ class Forecast:
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
         facts = [*self._facts(plan, shape), self.device, library()]
-        found = self.kept.get(Profile, facts)
+        found: Profile | None = self.kept.get(Profile, facts)
         if found is None:
             with without_collecting():
                 from lorafit.estimate import simulate
@@ -204,6 +176,7 @@ class Forecast:
             device=self.device,
             replay=not profile.refusal,
             prefix_cache=self.config.prefix_cache,
+            optimizer=self.config.optimizer,
             free=free_memory(),
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),
@@ -346,9 +319,7 @@ def look_at(
     """
     if not config.data and config.model != "demo":
         return None
-    names = (
-        "data", "eval_data", "holdout", "format", "map", "chat_template", "loss_on", "overflow", "max_length", "seed",
-    )  # fmt: skip
+    names = [*(name for name, option in OPTIONS.items() if option.panel == DATA), "seed"]
     facts = [
         source.place,
         *(getattr(config, name) for name in names),
@@ -372,7 +343,9 @@ def _stamp(spec: str) -> list[Any]:
     if not spec or not (path.exists() or path.parent.is_dir()):
         return [spec]
     files = (
-        [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else path.parent.glob(path.name))
+        [path]
+        if path.is_file()
+        else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
     )
     stamps = []
     for file in files:
@@ -403,12 +376,19 @@ def prepare(
     kept = Kept()
     look = look or look_at(source, found, config, kept, tick)
     length = config.max_length or 1
+    notes: list[str] = []
     if look is None:
         config = derive_from_rows(config, length)
+        batch = config.batch_size or 1
         work, longest, typical, supervised = None, length, length, 1.0
     else:
         config = derive_from_rows(config, look.mean, look.rows)
         batch = config.batch_size or 1
+        if batch > look.rows:
+            notes.append(
+                f"a batch of {batch:,} rows is more than the {look.rows:,} there are: all of them are one batch"
+            )
+            batch = look.rows
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
         every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
         work = Work(look.tokens, steps, every, look.held_out_tokens)
@@ -416,7 +396,7 @@ def prepare(
     if found.task == "masked":
         supervised *= MASKED_SHARE  # the share of these tokens that is masked, and so in the loss
     shape = Shape(
-        config.batch_size or 1,
+        batch,
         longest,
         dtype_of(config, device),
         config.gradient_checkpointing,
@@ -434,8 +414,9 @@ def prepare(
         typical,
         seconds,
         kept,
-        look=look,
-        fresh=fresh,
+        notes,
+        look,
+        fresh,
     )
     return made, config
 
@@ -450,4 +431,6 @@ def parse_size(text: str) -> int:
     try:
         return parse_bytes(text)
     except ValueError:
-        raise RequestError(f"--fit is `{text}`: it takes a size", "e.g. 24GB, 24GiB or 800MB") from None
+        raise RequestError(
+            f"--fit is `{text}`: it takes a size", "with a unit, e.g. 24GB, 24GiB or 800MB"
+        ) from None

@@ -21,7 +21,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 class Allocation(NamedTuple):
@@ -42,7 +42,7 @@ class MemoryTrace(TorchDispatchMode):
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase, self.block = "body", -1
         self.flops: Counter[tuple[str, int]] = Counter()
         self.log: list[Allocation] = []
@@ -251,7 +251,7 @@ def _is_meta(value: Any) -> bool:
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Two products over the whole length × length square, as in PyTorch's own counter."""
     *rows, length, width = query.shape
-    return 2 * math.prod(rows) * length * key.shape[-2] * (width + value.shape[-1])
+    return int(2 * math.prod(rows) * length * key.shape[-2] * (width + value.shape[-1]))
 
 
 def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
@@ -261,11 +261,11 @@ def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any
 
 
 def _added_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    return int(2 * left.shape[0] * left.shape[1] * right.shape[1])
 
 
 def _grouped_flops(tokens: Any, weights: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    return 2 * out_val.numel() * tokens.shape[-1]
+    return int(2 * out_val.numel() * tokens.shape[-1])
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -303,22 +303,27 @@ def as_on(device: str) -> Iterator[None]:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         if device != "cuda":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
+            made = aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is None and query.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(
+            )
+        elif attn_mask is None and query.dtype != torch.float32:
+            made = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
-            )[0]
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-        )[0]
+            )
+        else:
+            made = aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+            )
+        found: torch.Tensor = made[0]
+        return found
 
     def cast(device_type: str, *more: Any, **named: Any) -> Any:
         return autocast("cpu" if device_type == "meta" else device_type, *more, **named)
 
-    F.scaled_dot_product_attention, torch.autocast = attention, cast
+    F.scaled_dot_product_attention = attention
+    setattr(torch, "autocast", cast)  # noqa: B010  # for the type checker it is a class
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, torch.autocast = plain, autocast
+        F.scaled_dot_product_attention = plain
+        setattr(torch, "autocast", autocast)  # noqa: B010

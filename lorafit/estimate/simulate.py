@@ -181,15 +181,14 @@ def _profile(run: _Run, shape: Shape, reason: str) -> Profile:
     held = sum(made.values())
     head, backward = run.flops.get("head", 0), run.flops.get("backward", 0)
     forward = run.flops.get("prefix", 0) + run.flops.get("body", 0)
-    # the chunked head computes its gradient with its loss: half of its products belong to backward
-    forward, backward = forward + head / 2, backward + head / 2
     return Profile(
         activations=round(made.get("prefix", 0) + made.get("body", 0)),
         logits=round(made.get("head", 0)),
         workspace=round(made.get("backward", 0)),
         heap=max(0, run.reach - held) if run.reach is not None else 0,
-        forward=round(forward / shape.tokens),
-        backward=round(backward / shape.tokens),
+        # a head that is run apart makes its gradient with its loss: half of its products are backward's
+        forward=round((forward + head / 2) / shape.tokens),
+        backward=round((backward + head / 2) / shape.tokens),
         prefix=round(run.flops.get("prefix", 0) / shape.tokens),
         simulated=True,
         refusal=reason,
@@ -204,6 +203,7 @@ def planned_model(
     With `kept`, the stack has only these layers, and so has the plan.
     """
     config = copy.deepcopy(config_of(source))
+    model: Any
     if kept is None:
         model = on_meta(model_class(config), config)
     else:

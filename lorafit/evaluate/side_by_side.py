@@ -128,10 +128,7 @@ def compare(
         base = peft_model.unload()
         if changes_its_base(read_config(path)) and number + 1 < len(adapters):
             base = load_model(source, dtype, device)
-            for cut, prefix in prefixes.items():
-                again = Prefix.below(base, found.text_stacks[0].path, cut)
-                again.store, again.forms = prefix.store, prefix.forms
-                prefixes[cut] = again
+            prefixes = _moved(prefixes, base, found)
     scores = {
         name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)
     }
@@ -143,6 +140,15 @@ def compare(
     reached = [figure for each in (of_base, *of_adapters) for figure in each.reached]
     reached.sort(key=lambda figure: (figure.task, figure.metric))  # which keeps the models' order
     return replace(report, benchmarks=tuple(reached)), adapted
+
+
+def _moved(prefixes: Mapping[int, Prefix], base: Any, found: ModelMap) -> dict[int, Prefix]:
+    """The same states, for another copy of the base."""
+    made = {}
+    for cut, prefix in prefixes.items():
+        made[cut] = Prefix.below(base, found.text_stacks[0].path, cut)
+        made[cut].store, made[cut].forms = prefix.store, prefix.forms
+    return made
 
 
 def _losses(forward: Forward, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

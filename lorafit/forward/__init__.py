@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lorafit.forward.activations import base_of as base_of
     from lorafit.forward.activations import checkpoint_activations as checkpoint_activations
     from lorafit.forward.head import Forward as Forward
+    from lorafit.forward.head import routes_for_loss as routes_for_loss
     from lorafit.forward.loss import chunk_for as chunk_for
     from lorafit.forward.placement import COMFORTABLE as COMFORTABLE
     from lorafit.forward.placement import Choice as Choice
@@ -27,7 +28,7 @@ __getattr__ = door(
     __name__,
     {
         "activations": "base_of checkpoint_activations",
-        "head": "Forward",
+        "head": "Forward routes_for_loss",
         "loss": "chunk_for",
         "placement": "COMFORTABLE Choice choose",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",

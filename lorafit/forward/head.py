@@ -8,8 +8,8 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,10 +18,7 @@ import torch.nn.functional as F
 from lorafit.data import IGNORED, Batch
 from lorafit.forward.activations import base_of
 from lorafit.forward.loss import HeadLoss, chunk_for, rounding, scored
-
-
-class _Reached(Exception):
-    """The hidden states before the head are there; the rest of the pass is not wanted."""
+from lorafit.forward.stand_in import Fixed, Last, Reached, in_place
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +28,10 @@ class Forward:
     The head is `apart` where the model is a body and what it makes of the body's last hidden
     states: then it is run on supervised tokens alone, chunk by chunk, with whatever scaling,
     capping and bias the model's own code gives it. Where it is `inside` the body (T5 scales in
-    between), the supervised tokens are picked at the door of its output layer; else it is run whole.
+    between), the supervised tokens are picked at the input of its output layer; else it is run whole.
+
+    A mixture whose config sets `output_router_logits` is trained with its router's auxiliary loss, times
+    `router_aux_loss_coef`, as transformers does. Each micro-batch's counts as its supervised tokens do.
     """
 
     task: str
@@ -39,7 +39,8 @@ class Forward:
     head: str
     chunk: int
     body: str = ""  # the module that makes the last hidden states, where the head is apart
-    mark: Callable[[str], None] = lambda phase: None  # hears when the head begins
+    router: float = 0.0  # what the router's auxiliary loss counts in training; 0 where there is none
+    mark: Callable[[str], None] = lambda phase: None  # called when the head begins
 
     @classmethod
     def of(cls, model: torch.nn.Module, task: str, chunk: int = 0) -> Forward:
@@ -51,8 +52,9 @@ class Forward:
         accepts = frozenset(inspect.signature(base.forward).parameters)
         size = chunk or chunk_for(next(base.parameters()).device.type, _vocabulary(base))
         whole = cls(task, accepts, "whole", size)
-        ways = [cls(task, accepts, "apart", size, body) for body in _bodies(base, task)]
-        ways.append(cls(task, accepts, "inside", size))
+        whole = replace(whole, router=whole._router_share(model))
+        ways = [replace(whole, head="apart", body=body) for body in _bodies(base, task)]
+        ways.append(replace(whole, head="inside"))
         return next((way for way in ways if way._is_right(model, whole)), whole)
 
     @torch.no_grad()
@@ -66,7 +68,7 @@ class Forward:
         model.eval()
         try:
             wanted, got = whole.logits(model, probe), self.logits(model, probe)
-        except Exception:  # any model's code may fail when entered at another door than its own
+        except Exception:  # any model's code may fail when a part of it is stood in for
             return False
         finally:
             model.train(training)
@@ -74,6 +76,18 @@ class Forward:
             return got.shape == wanted.shape
         largest = wanted.abs().max().item()
         return torch.allclose(got, wanted, atol=rounding(wanted.dtype) * max(largest, 1e-3), rtol=0)
+
+    @torch.no_grad()
+    def _router_share(self, model: torch.nn.Module) -> float:
+        """The factor of the router's auxiliary loss; 0 where the config does not set it, or the model's
+        forward returns none."""
+        base = base_of(model)
+        if not routes_for_loss(base):
+            return 0.0
+        auxiliary = getattr(base(**self.arguments(model, _probe(base, self.task))), "aux_loss", None)
+        text = base.config.get_text_config(decoder=True)
+        factor = getattr(base, "router_aux_loss_coef", getattr(text, "router_aux_loss_coef", 0.0))
+        return float(factor) if isinstance(auxiliary, torch.Tensor) else 0.0
 
     def arguments(self, model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
         """What the model's forward is given."""
@@ -94,27 +108,34 @@ class Forward:
         """The logits_CV of the supervised tokens, a chunk after the other; whole where the head is not apart."""
         base, arguments = base_of(model), self.arguments(model, batch)
         if self.head == "apart":
-            with self._head(model, arguments, batch.places) as (hidden_ND, head):
+            with self._head(model, arguments, batch.places) as (hidden_ND, finish):
                 for hidden_CD in hidden_ND.split(self.chunk):
-                    yield head(hidden_CD)
+                    yield _logits(finish(hidden_CD))
         elif self.head == "inside":
-            with _picked(base.get_output_embeddings(), batch.places):
-                whole = base(**arguments).logits.flatten(0, 1)
-            yield whole
+            yield _logits(self._picked(base, arguments, batch))
         else:
-            yield base(**arguments).logits.flatten(0, 1)[batch.places]
+            yield _logits(base(**arguments))[batch.places]
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """The loss summed over the supervised tokens, in nats, float32, a scalar."""
-        if self.head != "apart":
-            logits_NV = self.logits(model, batch)
-            self.mark("head")
-            return F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
-        arguments = self.arguments(model, batch)
-        with self._head(model, arguments, batch.places) as (hidden_ND, head):
-            self.mark("head")
-            loss: torch.Tensor = HeadLoss.apply(hidden_ND, batch.targets, head, self.chunk)
-        return loss
+        base, arguments = base_of(model), self.arguments(model, batch)
+        if self.head == "apart":
+            with self._head(model, arguments, batch.places) as (hidden_ND, finish):
+                self.mark("head")
+
+                def head(hidden_CD: torch.Tensor) -> torch.Tensor:
+                    return _logits(finish(hidden_CD))
+
+                loss: torch.Tensor = HeadLoss.apply(hidden_ND, batch.targets, head, self.chunk)
+                if self.router:  # of the whole body's routers, whatever the chunk
+                    loss = loss + self.router * batch.supervised * finish(hidden_ND[:1].detach()).aux_loss
+            return loss
+        inside = self.head == "inside"
+        output = self._picked(base, arguments, batch) if inside else base(**arguments)
+        logits_NV = _logits(output) if inside else _logits(output)[batch.places]
+        self.mark("head")
+        loss = F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
+        return loss + self.router * batch.supervised * output.aux_loss if self.router else loss
 
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
@@ -122,9 +143,9 @@ class Forward:
         if self.head != "apart":
             return scored(self.logits(model, batch), batch.targets)
         arguments = self.arguments(model, batch)
-        with self._head(model, arguments, batch.places) as (hidden_ND, head):
+        with self._head(model, arguments, batch.places) as (hidden_ND, finish):
             parts = [
-                scored(head(hidden_CD), targets_C)
+                scored(_logits(finish(hidden_CD)), targets_C)
                 for hidden_CD, targets_C in zip(
                     hidden_ND.split(self.chunk), batch.targets.split(self.chunk), strict=True
                 )
@@ -134,37 +155,51 @@ class Forward:
     @contextmanager
     def _head(
         self, model: torch.nn.Module, arguments: dict[str, Any], places_N: torch.Tensor
-    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], torch.Tensor]]]:
-        """The hidden states of the supervised tokens, and the function that makes logits of such.
+    ) -> Iterator[tuple[torch.Tensor, Callable[[torch.Tensor], Any]]]:
+        """The hidden states of the supervised tokens, and the function that makes the model's output of such.
 
-        The body is run and the pass is stopped; then the model's own forward is run on a chunk with
-        the body standing still, handing on the chunk as its last hidden states.
+        The body is run and the pass ends there; then the model's own forward is run on a chunk with a
+        stand-in for the body that hands on the chunk as its last hidden states.
         """
         base = base_of(model)
-        body = base.get_submodule(self.body)
-        made: list[Any] = []
-
-        def stop(_: torch.nn.Module, __: Any, output: Any) -> None:
-            made.append(output)
-            raise _Reached
-
-        hook = body.register_forward_hook(stop)
-        try:
+        parent, _, name = self.body.rpartition(".")
+        above, body = base.get_submodule(parent), base.get_submodule(self.body)
+        last = Last(body)
+        with in_place(above, {name: last}), suppress(Reached):
             base(**arguments)
-        except _Reached:
-            pass
-        finally:
-            hook.remove()
-        output = made.pop()
+        output = last.output
         hidden_ND = _last_hidden(output).flatten(0, 1).index_select(0, places_N)
 
-        def head(hidden_CD: torch.Tensor) -> torch.Tensor:
+        def finish(hidden_CD: torch.Tensor) -> Any:
             chunk = _with_last_hidden(output, hidden_CD.unsqueeze(0))
-            with _standing_still(body, chunk):
-                logits: torch.Tensor = base(**arguments).logits
-            return logits.flatten(0, 1)  # not [0]: its backward would make the whole anew
+            with in_place(above, {name: Fixed(body, chunk)}):
+                return base(**arguments)
 
-        yield hidden_ND, head
+        yield hidden_ND, finish
+
+    def _picked(self, base: Any, arguments: dict[str, Any], batch: Batch) -> Any:
+        """The model's output for the supervised tokens alone: its output layer is given (1, N, D) of (B, T, D)."""
+
+        def pick(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+            return (inputs[0].flatten(0, 1).index_select(0, batch.places).unsqueeze(0), *inputs[1:])
+
+        hook = base.get_output_embeddings().register_forward_pre_hook(pick)
+        try:
+            return base(**arguments)
+        finally:
+            hook.remove()
+
+
+def routes_for_loss(base: Any) -> bool:
+    """Whether a model's config asks for the router's auxiliary loss in training."""
+    configs = (base.config, base.config.get_text_config(decoder=True))
+    return any(getattr(config, "output_router_logits", False) is True for config in configs)
+
+
+def _logits(output: Any) -> torch.Tensor:
+    """The logits of a model's output, (B * T, V)."""
+    logits: torch.Tensor = output.logits
+    return logits.flatten(0, 1)  # not [0]: its backward would fill a tensor of the whole
 
 
 def _bodies(base: Any, task: str) -> Iterator[str]:
@@ -210,30 +245,6 @@ def _with_last_hidden(output: Any, hidden: torch.Tensor) -> Any:
     other = copy.copy(output)
     other["last_hidden_state"] = hidden
     return other
-
-
-@contextmanager
-def _standing_still(module: torch.nn.Module, output: Any) -> Iterator[None]:
-    """While here, the module does nothing but return that output."""
-    module.forward = lambda *_, **__: output
-    try:
-        yield
-    finally:
-        del module.forward
-
-
-@contextmanager
-def _picked(door: torch.nn.Module, places_N: torch.Tensor) -> Iterator[None]:
-    """While here, the module sees only those positions of its input (B, T, D): (1, N, D)."""
-
-    def pick(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
-        return (inputs[0].flatten(0, 1).index_select(0, places_N).unsqueeze(0), *inputs[1:])
-
-    hook = door.register_forward_pre_hook(pick)
-    try:
-        yield
-    finally:
-        hook.remove()
 
 
 def shifted_right(model: torch.nn.Module, labels_BS: torch.Tensor) -> torch.Tensor:

@@ -2,14 +2,14 @@
 
 Everything under the lowest adapted layer is frozen, so what it makes of the same tokens is the same
 in every epoch. In the first the state that enters the cut is captured as it goes by; afterwards the
-blocks below only pass it on, while the model still builds its own masks and positions. It is exact,
+blocks below are stood in for (stand_in.py), while the model still builds its own masks and positions. It is exact,
 and tried on a real micro-batch before it is used, or it is refused with the reason.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -18,7 +18,9 @@ import torch
 
 from lorafit.adapter import Plan
 from lorafit.data import Batch
+from lorafit.forward.head import routes_for_loss
 from lorafit.forward.prefix_store import MemoryStore, StateStore
+from lorafit.forward.stand_in import HandOn, hidden_in, in_place
 from lorafit.model import ModelMap
 
 
@@ -49,7 +51,7 @@ def refusal(
             return f"`{name}` is trained, and does not lie in the adapted layers"
     if training and (noise := _noise_below(model, above)):
         return noise
-    if getattr(model.config, "output_router_logits", False):
+    if routes_for_loss(model):
         return "the router's auxiliary loss reads the lower layers"
     return ""
 
@@ -96,9 +98,10 @@ def _noise_below(model: torch.nn.Module, above: tuple[str, ...]) -> str:
 class Prefix:
     """The blocks of a stack below the cut, and what is known of their output."""
 
-    def __init__(self, blocks: Sequence[torch.nn.Module] = (), cut: int = 0) -> None:
-        """Without blocks: every pass is a whole one."""
-        self.blocks: list[Any] = list(blocks)
+    def __init__(self, stack: torch.nn.Module | None = None, cut: int = 0) -> None:
+        """Without a stack: every pass is a whole one."""
+        self.stack = stack
+        self.blocks: dict[str, torch.nn.Module] = dict(stack.named_children()) if stack is not None else {}
         self.cut = cut
         self.store: StateStore = MemoryStore()
         self.replayed = self.captured = 0  # micro-batches
@@ -108,7 +111,7 @@ class Prefix:
     @classmethod
     def below(cls, base: torch.nn.Module, stack: str, cut: int) -> Prefix:
         """The blocks of that stack below the cut."""
-        return cls(list(base.get_submodule(stack).children()), cut)
+        return cls(base.get_submodule(stack), cut)
 
     @contextmanager
     def around(self, batch: Batch) -> Iterator[None]:
@@ -130,6 +133,14 @@ class Prefix:
             except OSError as error:  # nothing is lost but time: every pass is a whole one from here on
                 self.store.close()
                 self.cut, self.given_up = 0, f"its file could not be written: {error.strerror}"
+
+    def prove(self, batch: Batch, losses: Callable[[Batch], Any]) -> None:
+        """Compare one state of a store that was found with a fresh pass over that micro-batch: where they
+        differ, nothing that was stored is used. `losses` runs the pass."""
+        if not getattr(self.store, "proved", True):
+            with self.around(batch):
+                losses(batch)
+            self.captured = 0
 
     def close(self) -> None:
         """Let go of the states; a file that is not whole is removed."""
@@ -169,7 +180,7 @@ class Prefix:
 
         def capture(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if not states:
-                states.append(_hidden(inputs, named).detach().clone())
+                states.append(hidden_in(inputs, named).detach().clone())
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -177,9 +188,10 @@ class Prefix:
 
             return seen
 
-        hooks = [self.blocks[self.cut].register_forward_pre_hook(capture, with_kwargs=True)]
+        blocks = list(self.blocks.values())
+        hooks = [blocks[self.cut].register_forward_pre_hook(capture, with_kwargs=True)]
         if not self.forms:
-            hooks += [self.blocks[n].register_forward_hook(note(n)) for n in range(self.cut)]
+            hooks += [block.register_forward_hook(note(n)) for n, block in enumerate(blocks[: self.cut])]
         try:
             yield states
         finally:
@@ -188,27 +200,10 @@ class Prefix:
 
     @contextmanager
     def _replayed(self, state: torch.Tensor) -> Iterator[None]:
-        """While here, the blocks below the cut pass on what they are given, the first one the state."""
-
-        def passing(number: int) -> Callable[..., Any]:
-            members = self.forms.get(number, 0)
-
-            def forward(*inputs: Any, **named: Any) -> Any:
-                hidden = state if number == 0 else _hidden(inputs, named)
-                return (hidden, *[None] * (members - 1)) if members else hidden
-
-            return forward
-
-        below = self.blocks[: self.cut]
-        for number, block in enumerate(below):
-            block.forward = passing(number)
-        try:
+        """While here, the blocks below the cut hand on what they are given, the first one the state."""
+        assert self.stack is not None
+        below = list(self.blocks.items())[: self.cut]
+        stand_ins = {name: HandOn(block, self.forms.get(n, 0)) for n, (name, block) in enumerate(below)}
+        next(iter(stand_ins.values())).state = state
+        with in_place(self.stack, stand_ins):
             yield
-        finally:
-            for block in below:
-                del block.forward
-
-
-def _hidden(inputs: tuple[Any, ...], named: dict[str, Any]) -> torch.Tensor:
-    hidden: torch.Tensor = inputs[0] if inputs else named["hidden_states"]
-    return hidden

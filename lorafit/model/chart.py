@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.cache import cache_folder
+from lorafit.model.checkpoint import check_head
 from lorafit.model.classes import config_of, model_class, on_meta, task_of
 from lorafit.model.map import MapCache, ModelMap, Slot, Stack, Uncovered
 from lorafit.model.roles import (
@@ -50,12 +52,16 @@ def chart_of(source: ModelSource) -> ModelMap:
     """The map of a model that was found; from the cache where its config was seen before."""
     maps = MapCache(cache_folder() / "maps")
     key = maps.key(source.config)
-    if found := maps.get(key, source.name):
-        return found
-    with without_collecting():
-        config = config_of(source)
-        found = chart(on_meta(model_class(config), config), config, source.name)
-    maps.put(key, found)
+    found = maps.get(key, source.name)
+    if found is None:
+        with without_collecting():
+            config = config_of(source)
+            found = chart(on_meta(model_class(config), config), config, source.name)
+        maps.put(key, found)
+    if source.local and not found.tied_head:
+        check_head(
+            source.name, Path(source.place), [row.path for row in found.uncovered if row.reason == "head"]
+        )
     return found
 
 
@@ -105,87 +111,90 @@ class _Draft:
     names: list[str]
 
 
-def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelMap:
-    """The map of a model that stands on any device (the meta device will do)."""
-    tree = ModuleTree(model)
-    lists = dict(_lists_of_blocks(tree))
-    owners: dict[int, str] = {}  # tensor -> the parameter that counts it
-    drafts: list[_Draft] = []
-    unplaced: list[Slot] = []
-    uncovered: list[Uncovered] = []
-    head = _head_path(tree)
+@dataclass(slots=True)
+class _Placing:
+    """A model's parameters, each placed as it is met: a slot in the making, unplaced, or uncovered."""
 
-    for path, module in tree.modules.items():
+    tree: ModuleTree
+    lists: dict[str, int]  # the lists of blocks, by path
+    head: str
+    owners: dict[int, str] = field(default_factory=dict)  # tensor -> the parameter that counts it
+    drafts: list[_Draft] = field(default_factory=list)
+    unplaced: list[Slot] = field(default_factory=list)
+    uncovered: list[Uncovered] = field(default_factory=list)
+
+    def place(self, path: str, module: torch.nn.Module) -> None:
+        """The parameters that a module holds itself."""
         own = [(n, p) for n, p in module._parameters.items() if p is not None]
         if not own:
-            continue
+            return
         kind = _kind(module)
-        stack = next((s for s in lists if path.startswith(s + ".")), "")
+        stack = next((s for s in self.lists if path.startswith(s + ".")), "")
         layer = int(path[len(stack) + 1 :].split(".")[0]) if stack else -1
-        fresh = {n: p for n, p in own if id(p) not in owners}
-        shared = {n: owners[id(p)] for n, p in own if id(p) in owners}
+        fresh = {n: p for n, p in own if id(p) not in self.owners}
+        shared = {n: self.owners[id(p)] for n, p in own if id(p) in self.owners}
         for n, p in fresh.items():
-            owners[id(p)] = f"{path}.{n}" if path else n
-        tower = tree.tower(path) if path else None
-
+            self.owners[id(p)] = f"{path}.{n}" if path else n
+        tower = self.tree.tower(path) if path else None
         if kind and stack:
-            weight = module._parameters["weight"]
-            in_features, out_features = _in_out(kind, tuple(weight.shape)[:2])
-            draft = _draft(tree, path, stack, layer, kind, in_features, out_features, tower)
-            slot = replace(
-                draft.slot,
-                params=sum(p.numel() for p in fresh.values()),
-                shared_with=shared.get("weight", "").removesuffix(".weight"),
-            )
-            if slot.roles or slot.part in (Part.ROUTER, Part.LINEAR_ATTENTION, Part.STATE_SPACE):
-                drafts.append(replace(draft, slot=slot))
-            else:
-                unplaced.append(slot)
-                uncovered.append(Uncovered(path, slot.params, _why_unplaced(slot), tuple(weight.shape)))
-            continue
+            params = sum(p.numel() for p in fresh.values())
+            shape = tuple(own[[n for n, _ in own].index("weight")][1].shape)
+            draft = _draft(self.tree, path, stack, layer, kind, *_in_out(kind, shape[:2]), tower)
+            tied = shared.get("weight", "").removesuffix(".weight")
+            self._place_weight(draft, replace(draft.slot, params=params, shared_with=tied), shape)
+            return
         for n, p in fresh.items():
             full = f"{path}.{n}" if path else n
             shape = tuple(p.shape)
-            slot = _bare_slot(tree, module, path, n, shape, stack, layer, tower) if stack else None
+            slot = _bare_slot(self.tree, module, path, n, shape, stack, layer, tower) if stack else None
             if slot is not None:
-                drafts.append(_Draft(slot, path, full.split(".")))
+                self.drafts.append(_Draft(slot, path, full.split(".")))
             else:
-                why = _reason(module, path, n, head, tower)
-                uncovered.append(Uncovered(full, p.numel(), why, shape))
+                why = _reason(module, path, n, self.head, tower)
+                self.uncovered.append(Uncovered(full, p.numel(), why, shape))
 
-    slots = _fusions(drafts)
-    used = {slot.stack for slot in (*slots, *unplaced)}
+    def _place_weight(self, draft: _Draft, slot: Slot, shape: tuple[int, ...]) -> None:
+        if slot.roles or slot.part in (Part.ROUTER, Part.LINEAR_ATTENTION, Part.STATE_SPACE):
+            self.drafts.append(replace(draft, slot=slot))
+        else:
+            self.unplaced.append(slot)
+            self.uncovered.append(Uncovered(slot.path, slot.params, _why_unplaced(slot), shape))
+
+
+# What configs call their activation.
+ACTIVATIONS = (
+    "hidden_act", "hidden_activation", "activation_function", "dense_act_fn", "activation", "feed_forward_proj",
+    "ffn_act_fn",
+)  # fmt: skip
+
+
+def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelMap:
+    """The map of a model that stands on any device (the meta device will do)."""
+    tree = ModuleTree(model)
+    head = _head_path(tree)
+    placing = _Placing(tree, dict(_lists_of_blocks(tree)), head)
+    for path, module in tree.modules.items():
+        placing.place(path, module)
+    slots = _fusions(placing.drafts)
+    used = {slot.stack for slot in (*slots, *placing.unplaced)}
     text = config.get_text_config()
-    stacks = _stacks(tree, lists, {s.stack for s in slots}, config)
+    stacks = _stacks(tree, placing.lists, {s.stack for s in slots}, config)
     # what could be adapted in a stack that holds no slot at all lies in no layer a person can choose
-    unplaced = [slot for slot in unplaced if slot.stack in {s.path for s in stacks} & used]
-    sizes = sizes_of(tree, config, text, slots, stacks)
+    unplaced = [s for s in placing.unplaced if s.stack in {stack.path for stack in stacks} & used]
     return ModelMap(
         model=name,
         family=config.model_type,
         architecture=type(model).__name__,
         task=task_of(type(model), config),
         stacks=stacks,
-        **sizes,
-        activation=str(
-            first_in(
-                text,
-                "hidden_act",
-                "hidden_activation",
-                "activation_function",
-                "dense_act_fn",
-                "activation",
-                "feed_forward_proj",
-                "ffn_act_fn",
-            )
-            or ""
-        ),
+        **sizes_of(tree, config, text, slots, stacks),  # type: ignore[arg-type]  # all of them are numbers
+        activation=str(first_in(text, *ACTIVATIONS) or ""),
         positions=positions_of(tree, text),
-        tied_head=head in _tied(tree, owners, head),
+        tied_head=head in _tied(tree, placing.owners, head),
         dtype=str(getattr(config, "dtype", None) or "float32").removeprefix("torch."),
         total_params=sum(p.numel() for p in model.parameters()),
         slots=tuple(slots),
-        uncovered=tuple(uncovered),
+        uncovered=tuple(placing.uncovered),
         unplaced=tuple(unplaced),
         modules=tuple(path for path in tree.modules if path),
         reinterpreted=_reinterpreted(config.model_type, slots),
@@ -385,7 +394,7 @@ def _reinterpreted(kind: str, slots: list[Slot]) -> tuple[str, ...]:
         return ()
     from peft.utils import transformers_weight_conversion as conversion
 
-    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    base = vars(conversion)["_MODEL_TO_CONVERSION_PATTERN"].get(kind)
     if not conversion._MOE_FUSED_TARGETS.get(base):
         return ()
     return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(base, ()))

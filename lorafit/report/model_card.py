@@ -46,6 +46,18 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
         f"In Python:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {use}\n\n"
         f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(name)})\n```\n"
     )  # fmt: skip
+    if lora.rank_pattern or lora.alpha_pattern:
+        loaded += (
+            "\nIts modules differ in rank or alpha (`rank_pattern`, `alpha_pattern`). PEFT honours that; vLLM, SGLang, "
+            "llama.cpp's converter and other servers that read `r` and `lora_alpha` alone do not: merge it for those.\n"
+        )
+    if isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.lower().startswith(
+        ("pissa", "olora", "corda")
+    ):
+        loaded += (
+            f"\nIt was trained from a `{lora.init_lora_weights}` start and is saved for the base as it was, "
+            f"with rank {2 * lora.r}: twice the trained one.\n"
+        )
     commands = [
         f"lorafit eval {place}",
         f"lorafit merge {place} -o {shlex.quote(name + '-merged')}",

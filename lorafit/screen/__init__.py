@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lorafit.screen.cache import show_removed as show_removed
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
+    from lorafit.screen.data import show_tokens as show_tokens
     from lorafit.screen.evaluate import show_eval as show_eval
     from lorafit.screen.help import show_topic as show_topic
     from lorafit.screen.help import show_topics as show_topics
@@ -30,7 +31,7 @@ __getattr__ = door(
         "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
         "console": "Screen",
-        "data": "show_data",
+        "data": "show_data show_tokens",
         "evaluate": "show_eval",
         "help": "show_topic show_topics",
         "inspect": "show_map",

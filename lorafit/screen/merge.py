@@ -19,6 +19,14 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
         screen.note("not verified: --no-verify", answer=True)
     else:
         v = report.verify
+        if v.weights is not None:
+            w = v.weights
+            screen.line(
+                "weights",
+                f"{count(w.tensors)} tensors compared one by one: {count(w.adapted)} are base + adapter, rounded once, "
+                f"{count(w.tensors - w.adapted)} are the base's; {count(w.moved_values)} of {count(w.values)} values moved",
+                answer=True,
+            )
         screen.line(
             "verified",
             f"against base + adapter on {count(v.tokens)} tokens: largest logit difference "
@@ -32,6 +40,11 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
                 "the adapter changes the logits no more than rounding does; --dtype float32 keeps its effect",
                 answer=True,
             )
+    if report.left_out:
+        names = ", ".join(report.left_out[:6]) + (
+            f" and {len(report.left_out) - 6} more" if len(report.left_out) > 6 else ""
+        )
+        screen.note(f"left out: {names}", answer=True)
     for note in report.notes:
         screen.note(note, answer=True)
     screen.line("saved", report.output, answer=True)

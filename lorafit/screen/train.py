@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -12,6 +13,7 @@ from lorafit.events import (
     Evaluated,
     Event,
     Loss,
+    Note,
     Predicted,
     PrefixCache,
     Saved,
@@ -39,6 +41,9 @@ class TrainView:
         self.recent: list[Stepped] = []
         self.headed = False  # the head of the epochs' table is printed
 
+    def start(self, run: Started, settings: Mapping[str, Any]) -> None:
+        """`Started` is shown as an event."""
+
     def on(self, event: Event) -> None:
         match event:
             case Started():
@@ -49,6 +54,8 @@ class TrainView:
                     f"about {seconds_text(event.seconds)} in training steps, "
                     f"peak memory {bytes_text(event.peak_memory_bytes)}",
                 )
+            case Note():
+                self.screen.note(event.text)
             case PrefixCache():
                 self.screen.line("cache", _cache_text(event))
             case Evaluated(step=0):
@@ -133,7 +140,7 @@ class TrainView:
             f"  {event.epoch:<{LABEL}}{event.loss:>5.3f}{speed:>9}{target:>14}{share:>19}{frozen:>15}"
         )
 
-    def close(self) -> None:
+    def close(self, failed: bool = False) -> None:
         if self.progress is not None:
             self.progress.stop()
             self.progress = None

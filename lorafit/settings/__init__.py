@@ -10,11 +10,14 @@ if TYPE_CHECKING:
     from lorafit.settings.bands import BANDS as BANDS
     from lorafit.settings.bands import TILED_FROM as TILED_FROM
     from lorafit.settings.bands import LayerChoice as LayerChoice
+    from lorafit.settings.optimizers import OPTIMIZERS as OPTIMIZERS
+    from lorafit.settings.optimizers import STATE_BYTES as STATE_BYTES
     from lorafit.settings.options import DATA as DATA
     from lorafit.settings.options import OUTPUT as OUTPUT
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
     from lorafit.settings.precedence import as_recorded as as_recorded
+    from lorafit.settings.precedence import dated as dated
     from lorafit.settings.precedence import derive_from_model as derive_from_model
     from lorafit.settings.precedence import derive_from_rows as derive_from_rows
     from lorafit.settings.precedence import settle as settle
@@ -26,14 +29,19 @@ if TYPE_CHECKING:
     from lorafit.settings.run_config import OPTIONS as OPTIONS
     from lorafit.settings.run_config import RunConfig as RunConfig
     from lorafit.settings.run_config import weighted as weighted
+    from lorafit.settings.same_run import IN_DIGESTS as IN_DIGESTS
+    from lorafit.settings.same_run import MAY_CHANGE as MAY_CHANGE
+    from lorafit.settings.same_run import changed_settings as changed_settings
 
 __getattr__ = door(
     __name__,
     {
         "bands": "BANDS LayerChoice TILED_FROM",
+        "optimizers": "OPTIMIZERS STATE_BYTES",
         "options": "DATA OUTPUT Option WHAT",
-        "precedence": "as_recorded derive_from_model derive_from_rows settle",
+        "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",
         "run_config": "OPTIONS RunConfig weighted",
+        "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",
     },
 )

@@ -49,6 +49,8 @@ ALL = Band("all", Fraction(0), Fraction(1), "every layer")
 
 BANDS: dict[str, Band] = {band.name: band for band in (LOW, MID, HIGH, ALL)}
 
+# What comes nearest to a band in a stack that is too small for it.
+NEAREST = {"low": "first:1", "mid": "all", "high": "last:1"}
 TILED_FROM = 3  # the least depth at which low, mid and high are all there
 
 
@@ -108,8 +110,10 @@ class LayerChoice:
             layers = band.indices(depth)
             if not layers or (term in ("low", "mid", "high") and depth < TILED_FROM):
                 raise RequestError(
-                    f"a stack of {depth} layers has no band `{term}`",
-                    f"choose `all`, or some of the layers {layer_span(depth)}",
+                    f"a stack of {depth} layers has no band `{term}`: bands need {TILED_FROM} layers",
+                    f"--layers {NEAREST[term]}"
+                    if term in NEAREST
+                    else f"--layers all, or layers out of {layer_span(depth)}",
                 )
             return layers
         if term.startswith(("first:", "last:")):

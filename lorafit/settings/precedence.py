@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,17 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
             value = str(value)
         values[name] = option.checked(value, f" in `{path}`")
     return values, {str(name): text for name, text in origin.items()}
+
+
+def dated(settings: RunConfig) -> RunConfig:
+    """The settings with the date that chat templates write: that of the run that is resumed, else now."""
+    if settings.resume and settings.output is not None:
+        target = Path(settings.output).expanduser()
+        path = target.with_name(f"{target.name}.partial") / "run.yaml"
+        stored = read_run_file(str(path))[0].get("template_date") if path.is_file() else None
+        settings = settings.derived("template_date", stored, "the start of the run") if stored else settings
+    now = datetime.now().isoformat(timespec="minutes")
+    return settings.derived("template_date", now, "the start of the run")
 
 
 def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig, Preset]:

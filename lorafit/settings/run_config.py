@@ -5,12 +5,15 @@ A default of None is derived later, from the model or the data (see precedence.p
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
+from lorafit.settings.optimizers import OPTIMIZERS
 from lorafit.settings.options import (
     DATA,
     FLAG,
@@ -33,12 +36,34 @@ SCHEDULERS = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
 FORMATS = (
-    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document",
+    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
 )  # fmt: skip
+BAD_ROWS = ("stop", "skip")
 OVERFLOWS = ("truncate", "split", "drop", "error")
 LOSS_ON = ("completion", "last", "all")
+DATE = Kind("a date, e.g. `2026-01-31` or `2026-01-31T12:00`", "DATE", str, lambda v: _is_date(v))
+DELIMITER = Kind(
+    "one character, or `tab`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "tab")
+)
+QUOTE = Kind(
+    "one character, or `none`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "none")
+)
 LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
-SHAPE = ("model", "data", "format", "map", "chat_template")  # what the rows of a run follow from
+DEVICE = Kind(
+    "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
+    "DEVICE",
+    str,
+    lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
+)
+# what the rows of a run follow from
+SHAPE = ("model", "data", "format", "map", "chat_template", "template_args", "as_chat")
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +76,9 @@ class RunConfig:
 
     model: str = option(
         "demo", text("a hub id, a folder, or `demo`", "MODEL"), "Hub id, folder, or `demo`.", WHAT
+    )
+    revision: str | None = option(
+        None, text("a branch, a tag or a commit"), "Branch, tag or commit of a hub model.", WHAT
     )
     preset: str = option(
         "basic",
@@ -130,6 +158,45 @@ class RunConfig:
         "Chat template to use instead of the tokenizer's; saved with the adapter.",
         DATA,
     )
+    template_args: str | None = option(
+        None,
+        text("NAME=VALUE pairs"),
+        "Arguments for the chat template, e.g. `enable_thinking=false`.",
+        DATA,
+    )
+    template_date: str | None = option(
+        None,
+        DATE,
+        "Date for chat templates that write today's, e.g. `2026-01-31`.",
+        DATA,
+        derived="the start of the run",
+    )
+    end_token: str | None = option(
+        None,
+        text("a token"),
+        "End token to use instead of the tokenizer's, e.g. `<|im_end|>`; saved with the adapter.",
+        DATA,
+    )
+    as_chat: bool = option(
+        False, FLAG, "Prompt and completion as a user's and an assistant's turn of the chat template.", DATA
+    )
+    on_bad_row: str = option("stop", one_of(*BAD_ROWS), "What to do with rows that cannot be used", DATA)
+    group_by: str | None = option(
+        None,
+        text("a column", "COLUMN"),
+        "Hold out whole groups: rows with the same value in this column stay together.",
+        DATA,
+    )
+    csv_delimiter: str | None = option(
+        None,
+        DELIMITER,
+        "Column separator of .csv and .tsv files, e.g. `;` or `tab`.",
+        DATA,
+        derived="the first line",
+    )
+    csv_quote: str = option(
+        '"', QUOTE, "Quote character of .csv and .tsv files; `none` reads quotes as text.", DATA
+    )
     loss_on: str = option(
         "completion",
         one_of(*LOSS_ON),
@@ -190,6 +257,13 @@ class RunConfig:
         TRAINING,
         training=True,
     )
+    optimizer: str = option(
+        "adamw",
+        one_of(*OPTIMIZERS),
+        "Optimizer; the derived learning rate is one for AdamW",
+        TRAINING,
+        training=True,
+    )
     weight_decay: float = option(
         0.0, number(0, 10), "Weight decay of the optimizer, on the adapters.", TRAINING, training=True
     )
@@ -207,9 +281,7 @@ class RunConfig:
         TRAINING,
         training=True,
     )
-    device: str = option(
-        "auto", text("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "DEVICE"), "Device to compute on.", TRAINING
-    )
+    device: str = option("auto", DEVICE, "Device to compute on: `cpu`, `cuda`, `cuda:1` or `mps`.", TRAINING)
     gradient_checkpointing: bool = option(
         False,
         FLAG,

@@ -8,9 +8,13 @@ from lorafit.lazy import door
 
 if TYPE_CHECKING:
     from lorafit.train.checkpoint import STATE_FILES as STATE_FILES
+    from lorafit.train.job import Job as Job
     from lorafit.train.job import assemble as assemble
+    from lorafit.train.loggers import Listener as Listener
     from lorafit.train.loggers import recorded as recorded
+    from lorafit.train.loggers import records as records
     from lorafit.train.loop import run as run
+    from lorafit.train.optimizer import check_optimizer as check_optimizer
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
 
@@ -18,9 +22,10 @@ __getattr__ = door(
     __name__,
     {
         "checkpoint": "STATE_FILES",
-        "job": "assemble",
-        "loggers": "recorded",
+        "job": "Job assemble",
+        "loggers": "Listener recorded records",
         "loop": "run",
+        "optimizer": "check_optimizer",
         "run_folder": "RunFolder claim",
     },
 )

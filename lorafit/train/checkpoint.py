@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,9 +38,9 @@ def save_checkpoint(
     optimizer: torch.optim.Optimizer,
     state: dict[str, Any],
 ) -> Path:
-    """Write `checkpoint-STEP`: the adapter, AdamW's moments, random state, and the loop's own `state`.
+    """Write `checkpoint-STEP`: the adapter, the optimizer's state, random state, and the loop's own `state`.
 
-    The adapter stands there twice: in PEFT's words for everyone, and by the parameters' own names,
+    The adapter is there twice: as PEFT writes it, for everyone, and by the parameters' own names,
     from which it comes back to the bit. Raises OSError or SafetensorError where the disk is full.
     """
     beside = folder / f".checkpoint-{step}"
@@ -52,17 +53,15 @@ def save_checkpoint(
             {name: p.detach().contiguous() for name, p in parameters.items()},
             beside / PARAMETERS,
         )
-        moments = {
-            f"{name}/{key}": value.detach().contiguous() if torch.is_tensor(value) else torch.tensor(value)
-            for name, p in parameters.items()
-            for key, value in optimizer.state.get(p, {}).items()
-        }
-        save_file(moments, beside / MOMENTS)
+        tensors, scalars = _optimizer_state(parameters, optimizer)
+        save_file(tensors, beside / MOMENTS)
         random = {"cpu": torch.get_rng_state()}
         if torch.cuda.is_available():
             random |= {f"cuda:{n}": s for n, s in enumerate(torch.cuda.get_rng_state_all())}
         save_file(random, beside / RANDOM)
-        (beside / STATE).write_text(json.dumps({"step": step, **state}), encoding="utf-8")
+        (beside / STATE).write_text(
+            json.dumps({"step": step, "optimizer": scalars, **state}), encoding="utf-8"
+        )
         seal(beside)
         for path in (*beside.iterdir(), beside):
             sync(path)
@@ -71,6 +70,29 @@ def save_checkpoint(
     finally:
         shutil.rmtree(beside, ignore_errors=True)
     return target
+
+
+def _optimizer_state(
+    parameters: Mapping[str, torch.nn.Parameter], optimizer: torch.optim.Optimizer
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+    """(tensors, plain numbers) of an optimizer's state, each as `PARAMETER/KEY`.
+
+    A number stays one: as a tensor it would lose digits. A tensor that several parameters share (8-bit
+    AdamW's table of values) is written for each, since a file holds no tensor twice.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    scalars: dict[str, Any] = {}
+    seen: set[int] = set()
+    for name, parameter in parameters.items():
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if not torch.is_tensor(value):
+                scalars[f"{name}/{key}"] = value
+                continue
+            value = value.detach().contiguous()
+            shared = value.data_ptr() in seen
+            seen.add(value.data_ptr())
+            tensors[f"{name}/{key}"] = value.clone() if shared else value
+    return tensors, scalars
 
 
 def trainable(model: torch.nn.Module) -> dict[str, torch.nn.Parameter]:
@@ -92,7 +114,7 @@ def last_whole(folder: RunFolder) -> tuple[Path | None, list[str]]:
             continue
         return path, wrong
     if wrong:
-        raise RequestError(f"no checkpoint is whole: {wrong[0]}", "--overwrite to start anew")
+        raise RequestError(f"no checkpoint is whole: {wrong[0]}", "--overwrite to start again")
     return None, []
 
 
@@ -110,7 +132,8 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
     saved = load_file(folder / PARAMETERS)
     if saved.keys() != parameters.keys():
         raise RequestError(
-            f"`{folder}` holds other adapters than this run plans", "resume with the options it began with"
+            f"the parameters in `{folder}` are not those that this run trains",
+            "resume with the options it began with",
         )
     with torch.no_grad():
         for name, parameter in parameters.items():
@@ -120,11 +143,13 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
                     "resume with the options it began with",
                 )
             parameter.copy_(saved[name])
-    moments = load_file(folder / MOMENTS)
-    for key, value in moments.items():
+    for key, value in load_file(folder / MOMENTS).items():
         owner, _, kind = key.rpartition("/")
         parameter = parameters[owner]
         optimizer.state[parameter][kind] = value.to(parameter.device)
+    for key, number in state_of(folder).get("optimizer", {}).items():
+        owner, _, kind = key.rpartition("/")
+        optimizer.state[parameters[owner]][kind] = number
 
 
 def restore_random(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""A loss that runs away: told from a bad batch, and the last good adapter kept."""
+"""A loss that diverges: told from a bad batch, and the last good adapter kept."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from lorafit.errors import RunError
 from lorafit.train.job import Job
 from lorafit.train.run_folder import LAST_GOOD
 
-RECENT = 10  # steps over which a loss that grows without end is told from a bad batch
+RECENT = 10  # steps over which a loss that keeps growing is told from one bad batch
 
 
 class Divergence:
-    """The adapter as it was when the loss was last sound, and what is sound: up to one and a half times
-    the loss of guessing at random, or twice what the held-out rows lost before."""
+    """The adapter as it was when the loss was last good: up to one and a half times the loss of guessing
+    at random, or twice what the held-out rows lost before."""
 
     def __init__(self, job: Job, before: float) -> None:
         self.job = job
@@ -27,26 +27,27 @@ class Divergence:
         self.step = 0
 
     @torch.no_grad()  # a copy is a value: it remembers no graph
-    def judge(self, loss: float, sound_gradient: bool, step: int, rate: float) -> None:
-        """Called before the update of `step`. Raises RunError when the run has left the good ground."""
+    def judge(self, loss: float, finite_gradient: bool, step: int, rate: float) -> None:
+        """Called before the update of `step`. Raises RunError when the run has diverged; the last good
+        adapter is in the model then, and saved."""
         if math.isfinite(loss):
             self.recent += (loss - self.recent) / RECENT
-        if math.isfinite(loss) and sound_gradient and self.recent <= self.most:
+        if math.isfinite(loss) and finite_gradient and self.recent <= self.most:
             if loss <= self.most:
                 torch._foreach_copy_(self.copies, self.job.parameters)
                 self.step = step - 1
             return
         what = f"the loss rose to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
-        if math.isfinite(loss) and not sound_gradient:
-            what = "the gradient is no finite number"
+        if math.isfinite(loss) and not finite_gradient:
+            what = "the gradient is not finite"
         kept = ""
         if self.step:
             torch._foreach_copy_(self.job.parameters, self.copies)
             folder = self.job.folder.work / LAST_GOOD
             save_adapter(self.job.model, folder)
             seal(folder)
-            kept = f"; the adapter after step {self.step} is kept in `{folder}`"
+            kept = f"; the adapter after step {self.step} is saved in `{folder}`"
         raise RunError(
             f"{what} at step {step}, learning rate {rate:.2g}{kept}",
-            f"a lower --learning-rate, as {rate / 4:.1g}, with --overwrite; or --dtype float32",
+            f"a lower --learning-rate, e.g. {rate / 4:.1g}, with --overwrite; or --dtype float32",
         )

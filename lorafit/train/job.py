@@ -34,7 +34,9 @@ from lorafit.model import ModelMap, ModelSource, fingerprint, load_model, pick_d
 from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
+from lorafit.train.distributed import ALONE, World
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
+from lorafit.train.optimizer import check_optimizer
 from lorafit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -59,6 +61,7 @@ class Job:
     predicted: Predicted | None = None
     fingerprint: str = ""  # of the base's weights
     memory_before: int = 0  # bytes that the process held before the model was loaded
+    world: World = ALONE
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
 
@@ -86,6 +89,20 @@ class Job:
         """Optimizer steps of the whole run."""
         return min(self.steps_per_epoch * self.epochs, self.config.max_steps or sys.maxsize)
 
+    def optimizer_steps(self, done: int) -> Iterator[tuple[int, int, list[Batch]]]:
+        """(number, epoch, micro-batches) of each optimizer step after the first `done`; numbers begin at 1."""
+        for epoch in range(done // self.steps_per_epoch, self.epochs):
+            first = epoch * self.steps_per_epoch
+            for at, group in enumerate(self.micro_batches(epoch + 1), first + 1):
+                if at > self.steps:
+                    return
+                if at > done:
+                    yield at, epoch + 1, group
+
+    def ends_epoch(self, number: int) -> bool:
+        """Whether an epoch ends with that optimizer step, or the run."""
+        return number % self.steps_per_epoch == 0 or number == self.steps
+
     def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
         """The optimizer steps of one epoch, each as its micro-batches."""
         generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
@@ -102,7 +119,7 @@ class Job:
 
     def micro_batch(self, number: int, part: int) -> Batch:
         """One part of one batch: the same rows whenever it is asked for."""
-        rows = [self.rows.train[row] for row in self.batches[number][part]]
+        rows = [self.rows.train[row] for row in self.world.share(self.batches[number][part])]
         return collate_rows(rows, self.tokenizer.pad_token_id or 0, self.task, f"train {number}.{part}")
 
     def matrix_rate(self, seconds: float = 0.15) -> float:
@@ -127,10 +144,12 @@ def assemble(
     stop: Callable[[], int] = lambda: 0,
     predicted: Predicted | None = None,
 ) -> Job:
-    """Load the model, put the planned adapter in, and hold the two against each other.
+    """Load the model and put the planned adapter in, checked to be what was planned.
 
-    `predicted` is what was said of the run before; it is reported beside what is measured.
+    `predicted` is the forecast of the run; it is reported beside what is measured. Raises RequestError when
+    the optimizer's package is not installed.
     """
+    check_optimizer(config.optimizer)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed()
@@ -183,15 +202,10 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     dtype = next(job.model.parameters()).dtype
     size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
     composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    place = states_folder() / states_key(base, stack, cut, composition)
-    choice = choose(
-        asked,
-        job.steps / job.steps_per_epoch,
-        size,
-        free_memory(),
-        free_disk(states_folder()),
-        place.exists(),
-    )
+    place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
+    passes = job.steps / job.steps_per_epoch
+    free, on_disk = free_memory(), free_disk(states_folder())
+    choice = job.world.told(choose(asked, passes, size, free, on_disk, place.exists()))
     if choice.where == "off":
         return Prefix(), PrefixCache("off", choice.reason)
     prefix = Prefix.below(base, stack, cut)
@@ -203,4 +217,5 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        prefix.prove(first, lambda batch: forward.scores(job.model, batch))
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -1,0 +1,41 @@
+"""What a run minimises: a loss as a sum, and the weight that the sums of a step are divided by, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from lorafit.data import Batch
+from lorafit.forward import Forward, Prefix
+
+
+class Objective(Protocol):
+    """A loss of micro-batches. A step's loss is the sum of `loss_sum` over the sum of `weight`: it does not
+    depend on how the rows were split, which a mean of means does."""
+
+    def weight(self, batch: Batch) -> int:
+        """What a micro-batch counts in the step's mean."""
+        ...
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """The loss of a micro-batch on the device, summed: a float32 scalar that backward starts from."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLoss:
+    """Cross-entropy in nats, summed over the supervised tokens, each of which counts once; with a router's
+    auxiliary loss where the model has one in training. The frozen layers are replayed where they were seen."""
+
+    forward: Forward
+    prefix: Prefix
+
+    def weight(self, batch: Batch) -> int:
+        """The supervised tokens."""
+        return batch.supervised
+
+    def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        with self.prefix.around(batch):
+            return self.forward.loss_sum(model, batch)
