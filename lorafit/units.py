@@ -85,7 +85,14 @@ def percent(part: float, whole: float) -> str:
 
 def deviation(predicted: float, actual: float) -> str:
     """How far the actual value lies from the predicted one: ` (+3 %)`; empty where nothing was predicted."""
-    return f" ({100 * (actual / predicted - 1):+.0f} %)".replace("-", "−") if predicted > 0 else ""
+    if predicted <= 0:
+        return ""
+    return f" ({round(100 * (actual / predicted - 1)):+d} %)".replace("-", "−")
+
+
+def layers_text(indices: tuple[int, ...]) -> str:
+    """`layers 0–2, 5`, or `layer 4`."""
+    return f"layer{'s' if len(indices) != 1 else ''} {index_ranges(indices)}"
 
 
 def index_ranges(indices: tuple[int, ...]) -> str:

@@ -2,7 +2,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lorafit.units import bytes_text, figures, index_ranges, percent, seconds_text, short
+from lorafit.units import (
+    bytes_text,
+    deviation,
+    figures,
+    index_ranges,
+    layers_text,
+    percent,
+    seconds_text,
+    short,
+)
 
 
 @pytest.mark.parametrize(
@@ -31,3 +40,12 @@ def test_ranges_say_every_index(indices):
             first, _, last = part.partition("–")
             said += range(int(first), int(last or first) + 1)
     assert said == indices
+
+
+def test_a_deviation_is_of_the_actual_from_the_predicted():
+    assert deviation(3.6, 3.7) == " (+3 %)" and deviation(16, 9.8) == " (−39 %)"
+    assert deviation(5, 5) == " (+0 %)" and deviation(0.0, 3.0) == ""
+
+
+def test_one_layer_and_several():
+    assert layers_text((4,)) == "layer 4" and layers_text((0, 1, 2, 5)) == "layers 0–2, 5"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -21,6 +21,11 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 and 143 interrupted. "
     "Topics: lorafit help.",
 )
+
+
+def command_name(command: Any) -> str:
+    """The name of a registered command on the command line."""
+    return str(command.name or command.callback.__name__)
 
 
 def _print_version(value: bool) -> None:

@@ -238,25 +238,25 @@ def _rows(
 
 
 def _write_page(
-    asked: str | None,
+    file: str | None,
     adapters: Sequence[str],
     found: ModelMap,
     adapted: Mapping[str, tuple[str, ...]],
     report: EvalReport,
 ) -> tuple[str, str]:
-    """(path of the written page or empty, reason why it was not written). Without `asked` the page goes
+    """(path of the written page or empty, reason why it was not written). Without `file` the page goes
     into the folder of the first adapter's run.
 
-    Raises RequestError if `asked` cannot be written.
+    Raises RequestError if `file` cannot be written.
     """
     from lorafit.adapter import run_of
     from lorafit.outputs import PAGE
     from lorafit.report import DAMAGED, make_page, read_back, write_page
 
     runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
-    if asked is None and not runs[0].report:
+    if file is None and not runs[0].report:
         return "", ""
-    path = Path(asked).expanduser() if asked else runs[0].folder / PAGE
+    path = Path(file).expanduser() if file else runs[0].folder / PAGE
     title = " and ".join(run.folder.resolve().name for run in runs)
     try:
         shown = make_page(title, found, adapted, runs, report)
@@ -265,7 +265,7 @@ def _write_page(
     try:
         write_page(path, shown)
     except OSError as error:
-        if asked:
+        if file:
             raise RequestError(
                 f"cannot write --report `{path}`: {error.strerror}", "choose another file"
             ) from None

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from lorafit.cli.app import app
+from lorafit.cli.app import app, command_name
 from lorafit.cli.options import Debug, Json
 from lorafit.errors import RequestError, closest
 
@@ -50,8 +50,8 @@ def help_topic(
 def read_topic(name: str) -> str:
     """The Markdown of a topic. Raises RequestError for an unknown one, with the nearest."""
     if name not in TOPICS:
-        command = name in {command.name or command.callback.__name__ for command in app.registered_commands}
-        hint = f"lorafit {name} --help" if command else closest(name, TOPICS)
+        commands = {command_name(command) for command in app.registered_commands}
+        hint = f"lorafit {name} --help" if name in commands else closest(name, TOPICS)
         raise RequestError(f"there is no topic `{name}`", hint)
     return (FOLDER / f"{name}.md").read_text(encoding="utf-8")
 

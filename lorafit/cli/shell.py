@@ -120,17 +120,17 @@ def stopping() -> Iterator[Callable[[], int]]:
 
     Yields a function that returns the signal's number, or 0.
     """
-    asked = 0
+    received = 0
 
     def on_signal(number: int, frame: Any) -> None:
-        nonlocal asked
-        if asked:
+        nonlocal received
+        if received:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
-        asked = number
+        received = number
 
     before = {n: signal.signal(n, on_signal) for n in (signal.SIGINT, signal.SIGTERM)}
     try:
-        yield lambda: asked
+        yield lambda: received
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

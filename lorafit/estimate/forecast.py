@@ -34,7 +34,7 @@ from lorafit.units import parse_bytes
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 
-Tick = Callable[[float, float], None]  # (bytes read, in all)
+Tick = Callable[[float, float], None]  # (bytes read, total)
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,7 +205,7 @@ class Forecast:
         options: list[Alternative] = []
         for single in self._changes():
             single = [change for change in single if self._fixed(plan, change[1]) < free]
-            for flags, shape, layers in single:  # from the mildest on
+            for flags, shape, layers in single:  # from the smallest change on
                 other = self._alternative(plan, preset, timing, flags, shape, layers)
                 if other is not None and other.peak <= free:
                     options.append(other)

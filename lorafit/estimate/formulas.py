@@ -33,7 +33,7 @@ def widest(model_map: ModelMap) -> int:
 def _blocks_kept(plan: Plan, model_map: ModelMap) -> list[tuple[str, int]]:
     """The blocks whose activations backward needs: those at and above the cut of each stack.
 
-    Towers that are adapted are left out: text alone is trained on.
+    Vision and audio towers are left out: only text is trained on.
     """
     kept = []
     reached = False  # an adapted encoder's gradient comes through all of the decoder
@@ -46,7 +46,7 @@ def _blocks_kept(plan: Plan, model_map: ModelMap) -> list[tuple[str, int]]:
 
 
 def activation_bytes(plan: Plan, model_map: ModelMap, shape: Shape) -> int:
-    """Bytes that autograd keeps from the forward pass, less the logits.
+    """Bytes that autograd keeps from the forward pass, without the logits.
 
     A frozen linear keeps nothing (its weight gives the gradient of its input); what stays, per
     token and block (after Korthikanti et al., arXiv:2205.05198, sec. 4, for frozen weights):
@@ -91,9 +91,9 @@ def logit_bytes(model_map: ModelMap, shape: Shape) -> int:
 def flops_per_token(
     plan: Plan, model_map: ModelMap, shape: Shape, *, replayed: bool = False, supervised: float = 1.0
 ) -> Flops:
-    """FLOPs a token: two per weight forward (every block, and the head), two per weight backward for
+    """FLOPs per token: two per weight forward (every block, and the head), two per weight backward for
     the gradient of the input at and above the cut, and the adapters' own two and four; attention
-    adds 4 * length * width a block forward and twice that backward (causal halves it).
+    adds 4 * length * width per block forward and twice that backward (causal halves it).
 
     `replayed`: blocks below the cut are not run. `supervised`: the share of the tokens that the
     head is run on.
@@ -106,7 +106,7 @@ def flops_per_token(
             continue
         cost = 2 * slot.in_features * slot.out_features
         if slot.part is Part.EXPERTS and slot.copies > 1:
-            cost *= 2  # routed: a few of the copies see a token; two is the common choice
+            cost *= 2  # routed: each token uses a few of the experts; two is the common choice
         if slot.part is Part.SELF_ATTENTION and "q" in slot.roles:
             cost += 2 * shape.length * slot.out_features
         if (slot.stack, slot.layer) in kept:

@@ -128,13 +128,13 @@ class MemoryTrace(TorchDispatchMode):
         self.log.append(Allocation(number, -size, self.phase, self.block))
 
     def number_of(self, tensor: torch.Tensor) -> int:
-        """The number of a tensor's storage in the log; 0 for one that was there before."""
+        """The number of a tensor's storage in the log; 0 for one that existed before."""
         return self._numbers.get(tensor.untyped_storage()._cdata, 0)
 
 
 def peaks(log: Sequence[Allocation], without: set[int]) -> dict[str, dict[str, int]]:
-    """For each phase, the bytes alive at its highest moment by the phase they were made in,
-    without the storages of those numbers."""
+    """For each phase, the live bytes at its peak by the phase they were allocated in, without the storages
+    numbered in `without`."""
     born: dict[int, str] = {}
     alive: Counter[str] = Counter()
     found: dict[str, dict[str, int]] = {}
@@ -152,9 +152,9 @@ def peaks(log: Sequence[Allocation], without: set[int]) -> dict[str, dict[str, i
 
 
 def repeated(tracker: MemoryTrace, times: Sequence[int], some: set[int]) -> tuple[list[Allocation], set[int]]:
-    """What was written down, as a deeper model would have it: each block so many times over.
+    """The log of a deeper model, in which each block is repeated `times[block]` times.
 
-    `some` are numbers of storages; with the log come those of all their copies.
+    Returns it with the numbers of all copies of the storages in `some`.
     """
     deeper = _Repeated(tracker.log, times, tracker.passed)
     return deeper.entries(), {deeper.number(n, copy) for n in some for copy in range(max(times))}
@@ -162,18 +162,17 @@ def repeated(tracker: MemoryTrace, times: Sequence[int], some: set[int]) -> tupl
 
 @dataclass(slots=True)
 class _Repeated:
-    """A log in which blocks stand several times over: copy 0 lies lowest, and is the last in backward.
+    """A log in which blocks are repeated: copy 0 is the lowest, and the last in backward.
 
-    What a block makes and frees itself, each copy does. What it leaves to a neighbour, a copy leaves
-    to the next, which frees it when it is done; the last of them leaves it to the neighbour. The states
-    that a copy is given are kept as long as those that the block was given.
+    What a block allocates and frees itself, each copy does too. What another block frees is freed by the
+    next copy, and for the last copy by that block. A copy's input is kept as long as the block's was.
     """
 
     log: Sequence[Allocation]
     times: Sequence[int]
     passed: Mapping[int, tuple[int, int]]
     made: list[Allocation] = field(default_factory=list)
-    home: dict[int, int] = field(default_factory=dict)  # storage -> the block it was made in
+    home: dict[int, int] = field(default_factory=dict)  # storage -> the block that allocated it
     turned: dict[int, int] = field(default_factory=dict)  # block -> the run of entries that is its backward
     left: dict[tuple[int, str], list[Allocation]] = field(
         default_factory=dict
@@ -207,7 +206,7 @@ class _Repeated:
         return storage + copy * (len(self.log) + 1)
 
     def _find_what_is_left(self, runs: Sequence[tuple[int, bool, list[Allocation]]]) -> None:
-        """What each block leaves to others, by when they free it: in `forward`, in backward `before` the
+        """What others free of each block's storages, by when they do: in `forward`, in backward `before` the
         block's own, or `after` it."""
         kept = {entry.storage for entry in self.log if entry.bytes < 0 and entry.phase == "backward"}
         for at, (block, backward, run) in enumerate(runs):
@@ -227,14 +226,14 @@ class _Repeated:
         return self.times[block] if block >= 0 else 1
 
     def _free_of_another(self, entry: Allocation, at: int) -> None:
-        """Free what another block made: its last copy's, or all there are once its backward is over."""
+        """Free what another block allocated: its last copy's, or every copy's once its backward is over."""
         home = self.home[entry.storage]
         last = self._times(home) - 1
         for copy in [last] if at < self.turned.get(home, 0) else range(last + 1):
             self._put(entry, copy)
 
     def _put(self, entry: Allocation, copy: int) -> None:
-        """The entry for that copy's storage; nothing where the storage is not there to be freed."""
+        """Add the entry for that copy's storage, unless it frees a storage that is not live."""
         storage = self.number(entry.storage, copy)
         if entry.bytes >= 0:
             self.live.add(storage)
@@ -250,13 +249,15 @@ def _is_meta(value: Any) -> bool:
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
-    """Two products over the whole square, as PyTorch's own counter has it."""
+    """Two products over the whole length × length square, as in PyTorch's own counter."""
     *rows, length, width = query.shape
     return int(2 * math.prod(rows) * length * key.shape[-2] * (width + value.shape[-1]))
 
 
 def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
-    return _attention_flops(query, key, value) * 5 // 2  # scores again, and four gradients' products
+    return (
+        _attention_flops(query, key, value) * 5 // 2
+    )  # the scores again, and four products for the gradients
 
 
 def _added_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
@@ -272,14 +273,14 @@ FLOPS: dict[Any, Callable[..., int]] = {
     aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
     aten._grouped_mm: _grouped_flops,
-    aten.addmm_: _added_flops,  # PyTorch's own counter passes it over
+    aten.addmm_: _added_flops,  # missing in PyTorch's own counter
 }
 
 
 @contextmanager
 def as_on(device: str) -> Iterator[None]:
-    """Attention on meta as the kernel of that device has it: PyTorch's own would take the plain way
-    there, and keep the scores. Autocast, which knows no meta device, is that of the CPU."""
+    """On the meta device, use the attention kernel of that device: PyTorch would fall back to the math
+    path there and keep the scores. Autocast, which does not support meta, is the CPU's."""
     plain, autocast = F.scaled_dot_product_attention, torch.autocast
 
     def attention(

@@ -33,12 +33,12 @@ from lorafit.forward import (
 )
 from lorafit.model import ModelMap, ModelSource, Slot, config_of, model_class, on_meta
 
-# What configs call their depth.
+# The names of the depth in configs.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
 
 
 class NotSimulated(LorafitError):
-    """The model's own code does not run on tensors without bytes, or its blocks do not fit the probe;
+    """The model's code does not run on meta tensors, or its blocks do not fit in memory for the probe;
     the message says which."""
 
 
@@ -82,7 +82,7 @@ def track(
 
     def enter(number: int) -> Callable[..., None]:
         def begun(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if tracker.phase != "backward":  # where checkpointing runs it again
+            if tracker.phase != "backward":  # checkpointing runs it again in backward
                 tracker.block, tracker.phase = number, "prefix" if number < below else "body"
                 hidden = first_tensor([*inputs, *named.values()])
                 given[number] = 0 if hidden is None else tracker.number_of(hidden)
@@ -125,8 +125,8 @@ def track(
     flops: Counter[str] = Counter()
     for (phase, number), count in tracker.flops.items():
         flops[phase] += count * (times[number] if number >= 0 else 1)
-    asked = extent((entry.storage, entry.bytes) for entry in log) if reach else None
-    return _Run(dict(flops), peaks(log, gradients), asked)
+    extended = extent((entry.storage, entry.bytes) for entry in log) if reach else None
+    return _Run(dict(flops), peaks(log, gradients), extended)
 
 
 def blocks_of(model: torch.nn.Module, plan: Plan) -> list[torch.nn.Module]:
@@ -162,13 +162,13 @@ def simulate_step(
     kept = sorted(counts) if counts and not whole_depth else None
     model, short = planned_model(source, found, plan, shape, kept)
     try:
-        with MemoryTrace(), as_on(device):  # which answers what the model asks of values
+        with MemoryTrace(), as_on(device):  # it answers the model's questions about values
             forward = Forward.of(model, found.task, head_chunk or chunk_for(device, found.vocab_size))
         times = [counts[layer] for layer in kept or ()]
         run = track(
             model, short, forward, meta_batch(shape, found.task), device, times, reach=device == "cpu"
         )
-    except Exception as error:  # the code of any model may ask for a value
+    except Exception as error:  # the code of some models needs values
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
     body = base_of(model)
     return _profile(run, shape, refusal(found, short.cut, trained_in(body), body, training=True))
@@ -200,7 +200,7 @@ def planned_model(
 ) -> tuple[Any, Plan]:
     """The model on the meta device with the plan's adapter in it; the plan.
 
-    With `kept`, its stack holds these of its layers only, and the plan is that of these.
+    With `kept`, the stack has only these layers, and so has the plan.
     """
     config = copy.deepcopy(config_of(source))
     model: Any
@@ -210,17 +210,19 @@ def planned_model(
         ((path, _),) = plan.cut.items()
         depth = found.stack(path).depth
         model = None
-        if _uniform(found, path):  # then it need not be built in its whole depth
+        if _uniform(found, path):  # then the full depth need not be built
             short = copy.deepcopy(config)
             _shorten_config(short, depth, kept)
             model = on_meta(model_class(short), short)
-        # xLSTM has another word for its depth: its config cannot be shortened
+        # e.g. xLSTM, whose config has another name for the depth and is not shortened
         if model is None or len(model.get_submodule(path)) != len(kept):
             model = on_meta(model_class(config), config)
             _shorten(model, path, kept)
         plan = _plan_of(plan, path, kept)
     model = model.to(getattr(torch, shape.dtype)).requires_grad_(False)
-    bare = replace(plan, lora=replace(plan.lora, init_lora_weights=True))  # a start reads weights' values
+    bare = replace(
+        plan, lora=replace(plan.lora, init_lora_weights=True)
+    )  # other initialisations read the weights
     peft_model = inject_plan(model, bare, found.task)
     if shape.checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
@@ -228,11 +230,11 @@ def planned_model(
 
 
 def alike(source: ModelSource, found: ModelMap, plan: Plan) -> dict[Any, list[int]]:
-    """The layers of the one adapted stack, grouped by what they cost; empty where a model has
-    several stacks or few layers: then all of it is simulated.
+    """The layers of the adapted stack, grouped by cost; empty if the model has several stacks or few
+    layers: then all of it is simulated.
 
-    Alike are layers of the same weights, kind and adapters, on the same side of the cut; the lowest
-    adapted one is a group of its own, since backward ends in it.
+    A group has the same weights, kind and adapters, on the same side of the cut. The lowest adapted
+    layer is a group of its own, since backward ends in it.
     """
     if len(plan.cut) != 1 or len(found.text_stacks) != 1:
         return {}
@@ -258,7 +260,7 @@ def alike(source: ModelSource, found: ModelMap, plan: Plan) -> dict[Any, list[in
 
 
 def _shorten(model: torch.nn.Module, path: str, kept: list[int]) -> None:
-    """Only these layers of a stack; the config's depth and its lists along the depth follow."""
+    """Keep only these layers of a stack, and adjust the depth and the per-layer lists of the config."""
     parent, _, name = path.rpartition(".")
     blocks = list(model.get_submodule(path).children())
     depth = len(blocks)
@@ -268,7 +270,7 @@ def _shorten(model: torch.nn.Module, path: str, kept: list[int]) -> None:
 
 
 def _shorten_config(config: Any, depth: int, kept: list[int]) -> None:
-    """The depth of a config, and of those nested in it, and what runs along it as a list."""
+    """Adjust the depth and the per-layer lists of a config, and of the configs nested in it."""
     for key, value in list(vars(config).items()):
         if isinstance(value, (list, tuple)) and len(value) == depth:
             setattr(config, key, type(value)(value[layer] for layer in kept))
@@ -279,7 +281,7 @@ def _shorten_config(config: Any, depth: int, kept: list[int]) -> None:
 
 
 def _uniform(found: ModelMap, path: str) -> bool:
-    """Whether every layer of a stack has the same weights, and only text is to be read."""
+    """Whether every layer of a stack has the same weights, and the model has no other stack."""
     if len(found.stacks) > 1:
         return False
     layers: dict[int, list[Any]] = {}
@@ -290,7 +292,7 @@ def _uniform(found: ModelMap, path: str) -> bool:
 
 
 def _plan_of(plan: Plan, path: str, kept: list[int]) -> Plan:
-    """The same plan over a stack that holds only these of its layers."""
+    """The same plan on a stack that has only these layers."""
     number = {layer: at for at, layer in enumerate(kept)}
     slots = tuple(_moved(slot, path, number[slot.layer]) for slot in plan.slots if slot.layer in number)
     modules = tuple(sorted(slot.path for slot in slots if slot.kind != "parameter"))

@@ -55,11 +55,11 @@ def probe(
     taken: list[tuple[float, float, float]] = []
     rows, length = 1, min(FEW, shape.length)
     try:
-        once(rows, length)  # the first pays for what is made once
+        once(rows, length)  # warm-up
         began = time.perf_counter()
         once(rows, length)
         alone = (time.perf_counter() - began) / length
-        # as many tokens as there is time for three times: small products run slower than large ones
+        # the most tokens that fit three times into the time limit: small products run slower than large ones
         tokens = int((seconds - (began - started)) / (3 * alone))
         length = min(shape.length, max(length, tokens))
         rows = max(1, min(shape.batch, tokens // length))
@@ -68,9 +68,9 @@ def probe(
         again = time.perf_counter() + max(1.0, seconds)
         while taken_apart(taken) > SURE and time.perf_counter() < again and len(taken) < 40:
             taken.append(once(rows, length))
-    except Exception as error:  # any model's code may fail over random weights, as memory may run out
+    except Exception as error:  # a model's code may fail on random weights, and memory may run out
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
-    # other work on the machine only ever adds time: the fastest try is the nearest to the truth
+    # other work on the machine only adds time, so the fastest try is the best estimate
     token, replayed, step = min(taken)
     spread = taken_apart(taken)
     share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
@@ -85,7 +85,7 @@ def probe(
 
 
 def taken_apart(taken: list[tuple[float, float, float]]) -> float:
-    """How far the third fastest try lies above the fastest, as a share of it: near 0 on a quiet machine."""
+    """How much slower the third fastest try is than the fastest, as a share: near 0 on a quiet machine."""
     fastest = sorted(whole for whole, _, _ in taken)
     return fastest[min(2, len(fastest) - 1)] / fastest[0] - 1
 

@@ -35,11 +35,11 @@ def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored:
     if stored:
         return Choice("disk", "filled by an earlier run", size)
     if passes <= 1:
-        return Choice("off", "the rows are gone over once only")
+        return Choice("off", "there is only one epoch")
     if size <= COMFORTABLE * memory:
-        return Choice("memory", f"{bytes_text(size)} of {bytes_text(memory)} that are free", size)
+        return Choice("memory", f"fits in {bytes_text(memory)} of free memory", size)
     if size + ROOM_LEFT <= disk:
-        return Choice("disk", f"{bytes_text(size)} are much for {bytes_text(memory)} of memory", size)
+        return Choice("disk", f"too large for {bytes_text(memory)} of free memory", size)
     return Choice(
-        "off", f"{bytes_text(size)} fit neither in {bytes_text(memory)} of memory nor on the disk", size
+        "off", f"{bytes_text(size)} fits neither in {bytes_text(memory)} of free memory nor on the disk", size
     )

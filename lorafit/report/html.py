@@ -56,15 +56,15 @@ def make_page(
 ) -> str:
     """The page. `adapted` has the names of the modules that each adapter adapts, by its path; `runs` are
     the lorafit runs among them; `report` is their evaluation, if there is one."""
-    told = [run for run in runs if run.report]
-    parts: list[Html] = [_head(title, found), _verdict(told, report)]
+    finished = [run for run in runs if run.report]
+    parts: list[Html] = [_head(title, found), _verdict(finished, report)]
     for path, modules in adapted.items():
         parts.append(_map(found, path if len(adapted) > 1 else "", modules))
-    if told:
-        parts += [curves(told), _epochs(told), _predicted(told)]
+    if finished:
+        parts += [curves(finished), _epochs(finished), _predicted(finished)]
     if report is not None:
         parts += _evaluated(report)
-    for run in told:
+    for run in finished:
         parts += [_data(run), _environment(run), _settings(run)]
     body = el("body", [part for part in parts if part])
     head = el(

@@ -13,7 +13,7 @@ from lorafit import __version__
 from lorafit.adapter import Plan
 from lorafit.events import MergeReport
 from lorafit.report.run import DAMAGED, Run
-from lorafit.units import bytes_text, count, figures, index_ranges, seconds_text, short
+from lorafit.units import bytes_text, count, figures, layers_text, seconds_text, short
 
 OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub
 
@@ -24,7 +24,7 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
     """The `README.md` of a finished run's folder."""
     report = run.report
     name = Path(report["output"]).name
-    layers = f"layers {index_ranges(plan.indices)}"
+    layers = layers_text(plan.indices)
     lora = plan.lora
     kinds = ["rank-stabilised"] * lora.use_rslora + ["DoRA"] * lora.use_dora
     rows = [
@@ -102,7 +102,7 @@ def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float
         v = report.verify
         rows += [
             ("verification", f"compared with base + adapter on {count(v.tokens)} tokens"),
-            ("largest logit difference", f"{v.max_logit_diff:.3g} (rounding allows {v.tolerance:.3g})"),
+            ("largest logit difference", f"{v.max_logit_diff:.3g} (tolerance {v.tolerance:.3g})"),
             ("effect of the adapter on the logits", f"up to {v.adapter_logit_diff:.3g}"),
             ("same most likely token", f"{v.argmax_agreement:.2%}"),
             ("loss, nats per token", f"{v.merged_loss:.4f}, base + adapter {v.loss:.4f}"),

@@ -51,11 +51,11 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for most, rows in ((True, a.best), (False, a.worst)):
             for row in rows:
                 improved = row.adapter < row.base
-                whose = f", {name}" if len(named) > 1 else ""
+                owner = f", {name}" if len(named) > 1 else ""
                 screen.answer()
                 screen.line(
                     change_label(improved, most),
-                    f"{row.where}: loss {row.base:.3f} → {row.adapter:.3f} over {count(row.tokens)} tokens{whose}",
+                    f"{row.where}: loss {row.base:.3f} → {row.adapter:.3f} over {count(row.tokens)} tokens{owner}",
                     answer=True,
                 )
                 screen.line("", clip(row.text, 200), answer=True)

@@ -145,8 +145,8 @@ def _block(found: ModelMap, stack: Stack, width: int) -> Iterator[Text]:
         beside, under = [], "   ".join(" ".join(band.split()) for band in beside)
     if inner + 5 > width:  # a narrow terminal: the part of the block, then its roles and shapes
         yield Text(f"  ┌─{title}─")
-        for part, roles, shape, more in lines:
-            first = "  ".join(text for text in (part, more) if text)
+        for label, roles, shape, more in lines:
+            first = "  ".join(text for text in (label, more) if text)
             for text in (first, f"  {roles}  {shape}" if roles else ""):
                 if text:
                     yield Text.assemble("  │ ", text)
@@ -224,7 +224,7 @@ def _role_table(found: ModelMap) -> Table:
         groups.setdefault((slot.part, roles, slot.tail, shape), []).append(slot)
     merged: dict[tuple[Part, str, str, str], list[Slot]] = {}
     for (part, roles, tail, shape), slots in groups.items():
-        # the shortest name that is no other weight's: `q_proj`, but `mlp.c_proj`
+        # the shortest name that no other weight has: `q_proj`, but `mlp.c_proj`
         words = tail.split(".")
         endings = [".".join(words[-n:]) for n in range(1, len(words) + 1)]
         name = next(

@@ -16,7 +16,7 @@ from lorafit.model import ModelMap, Role, Slot
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_look
 from lorafit.settings import RunConfig
-from lorafit.units import bytes_text, count, index_ranges, percent, seconds_text, short
+from lorafit.units import bytes_text, count, index_ranges, layers_text, percent, seconds_text, short
 
 
 def show_plan(
@@ -55,14 +55,14 @@ def show_plan(
 
 
 def _title(plan: Plan) -> str:
-    return f"{plan.preset} · {plan.spec} = layers {_layers_text(plan)}"
+    return f"{plan.preset} · {plan.spec} = {_layers_text(plan)}"
 
 
 def _layers_text(plan: Plan) -> str:
     different = set(plan.layers.values())
     if len(different) == 1:
-        return index_ranges(next(iter(different)))
-    return "; ".join(f"{index_ranges(v)} of {k}" for k, v in plan.layers.items())
+        return layers_text(next(iter(different)))
+    return "; ".join(f"{layers_text(v)} of {k}" for k, v in plan.layers.items())
 
 
 def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
@@ -78,8 +78,8 @@ def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
     )
     cuts = [(path, cut) for path, cut in plan.cut.items() if cut > 0]
     if cuts:
-        frozen = ", ".join(f"0–{cut - 1} of {path}" if cut > 1 else f"0 of {path}" for path, cut in cuts)
-        yield "frozen", f"layers {frozen}: no adapter in or below them; backward stops above them"
+        frozen = ", ".join(f"{layers_text(tuple(range(cut)))} of {path}" for path, cut in cuts)
+        yield "frozen", f"{frozen}: no adapter in or below them; backward stops above them"
     target = plan.peft
     names = list(target.target_modules)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")

@@ -152,7 +152,7 @@ def _cache_text(event: PrefixCache) -> str:
     layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
     return (
         f"{layers} once per row; later epochs read the result from {event.where} "
-        f"({bytes_text(event.bytes)}): {event.reason}"
+        f"({bytes_text(event.bytes)}; {event.reason})"
     )
 
 

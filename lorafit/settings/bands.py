@@ -34,7 +34,7 @@ class Band:
     about: str = ""
 
     def indices(self, depth: int) -> tuple[int, ...]:
-        """The layers of a stack `depth` deep that lie in the band; may be empty."""
+        """The layers of the band in a stack `depth` layers deep; may be empty."""
         half = Fraction(1, 2)
         return tuple(range(floor(self.start * depth + half), floor(self.stop * depth + half)))
 
@@ -92,7 +92,7 @@ class LayerChoice:
         raise RequestError(f"`{term}` is not a choice of layers", hint)
 
     def indices(self, depth: int) -> tuple[int, ...]:
-        """The chosen layers of a stack `depth` deep, ascending, each once.
+        """The chosen layers of a stack `depth` layers deep, ascending, each once.
 
         Raises RequestError for a layer that is not there, and for a band at a depth
         too small to have one.

@@ -74,7 +74,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     kept = _still_holds(stored, stored_origin, given)
 
     preset = load_preset(given.get("preset") or kept.get("preset") or OPTIONS["preset"].default)
-    if "preset" in given:  # what was derived gives way to what the new preset says
+    if "preset" in given:  # the new preset's values replace derived ones
         kept = {
             name: value
             for name, value in kept.items()

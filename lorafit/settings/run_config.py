@@ -356,7 +356,7 @@ class RunConfig:
         """The files and folders on this machine that a run with these settings reads, and `others`."""
         specs = [weighted(spec)[0] for spec in (*self.data, *self.eval_data)]
         found = [Path(name).expanduser() for name in (*specs, self.chat_template, *others) if name]
-        # a pattern reads files of its folder; a config.json stands for the model's folder
+        # a pattern reads files of its folder, a config.json those of the model's folder
         found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
         return tuple(path for path in found if path.exists())
 
