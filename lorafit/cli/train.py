@@ -76,10 +76,9 @@ def train(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, check_optimizer, claim, recorded, records, run
+        from lorafit.train import RunFolder, assemble, claim, recorded, records, run
 
     pick_device(settings.device)
-    check_optimizer(settings.optimizer)
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
