@@ -102,3 +102,18 @@ def test_a_derived_rate_that_is_none_for_the_optimizer_is_noted(tiny, pairs, tmp
     assert len(notes) == 1 and "is derived for AdamW; sgd needs a higher one" in notes[0]
     flags["learning_rate"] = 1.0
     assert not [e for e in events_of(job_for(tiny("llama"), tmp_path / "s", **flags)) if isinstance(e, Note)]
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if here(n)])
+def test_weights_decay_by_rate_times_decay(name):
+    """Where the gradient is 0 nothing else moves them."""
+    own = parameters()
+    before = [p.detach().clone() for p in own]
+    optimizer = make_optimizer(replace(settle({"optimizer": name})[0], weight_decay=0.2), own)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for parameter in own:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for was, parameter in zip(before, own, strict=True):
+        torch.testing.assert_close(parameter.detach(), 0.9 * was)
