@@ -345,7 +345,16 @@ class MergeReport:
 
 
 Event = (
-    DataReport | Started | Predicted | Note | PrefixCache | Evaluated | Stepped | EpochDone | Saved | TrainReport
+    DataReport
+    | Started
+    | Predicted
+    | Note
+    | PrefixCache
+    | Evaluated
+    | Stepped
+    | EpochDone
+    | Saved
+    | TrainReport
 )
 
 
