@@ -6,12 +6,23 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
+import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
+from lorafit.cache import cache_folder
 from lorafit.errors import RequestError
+from lorafit.jsonio import keep
 
 SEAL = "digests.json"
+
+KNOWN = "digests"  # where in the cache folder the digests of large files are kept
+
+SETTLED = 0.05  # seconds: a file changed later than so before it was read may change within the same tick
 
 
 def seal(folder: Path, but: tuple[str, ...] = ()) -> None:
@@ -103,3 +114,35 @@ def _digest(path: Path) -> str:
         while piece := file.read(1 << 22):
             found.update(piece)
     return found.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """The SHA-256 of a large file, kept in the cache folder by path, size and times of change: a file that
+    has not changed is read once.
+
+    A blob of the hub's cache is named by its SHA-256, which is taken unless the blob has changed since it
+    was first seen. Raises OSError for a file that cannot be read.
+    """
+    real = path.resolve()
+    now = _stamp(real)
+    kept = cache_folder() / KNOWN / f"{hashlib.sha256(str(real).encode()).hexdigest()[:32]}.json"
+    known: dict[str, Any] = {}
+    with suppress(OSError, ValueError):
+        loaded = json.loads(kept.read_text(encoding="utf-8"))
+        known = loaded if isinstance(loaded, dict) else {}
+    if known.get("stamp") == now and re.fullmatch("[0-9a-f]{64}", str(known.get("sha256"))):
+        return str(known["sha256"])
+    blob = not known and path.is_symlink() and real.parent.name == "blobs"
+    blob = blob and bool(re.fullmatch("[0-9a-f]{64}", real.name))
+    found = real.name if blob else _digest(real)
+    settled = blob or time.time_ns() - max(now[1], now[2]) > SETTLED * 1e9
+    if settled and _stamp(real) == now:
+        with suppress(OSError):  # a cache folder that cannot be written: the file is read again next time
+            keep(kept, {"path": str(real), "stamp": now, "sha256": found})
+    return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """Size, time of the last change of the content, of the file itself, and its number."""
+    found = os.stat(path)
+    return [found.st_size, found.st_mtime_ns, found.st_ctime_ns, found.st_ino]

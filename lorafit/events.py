@@ -53,7 +53,8 @@ class DataReport:
     into several rows, `too_long` dropped for their length, `unsupervised` for having nothing to learn
     (`unsupervised_at` is the first such), `cut_away` for having nothing left to learn once cut. Of the
     training rows, `duplicates` are the same as another, `no_end` end with no end token; `overlap` of
-    the held-out rows are training rows too.
+    the held-out rows are training rows too. Of the rows read, `blank` hold no text and `bad` cannot be used:
+    both are skipped. In `seams` rows a token holds the end of the prompt and the start of the answer.
     """
 
     sources: tuple[ReadSource, ...]
@@ -74,6 +75,9 @@ class DataReport:
     duplicates: int = 0
     overlap: int = 0
     no_end: int = 0
+    blank: int = 0
+    bad: int = 0
+    seams: int = 0
     samples: tuple[Rendered, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -314,6 +318,18 @@ class EvalReport:
 
 
 @dataclass(frozen=True, slots=True)
+class WeightProof:
+    """Every tensor of a merged model compared with what base and adapters make it: `tensors` of `values`, of
+    which `adapted` have an adapter. `moved_tensors` and `moved_values` are not what the base has."""
+
+    tensors: int
+    values: int
+    adapted: int
+    moved_tensors: int
+    moved_values: int
+
+
+@dataclass(frozen=True, slots=True)
 class Verified:
     """Merged model against base and adapter, on real prompts, over every place of them.
 
@@ -329,11 +345,13 @@ class Verified:
     loss: float
     merged_loss: float
     note: str = ""
+    weights: WeightProof | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class MergeReport:
-    """What was merged and where to; `adapted` tensors of `tensors`."""
+    """What was merged and where to; `adapted` tensors of `tensors`. `left_out` are files of base and adapters
+    that are not part of the merged model."""
 
     output: str
     tensors: int
@@ -342,6 +360,7 @@ class MergeReport:
     seconds: float
     verify: Verified | None
     notes: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
 
 
 Event = (

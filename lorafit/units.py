@@ -53,10 +53,10 @@ def bytes_text(number: float) -> str:
 def parse_bytes(text: str) -> int:
     """`24GB`, `24 GiB`, `512MB`, `80G` as bytes: powers of ten, of two with an `i`.
 
-    Raises ValueError for anything else.
+    Raises ValueError for anything else, a number without a unit among it.
     """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)[bB]?\s*", text)
-    if match is None or (match[3] and not match[2]):
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kKmMgGtT]?)(i?)([bB]?)\s*", text)
+    if match is None or (match[3] and not match[2]) or not (match[2] or match[4]):
         raise ValueError(text)
     power = " KMGT".index(match[2].upper() or " ")
     return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
@@ -81,6 +81,11 @@ def seconds_text(seconds: float) -> str:
 def percent(part: float, whole: float) -> str:
     """A share: `2.7 %`, `0.024 %`."""
     return f"{figures(100 * part / whole, 2)} %" if whole else "0 %"
+
+
+def deviation(predicted: float, actual: float) -> str:
+    """How far the actual value lies from the predicted one: ` (+3 %)`; empty where nothing was predicted."""
+    return f" ({100 * (actual / predicted - 1):+.0f} %)".replace("-", "−") if predicted > 0 else ""
 
 
 def index_ranges(indices: tuple[int, ...]) -> str:

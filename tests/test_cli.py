@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -10,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("inspect", "presets", "plan", "train", "eval", "merge", "push", "cache")
+COMMANDS = ("inspect", "plan", "train", "eval", "merge", "push", "presets", "cache", "help")
 
 
 def test_help_is_instant_and_imports_nothing_heavy():
@@ -111,7 +112,7 @@ def test_the_matrix_holds_every_strategy_and_band(run):
 
 def test_presets_are_listed(run):
     text = run("presets").out
-    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "folklore"))
+    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "compare them"))
     assert [p["name"] for p in run("presets", "--json").document["presets"]] == [
         "basic",
         "attention",
@@ -323,7 +324,7 @@ WRONG = [
     (("inspect", "nobody/nothing"), "the hub did not give it"),
     (("plan", "demo", "--preset", "fnn"), "did you mean `ffn`"),
     (("plan", "demo", "--layers", "hihg"), "did you mean `high`"),
-    (("plan", "demo", "--layers", ""), "the choice is empty"),
+    (("plan", "demo", "--layers", ""), "choice of layers is empty"),
     (("plan", "demo", "--layers", "5-2"), "run backwards"),
     (("plan", "demo", "--layers", "99"), "no layer 99"),
     (("plan", "demo", "--modules", "q_porj"), "did you mean `q_proj`"),
@@ -369,7 +370,7 @@ def test_a_model_too_shallow_and_a_role_that_is_missing(run, tmp_path):
 
     folder = save_model("llama", tmp_path / "two", num_hidden_layers=2)
     result = run("plan", folder, "--layers", "high")
-    assert result.code == 2 and "a stack of 2 has no band `high`" in result.err
+    assert result.code == 2 and "a stack of 2 layers has no band `high`" in result.err
     save_model("gpt2", tmp_path / "gpt2")
     (tmp_path / "gate.yaml").write_text("roles: [gate]\n")
     result = run("plan", tmp_path / "gpt2", "--preset", tmp_path / "gate.yaml")
@@ -450,3 +451,75 @@ def test_a_reader_that_has_had_enough():
 def test_debug_shows_where(tmp_path):
     done = lorafit("inspect", tmp_path / "none", "--debug")
     assert done.returncode == 2 and "error:" in done.stderr
+
+
+NARROW = [
+    ("presets",),
+    ("inspect", "demo"),
+    ("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe"),
+    ("plan", "demo", "--matrix", "--no-probe"),
+    ("help",),
+]
+
+
+@pytest.mark.parametrize("arguments", NARROW, ids=" ".join)
+def test_a_narrow_terminal_loses_no_figure_and_breaks_no_command(run, monkeypatch, arguments):
+    """At 40 columns every number of the wide output is there, in lines that fit; commands stay whole."""
+    monkeypatch.setenv("COLUMNS", "200")
+    wide = run(*arguments).out
+    monkeypatch.setenv("COLUMNS", "40")
+    narrow = run(*arguments).out
+    commands = [line for line in narrow.splitlines() if re.match(r"  (next|    ) {7}lorafit ", line)]
+    assert all(line in wide.splitlines() for line in commands) and ("--matrix" in arguments or commands)
+    assert all(len(line) <= 40 for line in narrow.splitlines() if line not in commands)
+    assert all(line == line.rstrip() for line in (wide + narrow).splitlines())
+
+    def numbers(text):
+        free = re.sub(r"[\d.]+\sGB", "", text)  # free memory changes from one moment to the next
+        return set(re.findall(r"\d[\d,.]*", free))
+
+    assert numbers(narrow) == numbers(wide)
+
+
+def test_a_narrow_terminal_shows_every_figure_of_a_run(tmp_path):
+    arguments = ["train", "--layers", "high", "--max-steps", "3", "-o", str(tmp_path / "a run")]
+    done = lorafit(*arguments, env={"COLUMNS": "40"})
+    assert done.returncode == 0, done.stderr
+    shown = " ".join(done.stderr.split())
+    assert re.search(
+        r"epoch 1 loss \d\.\d{3}, \S+ tok/s, \S+ target tok/s, matmul efficiency (\d+%|–), frozen", shown
+    )
+    assert f"next lorafit eval '{tmp_path}/a run'" in " ".join(done.stdout.split())  # quoted, on one line
+    evaluated = lorafit("eval", tmp_path / "a run", "--samples", "1", env={"COLUMNS": "40"})
+    assert evaluated.returncode == 0 and re.search(r"difference [+-]\d\.\d{4} ± \d\.\d{4}", evaluated.stdout)
+
+
+@pytest.mark.parametrize(
+    "arguments", [("inspect", "demo"), ("help", "data"), ("plan", "--help"), ("presets",)]
+)
+def test_a_terminal_without_unicode(arguments):
+    done = lorafit(*arguments, env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "COLUMNS": "80"})
+    assert done.returncode == 0 and done.stderr == "" and done.stdout.isascii() and len(done.stdout) > 500
+    found = lorafit("presets", "--json", env={"PYTHONIOENCODING": "ascii", "LC_ALL": "C"})
+    assert json.loads(found.stdout)["presets"][0]["name"] == "basic"
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", ["presets", "inspect demo --json", "--version", "help data"])
+def test_output_that_cannot_be_written(arguments):
+    command = f"{sys.executable} -m lorafit {arguments}"
+    full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True)
+    assert full.returncode == 1 and full.stderr.startswith("error: cannot write the output: no space left")
+    assert len(full.stderr.splitlines()) == 1
+    closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
+    assert closed.returncode == 0 and closed.stderr == ""
+
+
+def test_the_shell_completes_commands_and_options():
+    for typed, place, word in (("lorafit pl", 1, "plan"), ("lorafit train --lay", 2, "--layers")):
+        code = "import sys; sys.argv[0] = 'lorafit'; from lorafit.cli import main; main()"
+        asked = {"_LORAFIT_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(place)}
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **asked}
+        )
+        assert done.stdout.split() == [word], done.stderr

@@ -192,7 +192,7 @@ def test_a_prompt_of_one_s_own_alone(runs, run):
     assert found["rows"] == 0 and found["base"] is None and found["adapters"] == []
     assert sample["reference"] == "" and sample["base"] and len(sample["adapters"]) == 2
     shown = run("eval", *runs, "--prompt", "Ada lent the lamp to Finn.").out
-    assert "adapter 2" in shown and "wanted" not in shown
+    assert "adapter 2" in shown and "reference" not in shown
 
 
 def test_what_is_drawn_is_drawn_by_the_seed(runs, run):
@@ -247,4 +247,4 @@ def test_rows_that_all_lost_are_not_said_to_gain(runs, run, topics, tmp_path):
     best = result.document["adapters"][0]["best"]
     assert all(row["adapter"] > row["base"] for row in best)
     shown = run("eval", harmed, "--samples", "0").out
-    assert "gained" not in shown and "lost" in shown
+    assert "improved" not in shown and "regressed" in shown

@@ -133,7 +133,7 @@ def test_a_masked_model_learns_the_completion_only():
     row = make(
         maker, [Example("x", prompt="Where is Ada? ", completion="In the barn.")], "prompt-completion"
     )[0]
-    assert learned(row, "masked") == "In the barn." and row.ids[0] == 1 and row.ids[-1] == 2
+    assert learned(row, "masked").strip() == "In the barn." and row.ids[0] == 1 and row.ids[-1] == 2
     short = tokens("masked", length=10)
     row = make(
         short, [Example("x", prompt="Where is Ada? " * 9, completion="In the barn.")], "prompt-completion"
@@ -184,14 +184,14 @@ def test_formats_are_seen(tmp_path):
 @pytest.mark.parametrize(
     "content, word",
     [
-        (b"", "is empty"), (b"  \n\n", "is empty"), (b'{"text": "a"}\n{"text": 3}\n', "data.jsonl:2`: `text` is no string but a number"),
-        (b'{"text": null}\n', "no string but null"), (b'{"text": ""}', "is empty"), (b'{"text": "caf\xe9"}\n', "data.jsonl:1` is not UTF-8"),
-        (b'{"text": "a"}\n{"text": \n', "data.jsonl:2` is no JSON"), (b"[1]\n", "no JSON object but a list"), (b'{"txt": "a"}', "no shape that is known"),
-        (b'{"messages": []}', "no list of messages"), (b'{"messages": [{"role": "user", "content": "a"}]}', "no assistant speaks"),
-        (b'{"messages": [{"role": "user", "content": 3}]}', "no string"), (b'{"messages": ["a"]}', "has no `role`"),
-        (b'{"prompt": "a", "completion": ""}', "nothing to learn"), (b'{"prompt": 1, "completion": "b"}', "`prompt` is no string"),
+        (b"", "is empty"), (b"  \n\n", "is empty"), (b'{"text": "a"}\n{"text": 3}\n', "data.jsonl:2`: `text` is a number, not a string"),
+        (b'{"text": null}\n', "is empty: nothing to learn"), (b'{"text": ""}', "is empty"), (b'{"text": "caf\xe9"}\n', "data.jsonl:1` is not UTF-8"),
+        (b'{"text": "a"}\n{"text": \n', "data.jsonl:2` is not valid JSON"), (b"[1]\n", "not a JSON object but a list"), (b'{"txt": "a"}', "not a known data format"),
+        (b'{"messages": []}', "is empty: nothing to learn"), (b'{"messages": [{"role": "user", "content": "a"}]}', "no assistant message in"),
+        (b'{"messages": [{"role": "user", "content": 3}]}', "not a string"), (b'{"messages": ["a"]}', "has no `role`"),
+        (b'{"prompt": "a", "completion": ""}', "nothing to learn"), (b'{"prompt": 1, "completion": "b"}', "`prompt` is a number"),
         (b'{"text": "a"}\n{"prompt": "a", "completion": "b"}\n', "data.jsonl:2`: `text` is missing"),
-        (b"\x00\x00\x00", "no JSON"), (b"[" * 100_000, "no JSON"), (b"NaN\n", "no JSON object"),
+        (b"\x00\x00\x00", "not valid JSON"), (b"[" * 100_000, "not valid JSON"), (b"NaN\n", "not a JSON object"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_its_line(tmp_path, content, word):
@@ -208,7 +208,7 @@ def test_what_is_no_data(tmp_path):
             examples_of(spec)
     with gzip.open(tmp_path / "a.gz", "wt") as file:
         file.write("x")
-    with pytest.raises(RequestError, match="no kind of file"):
+    with pytest.raises(RequestError, match="not a data file"):
         examples_of(str(tmp_path / "a.gz"))
 
 
@@ -334,9 +334,8 @@ def test_what_the_assistant_says_is_told_from_the_rest(template):
 
 
 def test_a_template_that_shows_only_the_last_thought():
-    with pytest.raises(RequestError, match="rewrites earlier turns") as error:
-        make(with_template(THINKING), [Example("x", messages=tuple(CHAT))])
-    assert "--loss-on last" in error.value.hint
+    (row,) = make(with_template(THINKING), [Example("x", messages=tuple(CHAT))])
+    assert learned(row) == "Ada is in the barn.<|end|><think>\n\n</think>\n\nBen is at the market.<|end|>"
     (row,) = make(with_template(THINKING, loss_on="last"), [Example("x", messages=tuple(CHAT))])
     assert learned(row) == "<think>\n\n</think>\n\nBen is at the market.<|end|>"
 
@@ -446,7 +445,7 @@ def test_a_look_before_training(tmp_path):
     )
     assert look.lengths["min"] <= look.lengths["p50"] <= look.lengths["max"] and look.no_end == 0
     assert (
-        look.samples[0].pieces == (("0? ", False), ("Ada has 0 lamps.<|end|>", True))
+        look.samples[0].pieces == (("0?", False), (" Ada has 0 lamps.<|end|>", True))
         and look.samples[0].where == "data.jsonl:1"
     )
     plain = "{% for m in messages %}{{ m.role + ': ' + m.content + '\n' }}{% endfor %}"

@@ -15,13 +15,13 @@ from lorafit.units import parse_bytes
 
 @pytest.mark.parametrize(
     ("text", "size"),
-    [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("512MB", 512 * 10**6), ("1.5k", 1500), ("800", 800)],
+    [("24GB", 24 * 10**9), ("24 GiB", 24 * 2**30), ("512MB", 512 * 10**6), ("1.5k", 1500), ("800B", 800)],
 )
 def test_sizes_are_read(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["", "GB", "24XB", "-3GB", "1e9", "3i", "24 G B"])
+@pytest.mark.parametrize("text", ["", "GB", "24XB", "-3GB", "1e9", "3i", "24 G B", "24"])
 def test_what_is_no_size_is_refused(text):
     with pytest.raises(ValueError):
         parse_bytes(text)

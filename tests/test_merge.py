@@ -4,23 +4,25 @@ import shutil
 import pytest
 import torch
 from families import FAMILIES, build_model
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 
 from lorafit.adapter.folder import WEIGHTS, read_config, save_adapter
 from lorafit.adapter.inject import adapted_names, inject_plan
 from lorafit.adapter.plan import resolve
 from lorafit.errors import RequestError, RunError
-from lorafit.merge import merge, verify
+from lorafit.merge import deltas, merge, verify
 from lorafit.merge.merge import MergeSettings
 from lorafit.merge.verify import verify_merge
 from lorafit.model.chart import chart_of
+from lorafit.model.headers import open_file, shards
 from lorafit.model.load import load_tokenizer
-from lorafit.model.safetensors_io import open_file, shards, spans
+from lorafit.model.safetensors_io import read_tensor, spans
 from lorafit.model.source import ModelSource, find
 from lorafit.settings.preset import Lora, load_preset
 
 
-def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude=()):
+def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude=(), size=0.1):
     """An adapter on disk whose B is not zero, as training leaves it."""
     from dataclasses import replace
 
@@ -36,7 +38,7 @@ def make_adapter(folder, base, preset="all", layers="last:2", lora=None, exclude
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
-                parameter.normal_(0, 0.1)
+                parameter.normal_(0, size)
     save_adapter(model, folder)
     return source, found, model
 
@@ -167,10 +169,160 @@ def test_what_is_no_number_does_not_verify(tiny, tmp_path, monkeypatch):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
 
-def test_a_start_that_changes_the_base_merges_through_the_model(tiny, tmp_path):
-    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), lora=Lora(init_lora_weights="olora", r=4))
+@pytest.mark.parametrize("init", ["olora", "pissa"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_a_start_that_changes_the_base_is_saved_for_the_base_as_it_was(tiny, tmp_path, init, rslora):
+    lora = Lora(init_lora_weights=init, r=4, use_rslora=rslora, rank_pattern={"q_proj": 2})
+    if rslora:
+        lora = Lora(init_lora_weights=init, r=4, use_rslora=True)
+    source, found, model = make_adapter(tmp_path / "a", tiny("llama"), lora=lora)
+    config = read_config(tmp_path / "a")
+    assert config["init_lora_weights"] is True and config["r"] == 8
+    ids = torch.arange(20).view(1, 20)
+    wanted = model.eval()(input_ids=ids).logits
+    plain = type(model.get_base_model()).from_pretrained(tiny("llama"))
+    before = plain(input_ids=ids).logits
+    got = PeftModel.from_pretrained(plain, tmp_path / "a").eval()(input_ids=ids).logits
+    assert (got - wanted).abs().max() < 1e-4 < 0.1 * (wanted - before).abs().max()
     report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
-    assert report.notes and report.verify.max_logit_diff < report.verify.tolerance
+    assert not report.notes and report.verify.max_logit_diff < report.verify.tolerance
+
+
+@pytest.mark.parametrize(
+    "plant",
+    {
+        "nothing": lambda deltas, rows, first: rows.clone(),
+        "scale": lambda deltas, rows, first: rows + 1.01 * sum(d.rows(first, len(rows)) for d in deltas),
+        "sign": lambda deltas, rows, first: rows - sum(d.rows(first, len(rows)) for d in deltas),
+        "half": lambda deltas, rows, first: torch.cat(
+            [rows[:8], rows[8:] + sum(d.rows(first, len(rows)) for d in deltas)[8:]]
+        ),
+        "one value": lambda deltas, rows, first: merge_rows(deltas, rows, first).index_put_(
+            (torch.tensor(3), torch.tensor(2)), torch.tensor(0.25)
+        ),
+    }.items(),
+    ids=lambda plant: plant[0],
+)
+@pytest.mark.parametrize("size", [0.1, 1e-5])
+def test_a_planted_error_is_found_in_weight_space(tiny, tmp_path, monkeypatch, plant, size):
+    """Also where the adapter is so small that logits do not show it."""
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), size=size)
+    monkeypatch.setattr(merge, "added", plant[1])
+    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    with pytest.raises(RunError, match=r"differs from base.*values of `model\.layers\.[23]"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert not (tmp_path / "m").exists() and shards(tmp_path / "m.unverified")
+
+
+def merge_rows(parts, rows, first):
+    return deltas.added(parts, rows.clone(), first)
+
+
+def test_a_layer_that_is_skipped_is_found(tiny, tmp_path, monkeypatch):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), size=1e-4)
+    real = deltas.deltas
+
+    def fewer(*given):
+        return {name: d for name, d in real(*given).items() if "layers.3" not in name}
+
+    monkeypatch.setattr("lorafit.merge.write.deltas", fewer)
+    with pytest.raises(RunError, match=r"differs from base.*layers\.3"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_transposed_delta_is_found(tiny, tmp_path, monkeypatch):
+    """On a square weight, where no shape tells."""
+    source, found, _ = make_adapter(tmp_path / "a", tiny("gpt2"), preset="extended", size=1e-4)
+    real = deltas.deltas
+
+    def turned(*given):
+        def turn(d):
+            square = d.up_OR.shape[0] == d.down_RI.shape[1]
+            return deltas.Delta(d.down_RI, d.up_OR, d.scaling, not d.flip) if square else d
+
+        return {name: turn(d) for name, d in real(*given).items()}
+
+    monkeypatch.setattr("lorafit.merge.write.deltas", turned)
+    with pytest.raises(RunError, match=r"differs from base.*c_proj"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_byte_that_no_adapter_touches_is_found(tiny, tmp_path, monkeypatch):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    from lorafit.merge.write import Work
+
+    real = Work.stream
+
+    def flipped(self, base, work, tick):
+        real(self, base, work, tick)
+        tensors = load_file(work / "model.safetensors")
+        tensors["model.norm.weight"][0] += 1e-6
+        save_file(tensors, work / "model.safetensors", {"format": "pt"})
+
+    monkeypatch.setattr(Work, "stream", flipped)
+    with pytest.raises(RunError, match=r"1 of 32 values of `model\.norm\.weight` are not the base's"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+@pytest.mark.parametrize(
+    "lora", [Lora(use_dora=True), Lora(modules_to_save=("lm_head",))], ids=["dora", "head"]
+)
+@pytest.mark.parametrize("what", ["nothing", "scale"])
+def test_a_planted_error_is_found_where_the_whole_model_was_merged(tiny, tmp_path, monkeypatch, lora, what):
+    from peft import PeftModel as Model
+    from peft.tuners.lora.layer import LoraLayer
+
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), lora=lora, size=1e-3)
+    factor = 0.0 if what == "nothing" else 1.05
+
+    def wrong(self):
+        if lora.modules_to_save:
+            saved = self.base_model.model.lm_head.modules_to_save.default.weight
+            saved.data = self.base_model.model.lm_head.original_module.weight.data + (
+                saved.data * (factor != 0) * 0.1
+            )
+        for module in self.modules():
+            if isinstance(module, LoraLayer):
+                module.scaling["default"] *= factor
+        return self.base_model.merge_and_unload()
+
+    monkeypatch.setattr(Model, "merge_and_unload", wrong, raising=False)
+    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    with pytest.raises(RunError, match="differs from base"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_planted_error_in_experts_is_found(tiny, tmp_path, monkeypatch):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("mixtral"), preset="ffn", size=1e-3)
+    from peft.tuners.lora.layer import ParamWrapper
+
+    real = ParamWrapper.get_delta_weight
+    monkeypatch.setattr(
+        ParamWrapper, "get_delta_weight", lambda self, name, *more: real(self, name, *more) * 1.05
+    )
+    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    with pytest.raises(RunError, match=r"differs from base.*experts"):
+        do_merge(tmp_path / "a", source, found, tmp_path / "m")
+
+
+def test_a_merge_that_moves_nothing_says_so(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), size=0)
+    report = do_merge(tmp_path / "a", source, found, tmp_path / "m")
+    assert report.verify.weights.moved_values == 0 and "changes nothing" in " ".join(report.notes)
+
+
+def test_what_moved_is_counted(tiny, tmp_path):
+    source, found, _ = make_adapter(tmp_path / "a", tiny("llama"))
+    seen = do_merge(tmp_path / "a", source, found, tmp_path / "m").verify.weights
+    base, merged = (load_file(folder / "model.safetensors") for folder in (tiny("llama"), tmp_path / "m"))
+    assert seen.tensors == len(base) and seen.values == sum(t.numel() for t in base.values())
+    assert (
+        seen.moved_tensors
+        == sum(not torch.equal(t, merged[n]) for n, t in base.items())
+        == seen.adapted
+        == 14
+    )
+    assert seen.moved_values == sum(int((t != merged[n]).sum()) for n, t in base.items())
 
 
 def test_neither_base_nor_adapter_is_overwritten(tiny, tmp_path):
@@ -225,7 +377,7 @@ def test_tensors_are_read_as_safetensors_reads_them(tmp_path):
     file = open_file(tmp_path / "x.safetensors")
     assert {e.name for e in file.entries} == set(tensors)
     for entry in file.entries:
-        assert torch.equal(file.read(entry), tensors[entry.name])
+        assert torch.equal(read_tensor(file, entry), tensors[entry.name])
 
 
 def test_blocks_of_rows_are_the_whole_product_to_the_bit():
@@ -239,7 +391,7 @@ def test_blocks_of_rows_are_the_whole_product_to_the_bit():
         (5, 9, 2, True),
         (1025, 2305, 128, True),
     ):
-        delta = merge.Delta(torch.randn(rank, into), torch.randn(out, rank), 0.37, flip)
+        delta = deltas.Delta(torch.randn(rank, into), torch.randn(out, rank), 0.37, flip)
         whole = ((delta.up_OR @ delta.down_RI).T if flip else delta.up_OR @ delta.down_RI) * 0.37
         assert delta.shape == whole.shape
         for step in (64, 192, 1024):

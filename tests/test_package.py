@@ -32,7 +32,8 @@ def wheel(tmp_path_factory):
 def test_the_wheel_holds_presets_and_demo_and_no_tests(wheel):
     names = zipfile.ZipFile(wheel).namelist()
     for name in ("_presets/ffn.yaml", "demo/train.jsonl", "demo/held-out.jsonl", "demo/model/model.safetensors",
-                 "demo/model/tokenizer.json", "demo/model/chat_template.jinja", "demo/README.md", "py.typed"):  # fmt: skip
+                 "demo/model/tokenizer.json", "demo/model/chat_template.jinja", "demo/README.md", "py.typed",
+                 "docs/data.md", "docs/options.md"):  # fmt: skip
         assert f"lorafit/{name}" in names
     assert not [n for n in names if n.startswith(("tests", "presets"))]
     demo = sum(i.file_size for i in zipfile.ZipFile(wheel).infolist() if "/demo/" in i.filename)

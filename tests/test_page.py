@@ -2,6 +2,7 @@
 
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -73,6 +74,48 @@ def test_the_page_of_a_run_shows_what_was_done(trained):
     assert "http" not in text and "<script" not in text  # nothing is fetched, nothing runs
 
 
+def test_the_page_draws_the_rate_and_the_gradients_and_says_what_came_of_it(trained):
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    assert re.findall(r'aria-label="([^"]*)"', text) == [
+        "loss by step", "learning rate by step", "gradient norm by step",
+    ]  # fmt: skip
+    steps = read_back(trained).every("step")
+    drawn = re.findall(r'<polyline points="([^"]*)"', text)
+    heights = [float(p.split(",")[1]) for p in drawn[2].split()]  # the learning rate: up, then down
+    assert len(heights) == len(steps)
+    rates = [e["learning_rate"] for e in steps]
+    assert heights.index(min(heights)) == rates.index(max(rates))
+    said = read_back(trained).report["eval"]
+    assert (
+        f"lowers the held-out loss: {said['before']['loss']:.4f} before, {said['after']['loss']:.4f}" in text
+    )
+
+
+@pytest.mark.parametrize(
+    "low, high, words",
+    [
+        (-0.3, -0.1, "better than the base"),
+        (0.1, 0.3, "worse than"),
+        (-0.1, 0.2, "no significant difference"),
+    ],
+)
+def test_the_verdict_is_a_sentence(low, high, words):
+    adapter = replace(report().adapters[0], low=low, high=high)
+    text = make_page("x", chart_of(find("demo")), {}, [], replace(report(), adapters=(adapter,)))
+    verdict = re.findall(r'<p class="verdict">(.*?)</p>', text)
+    assert len(verdict) == 1 and words in verdict[0] and f"{low:+.4f} to {high:+.4f}" in verdict[0]
+
+
+def test_the_environment_is_shown_where_it_was_recorded(trained):
+    run = read_back(trained)
+    assert "Environment" not in make_page("x", chart_of(find("demo")), {}, [run])
+    first, *others = run.events
+    assert first["event"] == "started"
+    known = {**first, "environment": {"command_line": f"lorafit train {NASTY}", "device": "cpu"}}
+    text = make_page("x", chart_of(find("demo")), {}, [replace(run, events=(known, *others))])
+    assert "command line" in text and "<script" not in text and "lorafit train &lt;script&gt;" in text
+
+
 def test_nothing_from_data_is_markup(trained):
     found = chart_of(find("demo"))
     run = read_back(trained)
@@ -89,7 +132,7 @@ def test_nothing_from_data_is_markup(trained):
 def test_one_row_is_sure_of_nothing(trained, run, tmp_path):
     (tmp_path / "one.jsonl").write_text(json.dumps({"prompt": "a lamp ", "completion": "is light"}))
     shown = run("eval", trained, "--data", tmp_path / "one.jsonl", "--samples", "0").out
-    assert "one row says nothing" in shown and "95 %" not in shown
+    assert "one row is too few" in shown and "95 %" not in shown
 
 
 def test_a_page_without_a_run_or_figures():
@@ -105,7 +148,8 @@ def test_long_curves_are_thinned(trained):
     long = [{**step, "step": n, "loss": 1 / n if n % 500 else float("nan")} for n in range(1, 20_001)]
     drawn = curves([type(run)(run.folder, {}, (*long, *run.every("report")))])
     points = re.findall(r'points="([^"]*)"', drawn)
-    assert len(points) == 2 and all(len(p.split()) <= svg.POINTS for p in points) and "nan" not in drawn
+    assert len(points) == 2 + 1 + 2  # loss and gradient norm with their means, the learning rate
+    assert all(len(p.split()) <= svg.POINTS for p in points) and "nan" not in drawn
 
 
 @pytest.mark.parametrize("low, high", [(0, 1), (0.4, 1.3), (0, 20_000), (2.0, 2.0), (1e-4, 3e-4), (0, 1e6)])
@@ -122,11 +166,11 @@ def test_eval_writes_the_page_into_the_run(trained, run, tmp_path):
     after = (trained / "report.html").read_text(encoding="utf-8")
     assert (
         found["page"] == str(trained / "report.html")
-        and "Side by side" in after
-        and "Side by side" not in before
+        and "Sample outputs" in after
+        and "Sample outputs" not in before
     )
     assert run("eval", trained, "--samples", "0", "--report", tmp_path / "r.html", "--json").code == 0
-    assert "95 % interval" in (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert "95 % CI" in (tmp_path / "r.html").read_text(encoding="utf-8")
     result = run("eval", trained, "--samples", "0", "--report", tmp_path / "none" / "r.html")
     assert result.code == 2 and "cannot write --report" in result.err
     result = run("eval", trained, "--samples", "0", "--report", ".")

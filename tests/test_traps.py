@@ -25,7 +25,7 @@ def named(*modules):
 def test_an_empty_list_of_layers_is_not_all_of_them():
     with pytest.raises(RequestError, match="a list of layer numbers"):
         parse({"roles": ["q"], "layers_to_transform": []}, "mine")
-    with pytest.raises(RequestError, match="the choice is empty"):
+    with pytest.raises(RequestError, match="choice of layers is empty"):
         load_preset("basic").choice("")
 
 

@@ -10,9 +10,11 @@ if TYPE_CHECKING:
     from lorafit.adapter.base import common_base as common_base
     from lorafit.adapter.base import tokenizer_place as tokenizer_place
     from lorafit.adapter.folder import BASE as BASE
+    from lorafit.adapter.folder import BASE_LAYER as BASE_LAYER
     from lorafit.adapter.folder import CONFIG as CONFIG
     from lorafit.adapter.folder import WEIGHTS as WEIGHTS
     from lorafit.adapter.folder import changes_its_base as changes_its_base
+    from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
@@ -30,14 +32,20 @@ if TYPE_CHECKING:
     from lorafit.adapter.plan import lora_params as lora_params
     from lorafit.adapter.plan import planned as planned
     from lorafit.adapter.plan import resolve as resolve
+    from lorafit.adapter.tokenizer_files import TEMPLATES as TEMPLATES
+    from lorafit.adapter.tokenizer_files import TOKENIZER as TOKENIZER
+    from lorafit.adapter.tokenizer_files import VOCABULARY as VOCABULARY
+    from lorafit.adapter.tokenizer_files import is_one as is_one
+    from lorafit.adapter.tokenizer_files import save_tokenizer as save_tokenizer
 
 __getattr__ = door(
     __name__,
     {
         "base": "common_base tokenizer_place",
-        "folder": "BASE CONFIG WEIGHTS changes_its_base read_config run_of save_adapter tensor_names write_base",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS changes_its_base locate read_config run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",
+        "tokenizer_files": "TEMPLATES TOKENIZER VOCABULARY is_one save_tokenizer",
     },
 )

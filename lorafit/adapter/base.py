@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorafit.adapter.folder import base_of, check_base, read_config, run_of
+from lorafit.adapter.folder import base_of, check_base, check_values, read_config, run_of
 from lorafit.errors import RequestError
 from lorafit.model import ModelMap, ModelSource, chart_of, find
 
@@ -32,6 +32,7 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
                 f"`{other}` has another base than `{first}`", "take them one by one, or name it with --model"
             )
     for adapter in adapters:
+        check_values(adapter)
         check_base(adapter, source.place)
     return source, chart_of(source)
 

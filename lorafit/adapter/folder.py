@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import re
+import shlex
 import warnings
 from collections.abc import Mapping
+from dataclasses import fields
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,25 +16,63 @@ from safetensors import SafetensorError, safe_open
 
 from lorafit.digests import check
 from lorafit.errors import RequestError
-from lorafit.model import fingerprint
+from lorafit.model import HUB_ID, fingerprint, not_downloaded, sampled, split_revision
 
 if TYPE_CHECKING:
     from peft import PeftModel
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 
+PICKLED = "adapter_model.bin"
+
+OLD_DIGITS = 32
+
+BASE_LAYER = ".base_layer.weight"  # a weight of the base that PEFT writes beside its embedding's adapter
+
+EMPTY = (None, False, 0, "", [], {}, ())  # values of a setting that change nothing
+
+# Settings that change what an adapter does, and that lorafit's passes do not do.
+NOT_HONOURED = {
+    "alora_invocation_tokens": "activated LoRA: it is active behind these tokens alone",
+    "layer_replication": "layers of the base are repeated",
+    "arrow_config": "a router chooses among adapters",
+    "use_qalora": "its input is pooled by groups",
+    "use_bdlora": "its matrices are block-diagonal",
+    "megatron_config": "its layers are Megatron's",
+    "kasa_config": "its singular values are trained",
+    "velora_config": "its inputs are compressed",
+    "monteclora_config": "its weights are sampled",
+}
+
+
+@cache
+def _known() -> frozenset[str]:
+    """The settings that PEFT's LoraConfig has. PEFT is imported only where an adapter is read."""
+    from peft import LoraConfig
+
+    return frozenset(field.name for field in fields(LoraConfig))
+
 
 def save_adapter(model: PeftModel, folder: Path) -> None:
-    """Write `adapter_model.safetensors` and `adapter_config.json`, its lists in a fixed order."""
+    """Write `adapter_model.safetensors` and `adapter_config.json`, its lists in a fixed order.
+
+    An adapter whose start took a part out of the base (PiSSA, OLoRA) is written for the base as it was:
+    of twice the rank, its start taken off (see start.py).
+    """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         model.save_pretrained(folder, save_embedding_layers=False)
     path = folder / CONFIG
     data = json.loads(path.read_text(encoding="utf-8"))
+    from lorafit.adapter.start import start_of, without_start
+
+    if start := start_of(model):
+        data = without_start(folder / WEIGHTS, data, start)
     for key in ("target_modules", "target_parameters", "layers_to_transform", "modules_to_save"):
         if isinstance(data.get(key), list):
             data[key] = sorted(data[key])
     path.write_text(json.dumps(data, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    (folder / WEIGHTS).chmod(path.stat().st_mode & 0o777)  # safetensors 0.8 writes for the owner alone
     (folder / "README.md").unlink(missing_ok=True)  # PEFT's card: a form with nothing filled in
 
 
@@ -49,15 +90,17 @@ def changes_its_base(config: Mapping[str, Any]) -> bool:
 def read_config(folder: str | Path) -> dict[str, Any]:
     """The `adapter_config.json` of an adapter folder.
 
-    Raises RequestError when the folder is no LoRA adapter.
+    Raises RequestError when the folder is not a LoRA adapter, or has a setting that lorafit does not honour.
     """
     path = Path(folder).expanduser()
     if not path.exists():
         raise RequestError(f"there is no folder `{folder}`", "lorafit train makes one")
     if not (path / CONFIG).is_file():
-        raise RequestError(f"`{folder}` is no adapter: there is no {CONFIG} in it")
+        raise RequestError(*_not_an_adapter(path, str(folder)))
     if not (path / WEIGHTS).is_file():
-        raise RequestError(f"`{folder}` is no whole adapter: there is no {WEIGHTS} in it")
+        if (path / PICKLED).is_file():
+            raise RequestError(f"`{folder}` has its weights in {PICKLED}, an older format", _converting(path))
+        raise RequestError(f"`{folder}` is not a whole adapter: there is no {WEIGHTS} in it")
     check(path)
     try:
         data = json.loads((path / CONFIG).read_text(encoding="utf-8"))
@@ -66,30 +109,122 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("peft_type") != "LORA":
         kind = data.get("peft_type") if isinstance(data, dict) else None
         raise RequestError(f"`{folder}` is an adapter of type `{kind}`; lorafit reads LoRA")
+    for key, value in data.items():
+        if key in NOT_HONOURED and value not in EMPTY:
+            raise RequestError(
+                f"`{folder}` sets `{key}` ({NOT_HONOURED[key]}), which lorafit does not honour",
+                "use it with the tool that made it",
+            )
+        if key not in _known() and value not in EMPTY:
+            raise RequestError(
+                f"`{folder}` sets `{key}`, which this version of PEFT does not know: it may change the result",
+                f"use it with the version of PEFT that made it, or remove `{key}` from {CONFIG} if it changes nothing",
+            )
     return data
 
 
+def check_values(folder: str | Path) -> None:
+    """Check that every value of an adapter is a finite number. Raises RequestError naming a tensor that
+    holds others, or when the file is damaged."""
+    path = Path(folder).expanduser() / WEIGHTS
+    try:
+        with safe_open(path, "pt") as file:
+            odd = next((n for n in file.keys() if not file.get_tensor(n).float().isfinite().all()), "")  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise RequestError(f"`{path}` is damaged: {error}") from None
+    if odd:
+        raise RequestError(
+            f"`{odd}` of the adapter `{folder}` holds values that are not finite numbers",
+            "it is damaged, or its training diverged: take an earlier checkpoint",
+        )
+
+
+def locate(adapter: str) -> str:
+    """The folder of an adapter that a person named: a folder as it is, or a hub id, `owner/name` or
+    `owner/name@revision`, downloaded unless it is in the hub's cache.
+
+    Raises RequestError when the hub does not have it or is not reached.
+    """
+    path = Path(adapter).expanduser()
+    name, revision = split_revision(adapter)
+    if path.exists() or path.is_symlink() or name.count("/") != 1 or not HUB_ID.fullmatch(name):
+        return adapter
+    if name.startswith(("./", "../", "~")):
+        return adapter
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(
+            name, revision=revision or None, ignore_patterns=["checkpoint-*", "*.pt", "*.pth"]
+        )
+    except Exception as error:  # each kind of network and hub error is named
+        raise RequestError(
+            f"there is no folder `{adapter}`, and as a hub id {not_downloaded(error)}",
+            "check the name and the network; an adapter is a folder, or a hub id as `owner/name`",
+        ) from None
+
+
+def _not_an_adapter(path: Path, name: str) -> tuple[str, str]:
+    """(what it is, what to do) for a folder or a file without an adapter's config."""
+    quoted = shlex.quote(name)
+    if path.is_file():
+        return (
+            f"`{name}` is a file; an adapter is a folder",
+            f"name its folder: {shlex.quote(str(path.parent))}",
+        )
+    points = sorted(p.name for p in path.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", p.name))
+    if points:
+        last = max(points, key=lambda point: int(point.rpartition("-")[2]))
+        return (
+            f"`{name}` is an unfinished run: its adapters are in checkpoints",
+            f"name one, e.g. {shlex.quote(str(path / last))}",
+        )
+    if (path / "config.json").is_file():
+        return (
+            f"`{name}` is a model, not an adapter",
+            f"lorafit inspect {quoted} shows it; an adapter is a run's folder",
+        )
+    return (
+        f"`{name}` is not an adapter: there is no {CONFIG} in it",
+        "an adapter is a run's folder, or a hub id as `owner/name`",
+    )
+
+
+def _converting(path: Path) -> str:
+    """The command that writes an adapter's pickled weights as safetensors, without running what they hold."""
+    program = (
+        "import torch; from safetensors.torch import save_file; "
+        f"w = torch.load({PICKLED!r}, map_location='cpu', weights_only=True); "
+        f"save_file({{k: v.clone().contiguous() for k, v in w.items()}}, {WEIGHTS!r})"
+    )
+    return f'cd {shlex.quote(str(path))} && python -c "{program}"'
+
+
 def write_base(folder: Path, name: str, fingerprint: str) -> None:
-    """Keep what an adapter was trained on beside it: `base.json`."""
+    """Keep what an adapter was trained on beside it: `base.json`. `fingerprint` is the identity of the
+    base's weights (model.identity)."""
     text = json.dumps({"model": name, "fingerprint": fingerprint}, indent=1)
     (folder / BASE).write_text(text + "\n", encoding="utf-8")
 
 
-def check_base(folder: str | Path, place: str) -> None:
-    """Hold a base's weights against those that an adapter of ours was trained on.
+def check_base(folder: str | Path, place: str) -> str:
+    """Compare a base's weights with those that an adapter of lorafit's was trained on.
 
-    Raises RequestError when they are other ones.
+    Returns the identity of the base, where it was compared; empty where the adapter does not say what it was trained on.
+    Raises RequestError when they differ.
     """
     try:
-        wanted = json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))["fingerprint"]
+        wanted = str(json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))["fingerprint"])
     except (OSError, ValueError, KeyError, TypeError):  # not of ours: what it was trained on is not known
-        return
-    found = fingerprint(place)
+        return ""
+    # earlier versions kept 32 digits of samples
+    found = sampled(place) if len(wanted) == OLD_DIGITS else fingerprint(place)
     if wanted and found and wanted != found:
         raise RequestError(
-            f"`{folder}` was not trained on `{place}`: its weights are other ones, or have changed since",
+            f"`{folder}` was not trained on `{place}`: the weights differ, or have changed since",
             "--model names the base it was trained on",
         )
+    return found if wanted else ""
 
 
 def run_of(folder: str | Path) -> Path:
@@ -100,11 +235,16 @@ def run_of(folder: str | Path) -> Path:
 
 
 def base_of(folder: str | Path) -> str:
-    """The model an adapter names as its base. Raises RequestError when it names none."""
-    base = read_config(folder).get("base_model_name_or_path")
+    """The model an adapter names as its base, a hub id with `@revision` where the adapter names one.
+
+    Raises RequestError when it names none.
+    """
+    config = read_config(folder)
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
     if not isinstance(base, str) or not base:
         raise RequestError(f"the adapter `{folder}` names no base model", "name it with --model")
-    return base
+    named = isinstance(revision, str) and revision and HUB_ID.fullmatch(base) and not Path(base).exists()
+    return f"{base}@{revision}" if named and "/" in base else base
 
 
 def tensor_names(folder: str | Path) -> list[str]:

@@ -13,14 +13,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from safetensors import safe_open
 
-from lorafit.adapter.folder import WEIGHTS, read_config, tensor_names
+from lorafit.adapter.folder import BASE_LAYER, WEIGHTS, read_config, tensor_names
 from lorafit.adapter.lora_linear import quicken
 from lorafit.adapter.peft_names import pattern_value
 from lorafit.adapter.plan import Plan
+from lorafit.adapter.start import keep_start
 from lorafit.adapter.trained_whole import train_in_float32
 from lorafit.errors import RequestError, RunError
 
@@ -86,6 +87,7 @@ def inject_plan(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
             "this is a fault of lorafit: please report it with the model's config",
         )
     train_in_float32(peft_model, peft_model.get_base_model())
+    keep_start(peft_model)
     quicken(peft_model)
     return peft_model
 
@@ -138,6 +140,8 @@ def attach(
                 peft_model = model
             else:
                 peft_model = PeftModel.from_pretrained(model, str(folder), name, low_cpu_mem_usage=on_meta)
+            # again, for what PEFT says of it: names are compared after its own conversions
+            loaded = peft_model.load_adapter(str(folder), name, low_cpu_mem_usage=on_meta)
     except (RuntimeError, ValueError, KeyError) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
@@ -145,11 +149,8 @@ def attach(
             f"the adapter `{folder}` does not fit its base: {detail[:220]}",
             "it was trained on another model, or the base has changed",
         ) from None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        there = set(get_peft_model_state_dict(peft_model, adapter_name=name, save_embedding_layers=False))
-    if there != names:
-        odd = sorted(there ^ names)
+    odd = sorted({*loaded.missing_keys, *loaded.unexpected_keys})
+    if odd:
         raise RequestError(
             f"the adapter `{folder}` does not fit its base: `{odd[0]}`"
             + (f" and {len(odd) - 1} more tensors" if len(odd) > 1 else "")
@@ -159,8 +160,13 @@ def attach(
     if on_meta:  # PEFT has put the adapter where its base is
         with safe_open(Path(folder) / WEIGHTS, "pt") as file:
             for key in names:
-                module = peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}")
-                module.weight = torch.nn.Parameter(file.get_tensor(key), requires_grad=False)
+                if key.endswith(BASE_LAYER):
+                    continue
+                value = torch.nn.Parameter(file.get_tensor(key), requires_grad=False)
+                if ".lora_embedding_" in key:
+                    peft_model.get_submodule(key)[name] = value  # type: ignore[operator]
+                else:
+                    peft_model.get_submodule(f"{key.removesuffix('.weight')}.{name}").weight = value
     return peft_model
 
 

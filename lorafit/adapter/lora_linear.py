@@ -37,7 +37,7 @@ class Quick(Linear):
         if more or named or not self._is_plain(name, base, x.dtype):
             return super().forward(x, *more, **named)
         weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
-        y_NO = _LowRank.apply(
+        y_NO = _LowRank.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
             weight_OI,
             base.bias,

@@ -12,7 +12,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from lorafit.adapter.peft_names import Spelling, pattern_value, spell
-from lorafit.adapter.plan_checks import bare_layers, check_peft_can, fused_notes, missing_roles, no_role
+from lorafit.adapter.plan_checks import (
+    bare_layers,
+    check_peft_can,
+    check_rank,
+    fused_notes,
+    missing_roles,
+    no_role,
+)
 from lorafit.errors import RequestError, closest
 from lorafit.model import (
     DEFAULT_PARTS,
@@ -149,6 +156,7 @@ def resolve(
         notes += fused_notes(preset.roles, slots, strict)
     notes += bare_layers(model_map, chosen, slots, preset)
     check_peft_can(model_map, slots, preset.lora)
+    notes += check_rank(slots, preset.lora)
     notes += model_map.notes
 
     linear = [s for s in slots if s.kind != "parameter"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from lorafit.adapter.peft_names import pattern_value
 from lorafit.errors import RequestError
 from lorafit.model import ATTENTIONS, DEFAULT_PARTS, FEED_FORWARDS, ModelMap, Role, Slot
 from lorafit.settings import Lora, Preset
@@ -81,6 +82,28 @@ def bare_layers(
             holds = f" (they hold {', '.join(parts)})" if parts else ""
             notes.append(f"layers {index_ranges(bare)} of `{path}` hold none of {wanted}{holds}")
     return notes
+
+
+def check_rank(slots: Sequence[Slot], lora: Lora) -> list[str]:
+    """A note where a rank is more than a weight has rows or columns: more adds parameters and no more room.
+
+    Raises RequestError when it is more than any of the weights can use.
+    """
+    ranks = {s.path: int(pattern_value(lora.rank_pattern, s.path, lora.r)) for s in slots}
+    narrow = [s for s in slots if ranks[s.path] > min(s.in_features, s.out_features)]
+    if not narrow:
+        return []
+    first = min(narrow, key=lambda s: min(s.in_features, s.out_features))
+    width = min(first.in_features, first.out_features)
+    shape = f"`{first.path}` is {first.in_features:,} → {first.out_features:,}"
+    if len(narrow) == len(slots):
+        most = max(min(s.in_features, s.out_features) for s in slots)
+        raise RequestError(
+            f"rank {ranks[first.path]:,} is more than any adapted weight can use: {shape}",
+            f"--rank {most} at most",
+        )
+    leaf = first.path.rpartition(".")[2]
+    return [f"rank {ranks[first.path]:,} is more than `{leaf}` can use, which has {width:,} rows or columns"]
 
 
 def check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> None:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-# the order of the commands in `lorafit --help`
-from lorafit.cli import cache, evaluate, inspect, merge, plan, presets, push, train  # noqa: F401
+from lorafit.cli import cache, data, evaluate, help, inspect, merge, plan, presets, push, train  # noqa: F401
 from lorafit.cli.app import app
 from lorafit.cli.shell import run_to_the_end
+
+# the order in `lorafit --help`
+ORDER = ("inspect", "data", "plan", "train", "eval", "merge", "push", "presets", "cache", "help")
+app.registered_commands.sort(key=lambda command: ORDER.index(command.name or command.callback.__name__))
 
 __all__ = ["app", "main"]
 

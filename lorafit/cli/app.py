@@ -14,11 +14,12 @@ app = typer.Typer(
     name="lorafit",
     cls=Boundary,
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
     help=ABOUT,
-    epilog="Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 and 143 interrupted.",
+    epilog="Exit codes: 0 done, 1 the run failed, 2 the request was wrong, 130 and 143 interrupted. "
+    "Topics: lorafit help.",
 )
 
 
@@ -37,4 +38,4 @@ def top(
         ),
     ] = False,
 ) -> None:
-    """The options that stand before a command."""
+    """The options before a command."""

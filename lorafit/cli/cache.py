@@ -24,7 +24,7 @@ def cache(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List or remove what is kept on this disk for later runs."""
+    """List or remove what is kept on disk for later runs."""
     from lorafit import cache as caches
     from lorafit.screen import Screen, show_caches, show_removed
 

@@ -16,8 +16,12 @@ from lorafit.errors import RequestError
 from lorafit.settings import DATA, OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from lorafit.data import RowSet
     from lorafit.events import EvalReport
     from lorafit.model import ModelMap
+    from lorafit.settings import RunConfig
 
 GENERATION, BENCHMARKS = "Generation", "Benchmarks"
 ABOUT_DATA = ("format", "map", "loss_on", "overflow", "max_length")
@@ -30,7 +34,9 @@ def evaluate(
     adapters: Annotated[
         list[str],
         typer.Argument(
-            metavar="ADAPTER...", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+            metavar="ADAPTER...",
+            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id.",
+            show_default=False,
         ),
     ],
     by: Annotated[
@@ -138,7 +144,7 @@ def evaluate(
     """
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import common_base, tokenizer_place
+    from lorafit.adapter import common_base, locate, tokenizer_place
     from lorafit.outputs import check_file
     from lorafit.report import PAGE_MARK
     from lorafit.screen import Screen, show_eval
@@ -147,52 +153,30 @@ def evaluate(
     screen = Screen(json, quiet)
     if page is not None:
         check_file(Path(page).expanduser(), "--report", PAGE_MARK)
-    data, size = given.get("data"), given.get("batch_size", 8)
-    about_data = {name: given[name] for name in ABOUT_DATA if name in given}
-    if about_data and not (data or also):
-        raise RequestError(
-            f"{OPTIONS[next(iter(about_data))].flag} is about --data, and none is given",
-            "name a file with --data",
-        )
-    if by and not data and (prompt or tasks):
-        raise RequestError(
-            "--by groups rows, and with --prompt or --tasks there are none without --data",
-            "name a file with --data",
-        )
+    _check(given, also, by, prompt, tasks)
+    adapters = [locate(adapter) for adapter in adapters]
     source, found = common_base(adapters, model)
 
     with without_collecting():
-        from lorafit.data import files_of, labelled, read_eval_rows
-        from lorafit.evaluate import (
-            EvalRequest,
-            Sampling,
-            Tasks,
-            compare,
-            held_out_rows,
-            own_prompts,
-            stored_settings,
-        )
+        from lorafit.data import chat_template_of
+        from lorafit.evaluate import EvalRequest, Sampling, Tasks, compare, own_prompts
         from lorafit.model import load_tokenizer, pick_device, pick_dtype
 
     device = pick_device(given.get("device", "auto"))
     tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
-    stored = stored_settings(adapters[0], found)
-    settings = replace(stored, **{"format": "auto", "map": None, **about_data})
-    # options about the rows' shape are about --data, where that is given
-    beside = replace(settings, format="auto", map=None) if data else settings
-    read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
-    rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
-    if data:
-        rows = read(data, config=settings)
-    elif not prompt and not tasks:
-        rows = held_out_rows(adapters[0], tokenizer, found)
+    size = given.get("batch_size", 8)
+    rows, labels, others, settings = _rows(
+        given, adapters[0], found, tokenizer, also, by, not (prompt or tasks)
+    )
     request = EvalRequest(
         rows=rows,
-        also={file: read([file], config=beside) for file in also or ()},
+        also=others,
         by=by or "",
-        labels=labelled(rows, by, specs) if by and rows is not None else (),
+        labels=labels,
         samples=samples,
-        prompts=own_prompts(prompt or (), tokenizer, found.task, found.max_positions),
+        prompts=own_prompts(
+            prompt or (), tokenizer, found.task, found.max_positions, chat_template_of(tokenizer, settings)
+        ),
         extremes=extremes,
         batch_size=size,
         tasks=Tasks.named(tasks, found.task, limit, size) if tasks else None,
@@ -209,6 +193,48 @@ def evaluate(
         show_eval(screen, report)
 
 
+def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tasks: str | None) -> None:
+    """Raises RequestError for options that mean nothing together: before anything is loaded."""
+    about_data = [name for name in ABOUT_DATA if name in given]
+    if about_data and not (given.get("data") or also):
+        raise RequestError(f"{OPTIONS[about_data[0]].flag} needs --data", "name a file with --data")
+    if by and not given.get("data") and (prompt or tasks):
+        raise RequestError(
+            "--by groups rows, and with --prompt or --tasks there are no rows without --data",
+            "name a file with --data",
+        )
+
+
+def _rows(
+    given: Mapping[str, Any],
+    adapter: str,
+    found: ModelMap,
+    tokenizer: PreTrainedTokenizerBase,
+    also: Sequence[str] | None,
+    by: str | None,
+    held_out: bool,
+) -> tuple[RowSet | None, Sequence[str], dict[str, RowSet], RunConfig]:
+    """(the rows to score, a label for each where `by` names them, the rows of --also by file, the settings
+    they were read with). Without --data the rows that the run held out, where `held_out` asks for them."""
+    from lorafit.data import files_of, labelled, read_eval_rows
+    from lorafit.evaluate import held_out_rows, stored_settings
+
+    data = given.get("data")
+    stored = stored_settings(adapter, found)
+    about_data = {name: given[name] for name in ABOUT_DATA if name in given}
+    settings = replace(stored, **{"format": "auto", "map": None, **about_data})
+    # with --data, the format options apply to it and not to --also
+    beside = replace(settings, format="auto", map=None) if data else settings
+    read = partial(read_eval_rows, tokenizer=tokenizer, task=found.task, vocab_size=found.vocab_size)
+    rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
+    if data:
+        rows = read(data, config=settings)
+    elif held_out:
+        rows = held_out_rows(adapter, tokenizer, found)
+    labels = labelled(rows, by, specs) if by and rows is not None else ()
+    return rows, labels, {file: read([file], config=beside) for file in also or ()}, settings
+
+
 def _write_page(
     asked: str | None,
     adapters: Sequence[str],
@@ -216,10 +242,10 @@ def _write_page(
     adapted: Mapping[str, tuple[str, ...]],
     report: EvalReport,
 ) -> tuple[str, str]:
-    """(where the page was written, or nothing; why it was not). Unless `asked` names a place it goes
+    """(path of the written page or empty, reason why it was not written). Without `asked` the page goes
     into the folder of the first adapter's run.
 
-    Raises RequestError where the named place cannot be written.
+    Raises RequestError if `asked` cannot be written.
     """
     from lorafit.adapter import run_of
     from lorafit.outputs import PAGE
@@ -233,11 +259,13 @@ def _write_page(
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:
-        return "", f"no report page was drawn: the record of `{runs[0].folder}` is damaged"
+        return "", f"no report page: the events or settings of `{runs[0].folder}` are damaged"
     try:
         write_page(path, shown)
     except OSError as error:
         if asked:
-            raise RequestError(f"cannot write --report `{path}`: {error.strerror}", "another place") from None
-        return "", f"`{path}` was not written: {error.strerror}; --report names another place"
+            raise RequestError(
+                f"cannot write --report `{path}`: {error.strerror}", "choose another file"
+            ) from None
+        return "", f"could not write `{path}`: {error.strerror}; choose another file with --report"
     return str(path), ""

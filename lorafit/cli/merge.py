@@ -26,7 +26,9 @@ def merge(
     run: Annotated[
         Optional[str],
         typer.Argument(
-            metavar="ADAPTER", help="A run's folder, or any PEFT LoRA adapter.", show_default=False
+            metavar="ADAPTER",
+            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id.",
+            show_default=False,
         ),
     ] = None,
     adapter: Annotated[
@@ -77,12 +79,13 @@ def merge(
     """Merge adapters into the base; streams tensors and verifies the result."""
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import common_base, tokenizer_place
+    from lorafit.adapter import common_base, locate, tokenizer_place
     from lorafit.screen import Screen, show_merge
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text, parse_bytes
 
     named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
+    named = [(locate(path), weight) for path, weight in named]
     if not named:
         raise RequestError("merge needs an adapter", "lorafit merge RUN -o DIR")
     output, first = given.get("output"), named[0][0]
@@ -109,7 +112,7 @@ def merge(
     tokenizer, rows = None, None
     if verify:
         tokenizer = load_tokenizer(tokenizer_place(first, source.place), first)
-        # where its data are missing, the verification reads texts of lorafit's own
+        # without the run's data, the verification uses built-in texts
         with suppress(RequestError):
             rows = held_out_rows(first, tokenizer, found)
     settings = MergeSettings(
@@ -129,7 +132,7 @@ def merge(
 
 
 def _weighed(text: str) -> tuple[str, float]:
-    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1. Raises RequestError for another word as the weight."""
+    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1. Raises RequestError if the weight is not a number."""
     path, equals, weight = text.rpartition("=")
     if not equals:
         return text, 1.0
@@ -137,4 +140,4 @@ def _weighed(text: str) -> tuple[str, float]:
         value = float(weight)
         if path and math.isfinite(value):
             return path, value
-    raise RequestError(f"`--adapter {text}` has no number after its =", "e.g. runs/a=0.5")
+    raise RequestError(f"`--adapter {text}` has no number after the =", "e.g. runs/a=0.5")

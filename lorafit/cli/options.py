@@ -1,4 +1,4 @@
-"""The options of the commands: those of a run are made from `RunConfig`'s fields, the common ones stand here."""
+"""The options of the commands: those of a run are made from `RunConfig`'s fields, the common ones are here."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ Body = Callable[..., None]
 
 
 def run_options(*names: str) -> Callable[[Body], Body]:
-    """Give a command these options of a run; `*` stands for all of them.
+    """Give a command these options of a run; `*` means all of them.
 
-    The body gets those that were given as its first argument, a mapping from names to what was typed; its own
-    parameters come after.
+    The body gets the given options as its first argument, a mapping from names to the typed text; its own
+    parameters follow.
     """
     chosen = list(OPTIONS) if names == ("*",) else list(names)
 
@@ -68,14 +68,14 @@ def _parameter(option: Option) -> inspect.Parameter:
 
 def shown_help(option: Option) -> str:
     """The help of an option with its default, or what it is derived from."""
-    said = option.help
+    text = option.help
     if option.kind.choices:
-        said = f"{said.removesuffix('.')}: {', '.join(option.kind.choices)}."
+        text = f"{text.removesuffix('.')}: {', '.join(option.kind.choices)}."
     if option.derived:
-        return f"{said} [dim]\\[from {option.derived}][/]"
+        return f"{text} [dim]\\[from {option.derived}][/]"
     if option.default in (None, (), False):
-        return said
-    return f"{said} [dim]\\[{option.default}][/]"
+        return text
+    return f"{text} [dim]\\[{option.default}][/]"
 
 
 def _option(*flags: str, help: str, panel: str, **more: Any) -> Any:
@@ -85,7 +85,10 @@ def _option(*flags: str, help: str, panel: str, **more: Any) -> Any:
 Base = Annotated[
     Optional[str],
     _option(
-        "--model", help="Base model, where it is not the one the adapter names.", panel=DATA, metavar="MODEL"
+        "--model",
+        help="Base model, if it is not the one that the adapter names.",
+        panel=DATA,
+        metavar="MODEL",
     ),
 ]
 Config = Annotated[

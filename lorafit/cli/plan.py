@@ -40,7 +40,7 @@ def plan(
         bool,
         typer.Option(
             "--probe/--no-probe",
-            help="Time a block on this device; without it, a rate is assumed and stated.",
+            help="Time a block on this device, or assume a rate.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -49,7 +49,7 @@ def plan(
         bool,
         typer.Option(
             "--fresh",
-            help="Time the device again; do not use an earlier answer.",
+            help="Time the device again instead of using an earlier timing.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -57,14 +57,17 @@ def plan(
     matrix: Annotated[
         bool,
         typer.Option(
-            "--matrix", help="Every strategy × band in one table.", rich_help_panel=OUTPUT, show_default=False
+            "--matrix",
+            help="Show every strategy and band in one table.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
         ),
     ] = False,
     estimate: Annotated[
         bool,
         typer.Option(
             "--estimate/--no-estimate",
-            help="Simulate a step: its memory and its time.",
+            help="Estimate memory and time.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -74,7 +77,7 @@ def plan(
 ) -> None:
     """Show what would be adapted and what it costs; no weights are read.
 
-    Modules, layers, their names for PEFT, trainable parameters, memory by named terms, time.
+    Modules and layers, their names for PEFT, trainable parameters, peak memory, time.
     """
 
     from lorafit.settings import settle
@@ -91,7 +94,7 @@ def plan(
 
     screen = Screen(json)
     room = parse_size(fit) if fit is not None else None
-    source = find(settings.model)
+    source = find(settings.model, settings.revision)
     find_sources(settings)
     found = chart_of(source)
     settings = derive_from_model(settings, found)
@@ -117,7 +120,7 @@ def plan(
     if json:
         screen.document({**made.as_json(), "data": ahead.look, "estimate": cost.as_json(), "fit": fitting})
     else:
-        # the demo's own rows are shown where they are trained on
+        # the demo's rows are shown by `train`
         look = ahead.look if settings.data else None
         show_plan(screen, made, found, cost, fitting, look, command)
 
@@ -144,7 +147,7 @@ def _matrix(screen: Screen, ahead: Forecast, settings: RunConfig, free: int) -> 
 
 
 def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None) -> str:
-    """The command that does what was planned."""
+    """The command that trains what was planned."""
     words = ["lorafit", "train"]
     if file is not None:
         words += ["--config", file]

@@ -8,7 +8,7 @@ from lorafit.cli.options import Debug, Json
 
 @app.command()
 def presets(json: Json = False, debug: Debug = False) -> None:
-    """List the strategies, what each is for, the roles and the bands."""
+    """List the strategies, the roles and the bands."""
     from lorafit.screen import Screen, show_presets
     from lorafit.settings import load_preset, preset_names
 

@@ -39,7 +39,7 @@ def push(
 
 
 def push_folder(screen: Screen, folder: str, name: str) -> str:
-    """Push a folder and say where it went; its address."""
+    """Push a folder, show its address and return it."""
     from lorafit import hub
 
     address = hub.push(Path(folder).expanduser(), name)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import atexit
+import errno
 import os
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any, NoReturn
 
 import typer
@@ -17,37 +18,64 @@ from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, 
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
+# What other tools call our options.
+ELSEWHERE = {
+    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--output-dir": "--output",
+    "--output_dir": "--output", "--per-device-train-batch-size": "--batch-size",
+    "--per_device_train_batch_size": "--batch-size", "--num-train-epochs": "--epochs", "--num_train_epochs": "--epochs",
+    "--gradient-accumulation-steps": "--accumulate", "--gradient_accumulation_steps": "--accumulate",
+    "--lora-r": "--rank", "--lora_r": "--rank", "--r": "--rank", "--lora-alpha": "--alpha", "--lora_alpha": "--alpha",
+    "--lora-dropout": "--dropout", "--lora_dropout": "--dropout", "--target-modules": "--modules",
+    "--target_modules": "--modules", "--max-seq-length": "--max-length", "--max_seq_length": "--max-length",
+    "--cutoff-len": "--max-length", "--lr-scheduler-type": "--scheduler", "--lr_scheduler_type": "--scheduler",
+    "--warmup-ratio": "--warmup", "--warmup-steps": "--warmup", "--warmup_ratio": "--warmup", "--dataset": "--data",
+    "--train-file": "--data", "--base-model": "MODEL, the first argument", "--model": "MODEL, the first argument",
+    "--model-name-or-path": "MODEL, the first argument", "--model_name_or_path": "MODEL, the first argument",
+    "--save-total-limit": "--keep", "--eval-split": "--holdout", "--val-size": "--holdout", "--template": "--chat-template",
+    "--bf16": "--dtype bfloat16", "--fp16": "--dtype float16",
+}  # fmt: skip
 debug = False  # --debug: errors show where they came from
 
 
 class Boundary(TyperGroup):
-    """A group of commands that reports errors in lorafit's own words."""
+    """A group of commands that reports every error in one or two lines."""
 
-    def main(self, args: Any = None, *more: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(  # type: ignore[override]  # the other parameters go on as they come
+        self, args: Any = None, standalone_mode: bool = True, **extra: Any
+    ) -> Any:
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
-            code = super().main(args, *more, standalone_mode=False, **extra)
+            code = super().main(args, standalone_mode=False, **extra)
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:
-            code = _report(_usage(error))
+            code = _report(_usage(error, list(sys.argv[1:] if args is None else args)))
         except (KeyboardInterrupt, typer.Abort):
             code = _report(LorafitError("interrupted"), INTERRUPTED)
         except Terminated:
             code = _report(LorafitError("terminated"), TERMINATED)
         except BrokenPipeError:  # the reader has closed the pipe: `lorafit inspect … | head`
-            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            _drop_output()
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:  # `lorafit inspect > /dev/full`
+                _drop_output()
+                code = _report(LorafitError("cannot write the output: no space left on the device"), FAILED)
+                sys.exit(code)
             if debug:
                 raise
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-            hint = "--debug shows where; please report it with the command"
-            code = _report(LorafitError(f"an error that lorafit did not expect: {what}", hint), FAILED)
+            hint = "--debug shows the traceback; please report it with the command"
+            code = _report(LorafitError(f"unexpected error: {what}", hint), FAILED)
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
+
+
+def _drop_output() -> None:
+    """Send what is still in stdout's buffer nowhere, so that the last flush does not fail again."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 class Terminated(BaseException):
@@ -69,19 +97,28 @@ def _report(error: LorafitError, code: int | None = None) -> int:
     return error.exit_code if code is None else code
 
 
-def _usage(error: Any) -> LorafitError:
-    """A wrong command line in lorafit's own words."""
+def _usage(error: Any, arguments: list[str]) -> LorafitError:
+    """An error of the command line, without the parser's own layout."""
     message = error.format_message().strip().rstrip(".")
     context = getattr(error, "ctx", None)
-    command = context.command_path if context is not None else "lorafit"
-    return RequestError(message[:1].lower() + message[1:], f"see `{command} --help`")
+    command = "lorafit " + next((word for word in arguments if not word.startswith("-")), "")
+    if context is not None:
+        command = f"lorafit {context.info_name}" if context.parent is not None else "lorafit"
+    name = getattr(error, "option_name", "")
+    if name in ELSEWHERE:
+        return RequestError(f"there is no option `{name}`", f"lorafit calls it {ELSEWHERE[name]}")
+    if name and getattr(error, "possibilities", None):
+        return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
+    if command == "lorafit merge" and "unexpected extra argument" in message:
+        return RequestError(message[:1].lower() + message[1:], "--adapter PATH names each further adapter")
+    return RequestError(message[:1].lower() + message[1:], f"see `{command.strip()} --help`")
 
 
 @contextmanager
 def stopping() -> Iterator[Callable[[], int]]:
-    """Ctrl-C and SIGTERM ask a run to end after its step; the second time, it ends at once.
+    """The first Ctrl-C or SIGTERM ends a run after its step, the second one at once.
 
-    Gives a function that returns the signal's number, or 0.
+    Yields a function that returns the signal's number, or 0.
     """
     asked = 0
 
@@ -102,15 +139,25 @@ def stopping() -> Iterator[Callable[[], int]]:
 def run_to_the_end(app: typer.Typer) -> NoReturn:
     """Run the command line and end the process.
 
-    It ends at once: Python would take torch's thousand modules apart first, for a second.
+    Without the interpreter's shutdown, which takes a second once torch is loaded.
     """
+    from lorafit.screen import allow_ascii
+
     code: Any = DONE
+    for name in ("stdout", "stderr"):  # closed by the caller, `>&-`: Python has None there
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        allow_ascii(getattr(sys, name))
     try:
         app()
     except SystemExit as end:
         code = end.code
     atexit._run_exitfuncs()
-    with suppress(BrokenPipeError):  # the reader has closed the pipe: `lorafit presets | true`
+    try:
         sys.stdout.flush()
         sys.stderr.flush()
+    except BrokenPipeError:  # the reader has closed the pipe: `lorafit presets | true`
+        pass
+    except OSError:  # the last lines could not be written, e.g. to a full disk
+        code = code or FAILED
     os._exit(code if isinstance(code, int) else DONE)

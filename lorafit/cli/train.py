@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Push, Quiet, run_options
@@ -13,12 +16,15 @@ from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
+from lorafit.settings import OUTPUT
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
     from lorafit.estimate import Estimate, Forecast
-    from lorafit.report.run import Run
+    from lorafit.events import TrainReport
+    from lorafit.screen import Screen
     from lorafit.settings import Preset, RunConfig
+    from lorafit.train import Job
 
 
 @app.command()
@@ -27,56 +33,57 @@ def train(
     flags: Mapping[str, Any],
     config: Config = None,
     push_to_hub: Push = None,
+    force: Annotated[
+        bool,
+        typer.Option(
+            "--force",
+            help="Start even where the predicted memory is more than twice what is free.",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
-    """Train an adapter: show the plan, do exactly that, evaluate before and after, save.
+    """Train an adapter: show the plan, train, evaluate before and after, save.
 
     Without a model and data, the embedded demo is used.
     """
-    from lorafit.settings import derive_from_model, settle
+    from lorafit.settings import dated, derive_from_model, settle
 
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned
     from lorafit.data import find_sources
     from lorafit.estimate import predicted, prepare
-    from lorafit.events import TrainReport
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
-    from lorafit.screen import Screen, TrainView, show_data, show_header, show_train_report
+    from lorafit.screen import Screen, show_data, show_header, show_train_report
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
 
     screen = Screen(json, quiet)
-    if settings.resume and settings.output is None:
-        raise RequestError("--resume needs the run's folder", "name it with -o")
     if push_to_hub:
         from lorafit import hub
 
         hub.check(push_to_hub)
-    source = find(settings.model)
+    source = find(settings.model, settings.revision)
     find_sources(settings)
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
-    target = Path(settings.output).expanduser() if settings.output is not None else None
-    if target is not None:
-        if settings.resume and target.exists() and not settings.overwrite:
-            finished = _finished(settings, target)
-            screen.line("done", f"{target} is a finished run: nothing to resume")
-            if json:
-                screen.document(finished.report)
-            if push_to_hub:
-                push_folder(screen, str(target), push_to_hub)
-            return
-        check_target(target, settings.overwrite, reads)
+    target = _target(settings, reads)
+    if target is not None and settings.resume and target.exists() and not settings.overwrite:
+        _show_finished(screen, settings, target)
+        if push_to_hub:
+            push_folder(screen, str(target), push_to_hub)
+        return
     found = chart_of(source)
-    settings = derive_from_model(settings, found)
+    settings = dated(derive_from_model(settings, found))
     made = planned(found, chosen, settings)
     show_header(screen, made, found, settings)
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, claim, recorded, records, run
+        from lorafit.train import RunFolder, assemble, claim
 
     pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
@@ -85,27 +92,18 @@ def train(
     ahead, settings = prepare(settings, source, found, look=rows.look, seconds=1.0)
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
-    if target is None:
-        folder = claim(_stem(found.model, made))
-    else:
-        folder = RunFolder(target)
+    _check_memory(screen, ahead, made, chosen, cost, force)
+    folder = claim(_stem(found.model, made)) if target is None else RunFolder(target)
+    if target is not None:
         folder.open(settings.overwrite, settings.resume, reads)
-    view = TrainView(screen)
-    report = None
-    try:
-        with stopping() as stop:
+    with _explained(ahead, made, chosen, cost), stopping() as stop:
+        try:
             job = assemble(
                 source, found, settings, made, rows, tokenizer, folder, stop, predicted(cost, made)
             )
-            for event in recorded(job, run(job), [*records(job), view]):
-                report = event if isinstance(event, TrainReport) else report
-    except OutOfMemory as error:
-        error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
-        raise
-    finally:
-        folder.abandon()
-        view.close()
-    assert report is not None
+            report = _watched(screen, job)
+        finally:
+            folder.abandon()
     if json:
         screen.document(report)
     else:
@@ -114,9 +112,45 @@ def train(
         push_folder(screen, report.output, push_to_hub)
 
 
-def _finished(settings: RunConfig, target: Path) -> Run:
-    """The finished run that `--resume` names. Raises RequestError when it had other settings than are given
-    now, or is not a run."""
+def _target(settings: RunConfig, reads: Sequence[Path]) -> Path | None:
+    """The output folder that was named, if any. Raises RequestError when it may not be written."""
+    if settings.output is None:
+        if settings.resume:
+            raise RequestError("--resume needs the run's folder", "name it with -o DIR")
+        return None
+    target = Path(settings.output).expanduser()
+    if not (settings.resume and target.exists() and not settings.overwrite):
+        check_target(target, settings.overwrite, reads)
+    return target
+
+
+def _check_memory(
+    screen: Screen, ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate, force: bool
+) -> None:
+    """Warn when the predicted peak is more than the free memory.
+
+    Raises RequestError when it is more than twice that, unless `force`.
+    """
+    from lorafit.estimate import free_on
+    from lorafit.units import bytes_text
+
+    free, peak = free_on(ahead.device), cost.memory.peak
+    if peak <= free:
+        return
+    what = f"the run needs {bytes_text(peak)} at its peak, and {bytes_text(free)} are free on {ahead.device}"
+    if peak <= 2 * free or force:
+        screen.note(what)
+        return
+    fit = ahead.fit(made, chosen, cost, ahead.timing(made), free).alternatives
+    hint = f"{fit[0].flags} needs {bytes_text(fit[0].peak)}; " if fit else ""
+    raise RequestError(what, f"{hint}--force starts it all the same")
+
+
+def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
+    """Say that the run which `--resume` names is finished.
+
+    Raises RequestError when it had other settings than are given now, or is not a run.
+    """
     from lorafit.report import read_back
     from lorafit.settings import changed_settings
 
@@ -128,11 +162,39 @@ def _finished(settings: RunConfig, target: Path) -> Run:
             f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
             "another -o trains a new run with these settings, --overwrite trains it again in its place",
         )
-    return run
+    screen.line("done", f"{target} is a finished run: nothing to resume")
+    if screen.as_json:
+        screen.document(run.report)
+
+
+def _watched(screen: Screen, job: Job) -> TrainReport:
+    """Run a job to its end, on the screen and into its folder; its report."""
+    from lorafit.events import TrainReport
+    from lorafit.screen import TrainView
+    from lorafit.train import recorded, records, run
+
+    view, report = TrainView(screen), None
+    try:
+        for event in recorded(job, run(job), [*records(job), view]):
+            report = event if isinstance(event, TrainReport) else report
+    finally:
+        view.close()
+    assert report is not None
+    return report
+
+
+@contextmanager
+def _explained(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> Iterator[None]:
+    """Where memory runs out, the error says what would have fitted."""
+    try:
+        yield
+    except OutOfMemory as error:
+        error.hint = _what_fits(ahead, made, chosen, cost) or error.hint
+        raise
 
 
 def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> str:
-    """The nearest settings that would have fitted, as a hint; empty where there are none."""
+    """The nearest settings that would have fitted, as a hint; empty if there are none."""
     from lorafit.estimate import free_on
     from lorafit.units import bytes_text
 
@@ -141,12 +203,12 @@ def _what_fits(ahead: Forecast, made: Plan, chosen: Preset, cost: Estimate) -> s
     if not nearest:
         return ""
     return (
-        f"{nearest[0].flags}: {bytes_text(nearest[0].peak)} by the plan, where this run was to take "
+        f"try {nearest[0].flags}: {bytes_text(nearest[0].peak)} planned, instead of "
         f"{bytes_text(cost.memory.peak)}"
     )
 
 
 def _stem(model: str, made: Plan) -> str:
-    """`MODEL-PRESET-LAYERS`, in characters that a file name may have."""
+    """`MODEL-PRESET-LAYERS`, in characters that are safe in a file name."""
     words = (model.rpartition("/")[2], made.preset, made.spec)
     return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:60] for word in words)

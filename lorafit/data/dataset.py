@@ -8,7 +8,8 @@ import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING
@@ -18,11 +19,13 @@ import numpy as np
 from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
 from lorafit.data.batching import held_out
+from lorafit.data.counts import Counts, faults
 from lorafit.data.files import DataSource, records, sources
-from lorafit.data.formats import parse_map, read
+from lorafit.data.formats import Reading, parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
-from lorafit.data.tokenize import Counts, Tokens
+from lorafit.data.template import ChatTemplate, parse_args, special_texts
+from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError, RunError, closest
 from lorafit.events import DataReport
 from lorafit.settings import RunConfig, weighted
@@ -71,6 +74,11 @@ def load(
     if not config.data and config.model != "demo":
         raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
     specs, apart = files_of(config)
+    if apart and config.group_by and config.data:
+        raise RequestError(
+            "--group-by is about the share that is held out, and --eval-data names other rows",
+            "leave one of them out",
+        )
     for name, weight in map(weighted, apart):
         if weight != 1:
             raise RequestError(
@@ -185,9 +193,7 @@ def _read_all(
 ) -> list[ReadData]:
     """The rows of each spec; a spec that stands there twice is read twice."""
     assert config.max_length is not None
-    if config.chat_template:
-        tokenizer.chat_template = _template(config.chat_template)
-    prepare(tokenizer)
+    prepare(tokenizer, config)
     named = [weighted(spec) for spec in specs]
     found = [sources(name) for name, _ in named]
     total = sum(source.bytes for several in found for source in several)
@@ -200,12 +206,72 @@ def _read_all(
             def heard(bytes_read: int, done: int = done) -> None:
                 tick(done + bytes_read, total)
 
-            maker = Tokens(tokenizer, task, config.max_length, vocab_size, config.overflow, config.loss_on)
-            parts.append(_stored(source, config, maker, heard))
+            parts.append(
+                _stored(_as_told(source, config), config, _maker(config, tokenizer, task, vocab_size), heard)
+            )
             before += source.bytes
             tick(before, total)
         made.append(ReadData(name, weight, tuple(parts)))
+    counts = [part.counts for data in made for part in data.parts]
+    if config.on_bad_row == "stop" and any(c.bad for c in counts):
+        raise faults(counts)
+    pairs = [c for c in counts if c.pair]
+    if pairs and task == "causal" and tokenizer.chat_template is not None:
+        note = _plain_or_chat(pairs[0].pair, tokenizer, config)
+        if note:
+            pairs[0].note(note)
     return made
+
+
+def _plain_or_chat(pair: Sequence[str], tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> str:
+    """What a row of plain prompt and completion is, and what it would be as a chat; empty where the template
+    refuses it."""
+    prompt, completion = (text if len(text) <= 40 else text[:39] + "…" for text in pair)
+    turns = [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}]
+    text = chat_template_of(tokenizer, config).probe(turns)
+    if text is None:
+        return ""
+    plain, chat = (t.replace("\n", "⏎") for t in (prompt + completion, text))
+    return (
+        f"prompts and completions are learned as plain text, without the model's chat template: `{plain}`; "
+        f"--as-chat makes turns of them: `{chat}`"
+    )
+
+
+def _maker(config: RunConfig, tokenizer: PreTrainedTokenizerBase, task: str, vocab_size: int) -> Tokens:
+    """What makes a source's rows, with counts of its own: bad rows are counted there."""
+    counts = Counts()
+    assert config.max_length is not None
+    return Tokens(
+        tokenizer,
+        task,
+        config.max_length,
+        vocab_size,
+        config.overflow,
+        config.loss_on,
+        parse_args(config.template_args),
+        moment_of(config),
+        counts,
+        counts.fault,
+    )
+
+
+def chat_template_of(tokenizer: PreTrainedTokenizerBase, config: RunConfig) -> ChatTemplate:
+    """The tokenizer's chat template as a run's rows go through it: with its arguments and its date."""
+    return ChatTemplate(tokenizer, parse_args(config.template_args), moment_of(config))
+
+
+def moment_of(config: RunConfig) -> datetime:
+    """What a chat template takes for now."""
+    return datetime.fromisoformat(config.template_date) if config.template_date else datetime.now()
+
+
+def _as_told(source: DataSource, config: RunConfig) -> DataSource:
+    """A table with the separator and the quotes that the options name."""
+    if source.kind not in ("csv", "tsv"):
+        return source
+    delimiter = "\t" if config.csv_delimiter == "tab" else config.csv_delimiter or ""
+    return replace(source, delimiter=delimiter, quote="" if config.csv_quote == "none" else config.csv_quote)
 
 
 def _template(path: str) -> str:
@@ -235,7 +301,11 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
             return _ReadFile(
                 RowStore(source.name, by_line, arrays), index["format_read"], Counts(**index["counts"])
             )
-    format, examples = read(source, config.format, parse_map(config.map), tick)
+    counts = maker.counts
+    reading = Reading(
+        config.format, parse_map(config.map), config.group_by or "", config.as_chat, counts, counts.fault
+    )
+    format, examples = read(source, tick=tick, reading=reading)
     writer = Writer(filling(entry) if entry else None)
     try:
         for row in maker.rows(examples, format):
@@ -252,18 +322,18 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
             "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
         ) from None
     if entry is None:
-        return _ReadFile(RowStore(source.name, by_line, made), format, maker.counts)  # type: ignore[arg-type]
+        return _ReadFile(RowStore(source.name, by_line, made), format, counts)  # type: ignore[arg-type]
     tokens = writer.at[0]
     index = {
         "about": source.name, "tokens": tokens, "format": FORMAT, "digests": made, "format_read": format,
-        "counts": asdict(maker.counts),
+        "counts": asdict(counts),
     }  # fmt: skip
     assert writer.folder is not None
     finish(writer.folder, entry, index)
     again = opened(entry)
     if again is None:
-        raise RunError(f"what was written to `{entry}` is not what is there", "is the disk sound?")
-    return _ReadFile(RowStore(source.name, by_line, again[0]), format, maker.counts)
+        raise RunError(f"what was written to `{entry}` is not what is there", "check the disk")
+    return _ReadFile(RowStore(source.name, by_line, again[0]), format, counts)
 
 
 def _key(source: DataSource, config: RunConfig, maker: Tokens) -> str:
@@ -276,10 +346,11 @@ def _key(source: DataSource, config: RunConfig, maker: Tokens) -> str:
     tokenizer = maker.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     facts = [
-        FORMAT, __version__, source.kind, source.packed, config.format, config.map, maker.task, maker.max_length,
-        maker.vocab_size, maker.overflow, maker.loss_on, type(tokenizer).__name__, tokenizer.chat_template,
+        FORMAT, __version__, source.kind, source.packed, source.delimiter, source.quote, config.format, config.map,
+        config.group_by, config.as_chat, maker.task, maker.max_length, maker.vocab_size, maker.overflow, maker.loss_on,
+        type(tokenizer).__name__, tokenizer.chat_template, maker.template_args, str(maker.moment) if maker.dated else "",
         tokenizer.special_tokens_map, backend.to_str() if backend is not None else tokenizer.get_vocab(),
-        code_digest("data.dataset"),
+        sorted(maker.ends), code_digest("data.dataset"),
     ]  # fmt: skip
     found.update(json.dumps(facts, sort_keys=True, default=str).encode())
     return found.hexdigest()[:32]
@@ -289,7 +360,7 @@ def _held_out(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarray]:
     """For each source whether a row is held out: a seeded share of all examples, but of a document its
     end, since a window knows its neighbours. Raises RequestError where there is nothing to part."""
     parts = [part for several in data for part in several.parts]
-    several = sum(part.counts.examples for part in parts if part.format != "document")
+    kinds = [part for part in parts if part.format != "document"]
     documents = [part for part in parts if part.format == "document"]
     for part in documents:
         if len(part.store) < 2:
@@ -297,12 +368,23 @@ def _held_out(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarray]:
                 f"`{part.store.name}` is one window of {config.max_length} tokens: none can be held out",
                 "a longer text, a smaller --max-length, or --eval-data",
             )
+    # by number, the group of each example that has rows
+    alive = [np.unique(part.store.arrays["examples"], return_index=True) for part in kinds]
+    groups = [part.store.arrays["groups"][first] for part, (_, first) in zip(kinds, alive, strict=True)]
+    several = sum(len(numbers) for numbers, _ in alive)
     if not documents and several < 2:
         names = ", ".join(f"`{each.spec}`" for each in data)
+        if not several:
+            counts = [part.counts for part in parts]
+            raise RequestError(*_nothing_left("training", counts, config))
         raise RequestError(
             f"{names} holds one example: none can be held out", "more examples, or --eval-data"
         )
-    out = np.array(held_out(several, config.holdout, config.seed) if several > 1 else [], dtype=np.int64)
+    out = np.zeros(several, dtype=bool)
+    if config.group_by:
+        out = _out_by_group(np.concatenate(groups), config)
+    elif several > 1:
+        out[held_out(several, config.holdout, config.seed)] = True
     found, before = [], 0
     for part in parts:
         rows = len(part.store)
@@ -310,9 +392,32 @@ def _held_out(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarray]:
             most = max(1, round(rows * config.holdout))
             found.append(np.arange(rows) >= rows - most)
         else:
-            found.append(np.isin(part.store.arrays["examples"] + before, out))
-            before += part.counts.examples
+            numbers = np.unique(part.store.arrays["examples"])
+            chosen = numbers[out[before : before + len(numbers)]]
+            found.append(np.isin(part.store.arrays["examples"], chosen))
+            before += len(numbers)
     return found
+
+
+def _out_by_group(groups: np.ndarray, config: RunConfig) -> np.ndarray:
+    """(examples,) whether each is held out: groups in a seeded order, until the share is reached.
+
+    Raises RequestError where all are one group.
+    """
+    names, sizes = np.unique(groups, return_counts=True)
+    if len(names) < 2:
+        raise RequestError(
+            f"--group-by {config.group_by}: all rows are one group: none can be held out", "--eval-data"
+        )
+    order = list(range(len(names)))
+    Random(f"{config.seed}/groups").shuffle(order)
+    wanted = len(held_out(len(groups), config.holdout, config.seed))
+    chosen: list[int] = []
+    for number in order[:-1]:  # one stays to be trained on
+        if sum(int(sizes[n]) for n in chosen) >= wanted:
+            break
+        chosen.append(number)
+    return np.isin(groups, names[chosen])
 
 
 def _as_often(numbers: np.ndarray, weight: float, seed: int) -> np.ndarray:
@@ -327,13 +432,31 @@ def _nothing_left(which: str, counts: Sequence[Counts], config: RunConfig) -> tu
         f"{sum(c.unsupervised for c in counts):,} had nothing to learn",
         f"{sum(c.cut_away for c in counts):,} nothing within {config.max_length} tokens",
         f"{sum(c.too_long for c in counts):,} were longer than that",
+        f"{sum(c.blank for c in counts):,} were blank",
+        f"{sum(c.bad for c in counts):,} cannot be used",
+        f"{sum(c.weightless for c in counts):,} had weight 0",
     ]
     said = ", ".join(text for text in why if not text.startswith("0 ")) or "there was none"
     return f"no {which} row is left: {said}", "raise --max-length, or look at the data"
 
 
-def prepare(tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give a tokenizer without a pad token one; padding is masked, so which one means nothing."""
+def prepare(tokenizer: PreTrainedTokenizerBase, config: RunConfig | None = None) -> None:
+    """Give a tokenizer the chat template and the end token of a run, and a pad token where it has none:
+    padding is masked, so which one means nothing.
+
+    Raises RequestError for a template that cannot be read, or an end token that is not one token.
+    """
+    if config is not None and config.chat_template:
+        tokenizer.chat_template = _template(config.chat_template)
+    if config is not None and config.end_token:
+        known = tokenizer.get_vocab()
+        if config.end_token not in known:
+            marked = [t for t in special_texts(tokenizer) if t in known]
+            raise RequestError(
+                f"--end-token `{config.end_token}` is not a token of this tokenizer",
+                closest(config.end_token, marked) or f"its special tokens: {', '.join(sorted(marked)[:8])}",
+            )
+        tokenizer.eos_token = config.end_token
     if tokenizer.pad_token_id is None:
         with suppress(IndexError):  # an empty vocabulary, which no model has
             tokenizer.pad_token = (

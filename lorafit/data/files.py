@@ -1,20 +1,20 @@
 """Data files and hub sets to rows, one at a time: nothing is held but the row that is read.
 
-Containers, by name: .jsonl and .json (one list), .csv and .tsv (the first line names the columns),
-.txt and .md, each of them compressed (.gz) or not; .parquet, .arrow; a folder or a pattern of those; a hub
-set as `owner/name:config:split`.
+Containers, by name: .jsonl and .json (one list, or lines), .csv and .tsv (the first line names the columns),
+.txt and .md, each of them compressed (.gz, .zst) or not; .parquet, .arrow; JSON lines under any other name; a
+folder, its sub-folders too, or a pattern of those; a hub set as `owner/name:config:split`.
 """
 
 from __future__ import annotations
 
-import csv
 import gzip
+import io
 import json
 import re
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,7 +23,7 @@ from lorafit.model import HUB_ID
 from lorafit.settings import RunConfig, weighted
 
 KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text",
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text",
     ".md": "text", ".parquet": "parquet", ".arrow": "arrow",
 }  # fmt: skip
 
@@ -33,7 +33,19 @@ LARGEST_LIST = 512_000_000  # bytes of a .json file, which is read at once
 
 SPLIT = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|dev|eval)(?:[^a-z]|$)", re.IGNORECASE)
 
+ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "instruction", "text", "input_ids"}
+
+PACKED = (".gz", ".zst")
+
+HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a JSON escape of half a character, which may miss its other half
+
 Tick = Callable[[int], None]
+Fault = Callable[[RequestError], None]
+
+
+def refuse(error: RequestError) -> None:
+    """What is done with a bad row where nobody collects them."""
+    raise error
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +55,23 @@ class DataSource:
     name: str
     kind: str
     path: Path | None = None
-    packed: bool = False
+    packed: str = ""  # `.gz` or `.zst`
+    delimiter: str = ""  # of a table's columns; empty: found in its first line
+    quote: str = '"'  # around a table's fields; empty: there are none
+
+    @property
+    def is_text(self) -> bool:
+        """Whether its name is that of a text file, whatever it is read as."""
+        return self.path is not None and _kind_of(self.path)[0] == "text"
+
+    @property
+    def is_table(self) -> bool:
+        """Whether its rows all have the same columns, filled with nulls."""
+        return self.kind in ("parquet", "arrow", "hub")
+
+    def as_kind(self, kind: str) -> DataSource:
+        """The same file, read as another kind."""
+        return replace(self, kind=kind)
 
     @property
     def bytes(self) -> int:
@@ -67,10 +95,7 @@ def sources(spec: str) -> list[DataSource]:
         if path.is_file():
             return [_source(path, spec)]
         if path.is_dir():
-            files = sorted(p for p in path.iterdir() if p.is_file() and _kind_of(p)[0] and p.name[0] != ".")
-            found = [
-                p for p in files if p.suffix != ".md" and p.name not in ("state.json", "dataset_info.json")
-            ]
+            found = [p for p in sorted(path.rglob("*")) if _is_data(p, path)]
         elif any(c in path.name for c in "*?["):
             found = sorted(p for p in path.parent.glob(path.name) if p.is_file())
         else:
@@ -79,31 +104,66 @@ def sources(spec: str) -> list[DataSource]:
         raise RequestError(f"cannot read `{spec}`: {error.strerror}") from None
     if not found:
         raise RequestError(f"there is no data file in `{spec}`", f"data are {_kinds()} files")
-    splits = {match[1].lower() for p in found if (match := SPLIT.search(p.name))}
-    if len(splits) > 1 and path.is_dir():
-        raise RequestError(
-            f"`{spec}` holds several splits: {', '.join(sorted(splits))}",
-            f"name the files: --data '{spec.rstrip('/')}/*{sorted(splits)[-1]}*'",
-        )
+    if path.is_dir():
+        splits = {match[1].lower() for p in found if (match := SPLIT.search(str(p.relative_to(path))))}
+        if len(splits) > 1:
+            inside = all(p.parent != path for p in found)
+            first = spec.rstrip("/")
+            raise RequestError(
+                f"`{spec}` holds several splits: {', '.join(sorted(splits))}",
+                f"name one: --data '{first}/{sorted(splits)[-1]}'"
+                if inside
+                else f"name the files: --data '{first}/*{sorted(splits)[-1]}*'",
+            )
     return [_source(p, str(p)) for p in found]
 
 
-def _kind_of(path: Path) -> tuple[str, bool]:
-    packed = path.suffix == ".gz"
+def _is_data(path: Path, top: Path) -> bool:
+    """Whether a file of a folder holds data: not hidden, no description of the others."""
+    hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
+    described = path.suffix == ".md" or path.name in ("state.json", "dataset_info.json", "dataset_dict.json")
+    return not hidden and not described and bool(_kind_of(path)[0]) and path.is_file()
+
+
+def _kind_of(path: Path) -> tuple[str, str]:
+    """(the kind of file that a name says, its compression)."""
+    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
     name = path.with_suffix("") if packed else path
     kind = KINDS.get(name.suffix.lower(), "")
     return ("" if packed and kind in ("parquet", "arrow") else kind), packed
 
 
 def _kinds() -> str:
-    return ", ".join(k for k in KINDS if k not in (".ndjson", ".md"))
+    return ", ".join(k for k in KINDS if k not in (".ndjson", ".jsonlines", ".md"))
 
 
 def _source(path: Path, name: str) -> DataSource:
     kind, packed = _kind_of(path)
+    if not kind and resembles_json(DataSource(name, "jsonl", path, packed)):
+        kind = "jsonl"
     if not kind:
-        raise RequestError(f"`{name}` is no kind of file that is read here", f"data are {_kinds()} files")
+        raise RequestError(f"`{name}` is not a data file that lorafit reads", f"data are {_kinds()} files")
+    if kind == "json" and resembles_json(DataSource(name, kind, path, packed)):
+        kind = "jsonl"
     return DataSource(name, kind, path, packed)
+
+
+def resembles_json(source: DataSource) -> bool:
+    """Whether a file holds JSON lines, whatever its name: its first two lines are objects, or its only one."""
+    try:
+        with opened_file(source) as (file, _):
+            start = file.read(1 << 20)
+    except (OSError, EOFError, zlib.error, ValueError, RequestError):
+        return False  # reading it says what is wrong
+    whole = len(start) < 1 << 20
+    lines = start.decode("utf-8-sig", errors="replace").splitlines()
+    lines = [line for line in (lines if whole else lines[:-1]) if line.strip()][:2]
+    if not lines or (source.kind == "json" and len(lines) < 2):
+        return False
+    try:
+        return all(line.lstrip()[0] == "{" and isinstance(json.loads(line), dict) for line in lines)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _hub(spec: str) -> DataSource:
@@ -115,10 +175,12 @@ def _hub(spec: str) -> DataSource:
     )
 
 
-def records(source: DataSource, tick: Tick = lambda n: None) -> Iterator[tuple[int, Any]]:
-    """(number, row) of a source that is no text, lazily; `tick` hears how many bytes were read.
+def records(
+    source: DataSource, tick: Tick = lambda n: None, fault: Fault = refuse
+) -> Iterator[tuple[int, Any]]:
+    """(number, row) of a source that holds rows, lazily; `tick` is called with the bytes that were read.
 
-    Raises RequestError with file and line for what cannot be read.
+    A row that cannot be read goes to `fault`, with file and line. Raises RequestError for a file that cannot.
     """
     with reading_errors(source):
         if source.kind == "hub":
@@ -128,8 +190,13 @@ def records(source: DataSource, tick: Tick = lambda n: None) -> Iterator[tuple[i
             yield from _read_columns(source, tick)
             return
         with opened_file(source) as (file, raw):
-            reader = {"jsonl": _read_lines, "json": _read_list}.get(source.kind, _read_table)
-            for number, row in reader(source, file):
+            if source.kind in ("csv", "tsv"):
+                from lorafit.data.tables import read_table
+
+                found = read_table(source, lines_of(source, file), fault)
+            else:
+                found = (_read_lines if source.kind == "jsonl" else _read_list)(source, file, fault)
+            for number, row in found:
                 yield number, row
                 if number % 256 == 0:
                     tick(raw.tell())
@@ -141,7 +208,7 @@ def reading_errors(source: DataSource) -> Iterator[None]:
     try:
         yield
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise RequestError(f"`{source.name}` is damaged: {error}", "fetch the file anew") from None
+        raise RequestError(f"`{source.name}` is damaged: {error}", "download it again") from None
     except OSError as error:
         raise RequestError(f"cannot read `{source.name}`: {error.strerror or error}") from None
 
@@ -155,11 +222,29 @@ def opened_file(source: DataSource) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
         raw.seek(0)
         if start[:2] in (b"\xff\xfe", b"\xfe\xff"):
             raise RequestError(f"`{source.name}` is UTF-16", "save the file as UTF-8")
-        if source.packed:
+        if source.packed == ".gz":
             with gzip.GzipFile(fileobj=raw) as file:
                 yield file, raw
+        elif source.packed == ".zst":
+            yield _zstandard(source, raw), raw
         else:
             yield raw, raw
+
+
+def _zstandard(source: DataSource, raw: IO[bytes]) -> IO[bytes]:
+    """The unpacked bytes of a .zst file, by pyarrow or the package `zstandard`."""
+    try:
+        import pyarrow as pa
+
+        if pa.Codec.is_available("zstd"):
+            return io.BufferedReader(pa.CompressedInputStream(raw, "zstd"))  # type: ignore[arg-type, return-value]
+    except ImportError:
+        pass
+    try:
+        import zstandard
+    except ImportError:
+        raise RequestError(f"`{source.name}` needs a library for .zst", "pip install zstandard") from None
+    return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw))  # type: ignore[no-any-return]
 
 
 def _line_of(source: DataSource, number: int, line: bytes) -> str:
@@ -177,30 +262,58 @@ def _line_of(source: DataSource, number: int, line: bytes) -> str:
         ) from None
 
 
-def lines_of(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, str]]:
-    """(number, line) without the ends of lines. U+2028 ends none."""
+def lines_of(source: DataSource, file: IO[bytes], fault: Fault = refuse) -> Iterator[tuple[int, str]]:
+    """(number, line) without the ends of lines. U+2028 ends none. A line that is not UTF-8 goes to `fault`."""
     number = 0
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
-        yield number, _line_of(source, number, line).rstrip("\r\n")
+        try:
+            found = _line_of(source, number, line)
+        except RequestError as error:
+            if len(line) > LONGEST_LINE:  # the rest of it would be read as another line
+                raise
+            fault(error)
+            continue
+        yield number, found.rstrip("\r\n")
 
 
-def _read_lines(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    for number, line in lines_of(source, file):
+def _read_lines(source: DataSource, file: IO[bytes], fault: Fault) -> Iterator[tuple[int, Any]]:
+    for number, line in lines_of(source, file, fault):
         if not line.strip():
             continue
         try:
-            yield number, json.loads(line)
+            row = json.loads(line)
+            if HALF.search(line):
+                _check_halves(row)
+        except UnicodeEncodeError as error:
+            fault(_half_a_character(source.where(number), error))
+            continue
         except (ValueError, RecursionError) as error:
             why = "it holds NUL bytes" if "\0" in line else str(error)
-            raise RequestError(
-                f"`{source.name}:{number}` is no JSON: {why}",
-                "each line is one JSON object"
-                + (", a list of them is .json" if line.strip() in "[{" else ""),
-            ) from None
+            more = ", a list of them is .json" if line.strip() in "[{" else ""
+            fault(
+                RequestError(
+                    f"`{source.name}:{number}` is not valid JSON: {why}",
+                    f"each line is one JSON object{more}",
+                )
+            )
+            continue
+        yield number, row
 
 
-def _read_list(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
+def _check_halves(row: Any) -> None:
+    """Raises UnicodeEncodeError for a text that holds half of a surrogate pair."""
+    json.dumps(row, ensure_ascii=False).encode()
+
+
+def _half_a_character(where: str, error: UnicodeEncodeError) -> RequestError:
+    half = f"\\u{ord(error.object[error.start]):04x}"
+    return RequestError(
+        f"`{where}` holds half of a character, `{half}`", "write the whole character, or leave it out"
+    )
+
+
+def _read_list(source: DataSource, file: IO[bytes], fault: Fault) -> Iterator[tuple[int, Any]]:
     raw = file.read(LARGEST_LIST + 1)
     if len(raw) > LARGEST_LIST:
         raise RequestError(
@@ -215,41 +328,25 @@ def _read_list(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]
             f"`{source.name}:{line}` is not UTF-8 (byte 0x{raw[error.start]:02x})", "save the file as UTF-8"
         ) from None
     except (ValueError, RecursionError) as error:
-        raise RequestError(f"`{source.name}` is no JSON: {error}", "one object a line is .jsonl") from None
+        raise RequestError(
+            f"`{source.name}` is not valid JSON: {error}", "one object a line is .jsonl"
+        ) from None
+    if isinstance(data, dict) and data.keys() & ROW_KEYS:  # one row
+        data = [data]
     if isinstance(data, dict):  # {"data": [...]}, as some sets are
         lists = [value for value in data.values() if isinstance(value, list)]
         data = lists[0] if len(lists) == 1 else None
     if not isinstance(data, list):
-        raise RequestError(f"`{source.name}` holds no list of examples")
-    yield from enumerate(data, 1)
-
-
-def _read_table(source: DataSource, file: IO[bytes]) -> Iterator[tuple[int, Any]]:
-    """The rows of a .csv or .tsv as dictionaries: the first line names the columns."""
-    csv.field_size_limit(LONGEST_LINE)
-    lines = (line + "\n" for _, line in lines_of(source, file))
-    table = csv.reader(lines, delimiter="\t" if source.kind == "tsv" else ",", strict=True)
-    try:
-        header = [name.strip() for name in next(table, [])]
-        if not any(header):
-            return
-        if "" in header or len(set(header)) < len(header):
-            odd = next(n or "" for n in header if n == "" or header.count(n) > 1)
-            what = f"the column `{odd}` twice" if odd else "a column without a name"
-            raise RequestError(
-                f"`{source.name}:1` names {what}", "the first line names the columns, each once"
-            )
-        for row in table:
-            if not row:
-                continue
-            if len(row) != len(header):
-                raise RequestError(
-                    f"`{source.name}:{table.line_num}` has {len(row)} fields, and the first line names {len(header)}",
-                    "a field that holds a separator, a quote or a line break stands in quotes",
-                )
-            yield table.line_num, dict(zip(header, row, strict=True))
-    except csv.Error as error:
-        raise RequestError(f"`{source.name}:{table.line_num}` is no {source.kind.upper()}: {error}") from None
+        raise RequestError(f"`{source.name}` is not a list of examples")
+    halves = HALF.search(raw.decode("utf-8-sig")) is not None
+    for number, row in enumerate(data, 1):
+        try:
+            if halves:
+                _check_halves(row)
+        except UnicodeEncodeError as error:
+            fault(_half_a_character(source.where(number), error))
+            continue
+        yield number, row
 
 
 def _read_columns(source: DataSource, tick: Tick) -> Iterator[tuple[int, Any]]:
@@ -279,7 +376,7 @@ def _read_columns(source: DataSource, tick: Tick) -> Iterator[tuple[int, Any]]:
     except (pa.ArrowException, OSError) as error:
         text = str(error).splitlines()
         raise RequestError(
-            f"`{source.name}` is damaged: {text[0][:160] if text else error}", "fetch the file anew"
+            f"`{source.name}` is damaged: {text[0][:160] if text else error}", "download it again"
         ) from None
 
 
@@ -296,7 +393,7 @@ def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
     except Exception as error:  # the hub, the network and the builders each have kinds of their own
         text = str(error).splitlines()
         raise RequestError(
-            f"`{spec}` is no file here, and the hub did not give it: {text[0][:200] if text else error}",
+            f"`{spec}` is not a file here, and could not be downloaded from the Hub: {text[0][:200] if text else error}",
             "write it as owner/name, owner/name:split or owner/name:config:split",
         ) from None
     yield from enumerate(found, 1)

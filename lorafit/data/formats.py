@@ -5,46 +5,75 @@
     prompt-completion  {"prompt": ..., "completion": ...}: two texts, or two lists of messages
     instruction        {"instruction": ..., "input": ..., "output": ...}, Alpaca's
     text               {"text": ...}
+    tokens             {"input_ids": [...], "labels": [...]}: ids, taken as they are; -100 is not learned
     lines              each line of a text file is an example
     document           a text file is one document, cut into windows
 
-Beside the turns a row may hold `system`, a text, and `tools`, a list for the chat template.
+Beside the turns a row may hold `system`, a text, and `tools`, a list for the chat template; `weight: 0` or
+`train: false`, of a row or a message, keeps it out of the loss. Columns that are not read are counted.
 `--map prompt=question,completion=answer` gives columns the names that are read.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.data.files import DataSource, Tick, lines_of, opened_file, reading_errors, records
+from lorafit.data.counts import Counts
+from lorafit.data.files import (
+    DataSource,
+    Fault,
+    Tick,
+    lines_of,
+    opened_file,
+    reading_errors,
+    records,
+    refuse,
+    resembles_json,
+)
+from lorafit.data.messages import (
+    KEPT_NULLS,
+    ROW_WEIGHTS,
+    WEIGHTS,
+    Message,
+    from_text,
+    is_learned,
+    kind_of,
+    messages_of,
+    tools_of,
+)
 from lorafit.errors import RequestError, closest
 
 BLOCK = 4_000_000  # characters of a document that are read at once
+UNKNOWN = 100  # rows of no known shape at the head of a file: it has none
 
-COLUMNS = ("messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text")
-
-SPEAKERS = {
-    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
-    "chatgpt": "assistant", "bot": "assistant", "bard": "assistant", "bing": "assistant", "system": "system",
-    "tool": "tool", "observation": "tool", "function_response": "tool", "function_call": "function_call",
-}  # fmt: skip
+COLUMNS = (
+    "messages", "conversations", "prompt", "completion", "instruction", "input", "output", "text", "input_ids", "labels",
+)  # fmt: skip
+BESIDE = ("system", "tools", "functions")  # columns that go with messages
+READ = {
+    "messages": ("messages", *BESIDE),
+    "conversations": ("conversations", "conversation", *BESIDE),
+    "prompt-completion": ("prompt", "completion"),
+    "instruction": ("instruction", "input", "output", "history", *BESIDE),
+    "text": ("text",),
+    "tokens": ("input_ids", "labels", "attention_mask", "token_type_ids"),
+}
+SAID = ("role", "content", "from", "value", "tool_calls", "function_call")  # keys of a message
 
 # Columns by which people name a question and its answer, for the hint that names --map.
 ASKED = ("question", "query", "problem", "input", "source", "instruction", "context", "article")
 
 ANSWERED = ("answer", "response", "solution", "output", "target", "summary", "reply", "label")
 
-Message = dict[str, Any]
-
 
 @dataclass(frozen=True, slots=True)
 class Example:
-    """One example as it was read: `messages`, or `prompt` and `completion`, or `text`.
+    """One example as it was read: `messages`, or `prompt` and `completion`, or `text`, or `ids` and `labels`.
 
-    `where` is its file and line, `number` its place in the file.
+    `where` is its file and line, `number` its place in the file; `group` is what --group-by keeps together.
+    Of the messages, `skipped` are not learned though the assistant's.
     """
 
     where: str
@@ -55,12 +84,35 @@ class Example:
     completion: str = ""
     text: str = ""
     number: int = 0
+    ids: tuple[int, ...] = ()
+    labels: tuple[int, ...] = ()
+    group: str = ""
+    skipped: frozenset[int] = frozenset()
 
     @property
     def kind(self) -> str:
         if self.messages:
             return "messages"
+        if self.ids:
+            return "tokens"
         return "prompt-completion" if self.completion else "text"
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """How rows are read: the format, `--map`'s columns, the column that --group-by names, whether prompts and
+    completions become turns; what is counted, and what is done with a bad row."""
+
+    format: str = "auto"
+    columns: Mapping[str, str] = field(default_factory=dict)
+    group_by: str = ""
+    as_chat: bool = False
+    counts: Counts = field(default_factory=Counts)
+    fault: Fault = refuse
+
+
+class _Blank(Exception):
+    """A row that holds no text."""
 
 
 def parse_map(text: str | None) -> dict[str, str]:
@@ -74,7 +126,7 @@ def parse_map(text: str | None) -> dict[str, str]:
             raise RequestError(
                 f"--map is `{text}`: it takes NAME=COLUMN pairs", "as prompt=question,completion=answer"
             )
-        if name not in (*COLUMNS, "system", "tools"):
+        if name not in (*COLUMNS, *BESIDE):
             raise RequestError(f"--map names `{name}`, which is not read", closest(name, COLUMNS))
         found[name] = column
     return found
@@ -85,39 +137,111 @@ def read(
     format: str = "auto",
     columns: Mapping[str, str] | None = None,
     tick: Tick = lambda n: None,
+    reading: Reading | None = None,
 ) -> tuple[str, Iterator[Example]]:
     """The format of a source, and its examples, read as they are asked for.
 
-    Raises RequestError for a source that is empty or whose first row has no shape that is known;
-    the examples raise it for what comes later, with file and line.
+    Raises RequestError for a source that is empty or whose rows have no shape that is known; the examples
+    raise it for what comes later, with file and line, or hand it to the `fault` of `reading`.
     """
+    reading = reading or Reading(format, columns or {})
+    format = reading.format
+    if source.kind == "text" and format not in ("document", "lines", "text") and resembles_json(source):
+        source = source.as_kind("jsonl")
+    elif source.is_text and format in ("document", "lines"):
+        source = source.as_kind("text")
     if source.kind == "text":
         if format not in ("auto", "document", "lines", "text"):
             raise RequestError(
                 f"--format {format}: `{source.name}` is plain text", "use `document` or `lines`"
             )
+        if reading.group_by:
+            raise RequestError(f"--group-by: `{source.name}` is plain text and has no columns")
         format = "lines" if format == "lines" else "document"
         found = _texts(source, format, tick)
     else:
         if format in ("lines", "document"):
             raise RequestError(f"--format {format} is for text files, and `{source.name}` holds rows")
-        rows = _mapped(source, columns or {}, tick)
-        first = next(rows, None)
-        if first is None:
-            raise RequestError(f"`{source.name}` is empty")
-        if format == "auto":
-            format = _format_of(first[1], source, first[0])
-        chosen = format
-        found = (_example(row, source.where(n), chosen, n) for n, row in _and_rest(first, rows))
+        format, found = _rows(source, reading, tick)
     head = next(found, None)
     if head is None:
-        raise RequestError(f"`{source.name}` is empty")
+        if reading.counts.bad:
+            return format, iter(())
+        blank = reading.counts.blank
+        raise RequestError(
+            f"`{source.name}` is empty"
+            if not blank
+            else f"`{source.name}` is empty: nothing to learn in its {blank:,} blank rows"
+        )
     return format, _and_rest(head, found)
 
 
 def _and_rest(first: Any, rest: Iterator[Any]) -> Iterator[Any]:
     yield first
     yield from rest
+
+
+def _rows(source: DataSource, reading: Reading, tick: Tick) -> tuple[str, Iterator[Example]]:
+    """The format, by the first row that has one, and the examples."""
+    rows = _mapped(source, reading, tick)
+    format, first, unknown = reading.format, None, []
+    if format == "auto":
+        for number, row in rows:
+            if _is_blank(row):
+                reading.counts.skip_blank(source.where(number))
+                continue
+            try:
+                format, first = _format_of(row, source, number), (number, row)
+                break
+            except RequestError as error:
+                unknown.append(error)
+                if len(unknown) >= UNKNOWN:
+                    break
+        if first is None:
+            if unknown:
+                raise unknown[0]
+            return format, iter(())
+        for error in unknown:
+            reading.fault(error)
+    every = rows if first is None else _and_rest(first, rows)
+    return format, _examples(every, source, format, reading)
+
+
+def _examples(
+    rows: Iterator[tuple[int, Message]], source: DataSource, format: str, reading: Reading
+) -> Iterator[Example]:
+    counts = reading.counts
+    kept_nulls = () if source.is_table else KEPT_NULLS
+    read_columns = {*READ[format], *(() if reading.group_by == "" else (reading.group_by,))}
+    for number, row in rows:
+        where = source.where(number)
+        try:
+            if _is_blank(row):
+                raise _Blank
+            if not is_learned(row, ROW_WEIGHTS, where, strict=False):
+                counts.weightless += 1
+                continue
+            example = _example(row, where, format, number, reading, kept_nulls)
+        except _Blank:
+            counts.skip_blank(where)
+            continue
+        except RequestError as error:
+            reading.fault(error)
+            continue
+        for column in row:
+            if column not in read_columns and not _is_weight(column, row):
+                counts.unused[str(column)] = counts.unused.get(str(column), 0) + 1
+        yield example
+
+
+def _is_weight(column: str, row: Message) -> bool:
+    """Whether a column is the weight of a row, which is honoured."""
+    return column in ROW_WEIGHTS and row[column] in (0, 1, "0", "1", "true", "false", "True", "False")
+
+
+def _is_blank(row: Message) -> bool:
+    """Whether all cells of a row are empty, as in the last lines that a spreadsheet saves."""
+    return all(value is None or (isinstance(value, str) and not value.strip()) for value in row.values())
 
 
 def _texts(source: DataSource, format: str, tick: Tick) -> Iterator[Example]:
@@ -141,18 +265,24 @@ def _texts(source: DataSource, format: str, tick: Tick) -> Iterator[Example]:
             yield Example(source.where(start), text=text, number=start)
 
 
-def _mapped(source: DataSource, columns: Mapping[str, str], tick: Tick) -> Iterator[tuple[int, Message]]:
+def _mapped(source: DataSource, reading: Reading, tick: Tick) -> Iterator[tuple[int, Message]]:
     """The rows, with `--map`'s names for their columns."""
-    for number, row in records(source, tick):
+    columns = reading.columns
+    for number, row in records(source, tick, reading.fault):
         where = source.where(number)
         if not isinstance(row, dict):
-            raise RequestError(f"`{where}` is no JSON object but {_kind(row)}")
-        for column in columns.values():
-            if column not in row:
-                raise RequestError(
-                    f"`{where}` has no column `{column}`, which --map names", closest(column, map(str, row))
-                )
-        if columns:
+            reading.fault(RequestError(f"`{where}` is not a JSON object but {kind_of(row)}"))
+            continue
+        missing = next((c for c in columns.values() if c not in row), None)
+        if missing is not None and not _is_blank(row):
+            error = RequestError(
+                f"`{where}` has no column `{missing}`, which --map names", closest(missing, map(str, row))
+            )
+            if not reading.counts.examples:
+                raise error
+            reading.fault(error)
+            continue
+        if columns and missing is None:
             taken = set(columns.values())
             row = {k: v for k, v in row.items() if k not in taken} | {n: row[c] for n, c in columns.items()}
         yield number, row
@@ -167,6 +297,8 @@ def _format_of(row: Message, source: DataSource, number: int) -> str:
         return "prompt-completion"
     if "instruction" in row and "output" in row:
         return "instruction"
+    if "input_ids" in row:
+        return "tokens"
     if "text" in row:
         return "text"
     keys = ", ".join(f"`{str(key)[:40]}`" for key in list(row)[:6]) or "nothing"
@@ -174,142 +306,155 @@ def _format_of(row: Message, source: DataSource, number: int) -> str:
     if "chosen" in row and "rejected" in row:
         to = "messages" if isinstance(row["chosen"], list) else "completion"
         raise RequestError(
-            f"`{where}` holds preferences (`chosen`, `rejected`), which are not trained on here",
+            f"`{where}` holds preferences (`chosen`, `rejected`), which lorafit does not train on",
             f"--map {to}=chosen learns what was chosen",
         )
     asked = next((key for key in ASKED if key in row), None)
     answered = next((key for key in ANSWERED if key in row and key != asked), None)
-    hint = "rows hold `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, or `text`"
+    hint = "rows hold `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, `text`, or `input_ids` and `labels`"
     if asked and answered:
         hint = f"--map prompt={asked},completion={answered}"
     elif source.kind in ("csv", "tsv"):
         hint = f"the first line names the columns; {hint}"
-    raise RequestError(f"`{where}` holds {keys}: no shape that is known", hint)
+    raise RequestError(f"`{where}` holds {keys}: not a known data format", hint)
 
 
-def _string(row: Message, key: str, where: str, empty: bool = True) -> str:
+def _string(row: Message, key: str, where: str) -> str:
     value = row.get(key)
+    if value is None and key in row:
+        return ""
     if not isinstance(value, str):
-        kind = "missing" if key not in row else f"no string but {_kind(value)}"
+        kind = "missing" if key not in row else f"{kind_of(value)}, not a string"
         raise RequestError(f"`{where}`: `{key}` is {kind}")
-    if not value and not empty:
-        raise RequestError(f"`{where}`: `{key}` is empty: there is nothing to learn")
     return value
 
 
-def _kind(value: Any) -> str:
-    names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false", str: "a string"}
-    return names.get(type(value), "a number")
+def _learned_string(row: Message, key: str, where: str) -> str:
+    """A text that is learned: a row without one is blank."""
+    value = _string(row, key, where)
+    if not value.strip():
+        raise _Blank
+    return value
 
 
-def _example(row: Message, where: str, format: str, number: int) -> Example:
+def _example(
+    row: Message, where: str, format: str, number: int, reading: Reading, kept_nulls: tuple[str, ...]
+) -> Example:
+    group = ""
+    if reading.group_by:
+        if reading.group_by not in row:
+            raise RequestError(
+                f"`{where}` has no column `{reading.group_by}`, which --group-by names",
+                closest(reading.group_by, map(str, row)),
+            )
+        group = str(row[reading.group_by])
+    asked = 0
     match format:
         case "messages":
-            turns = _messages(row.get("messages"), "messages", where)
+            turns = messages_of(_filled(row, "messages"), "messages", where, kept_nulls=kept_nulls)
         case "conversations":
             key = "conversations" if "conversations" in row else "conversation"
-            turns = _shared(row.get(key), key, where)
+            turns = messages_of(_filled(row, key), key, where, kept_nulls=kept_nulls)
         case "instruction":
             turns = _instruction(row, where)
-        case "prompt-completion" if isinstance(row.get("prompt"), list):
-            asked = _messages(row["prompt"], "prompt", where, ends=False)
-            turns = asked + _messages(row.get("completion"), "completion", where)
-            return Example(where, turns, _tools(row, where), len(asked), number=number)
+        case "prompt-completion" if isinstance(row.get("prompt"), (list, dict)):
+            before = messages_of(row["prompt"], "prompt", where, ends=False, kept_nulls=kept_nulls)
+            completion = row.get("completion")
+            if isinstance(completion, str):
+                completion = [{"role": "assistant", "content": _learned_string(row, "completion", where)}]
+            turns = before + messages_of(completion, "completion", where, kept_nulls=kept_nulls)
+            asked = len(before)
         case "prompt-completion":
-            completion = _string(row, "completion", where, empty=False)
-            return Example(where, prompt=_string(row, "prompt", where), completion=completion, number=number)
+            completion = _learned_string(row, "completion", where)
+            prompt = _string(row, "prompt", where)
+            if not reading.as_chat:
+                return Example(where, prompt=prompt, completion=completion, number=number, group=group)
+            turns = (_turn("user", prompt), _turn("assistant", completion))
+        case "tokens":
+            ids, labels = _tokens(row, where)
+            return Example(where, ids=ids, labels=labels, number=number, group=group)
         case _:
-            return Example(where, text=_string(row, "text", where, empty=False), number=number)
-    if row.get("system") and turns[0]["role"] != "system":
-        turns = ({"role": "system", "content": _string(row, "system", where)}, *turns)
-    return Example(where, turns, _tools(row, where), number=number)
+            return Example(where, text=_learned_string(row, "text", where), number=number, group=group)
+    if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
+        turns = (_turn("system", row["system"]), *turns)
+        asked += bool(asked)
+    return _conversation(row, turns, asked, where, number, group, reading.counts, kept_nulls)
 
 
-def _from_text(value: Any, where: str, key: str) -> Any:
-    """A list that is written as JSON text, as columns of a table are."""
-    if not isinstance(value, str) or not value.strip():
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError) as error:
-        raise RequestError(f"`{where}`: `{key}` is no JSON: {error}") from None
+def _turn(role: str, content: str) -> Message:
+    return {"role": role, "content": content}
 
 
-def _tools(row: Message, where: str) -> tuple[Any, ...]:
-    value = _from_text(row.get("tools"), where, "tools")
-    if not value:
-        return ()
-    if not isinstance(value, list):
-        raise RequestError(f"`{where}`: `tools` is no list of tools")
-    return tuple(value)
+def _filled(row: Message, key: str) -> Any:
+    value = row.get(key)
+    if key in row and value in (None, "", []):
+        raise _Blank
+    return value
 
 
-def _messages(value: Any, key: str, where: str, ends: bool = True) -> tuple[Message, ...]:
-    value = _from_text(value, where, key)
-    if not isinstance(value, list) or not value:
-        raise RequestError(f"`{where}`: `{key}` is no list of messages")
-    found = []
-    for turn in value:
-        if not isinstance(turn, dict) or not isinstance(turn.get("role"), str):
-            raise RequestError(f"`{where}`: a message in `{key}` has no `role`")
-        # a table has every field in every row: what is null is not there
-        turn = {name: field for name, field in turn.items() if field is not None or name == "content"}
-        if isinstance(turn.get("content"), list):
-            turn["content"] = _joined(turn["content"], key, where)
-        if not isinstance(turn.get("content"), str) and not turn.get("tool_calls"):
-            raise RequestError(f"`{where}`: the `content` of a message in `{key}` is no string")
-        found.append(turn)
-    if ends and not any(turn["role"] == "assistant" for turn in found):
-        raise RequestError(f"`{where}`: no assistant speaks in `{key}`: there is nothing to learn")
-    return tuple(found)
+def _conversation(
+    row: Message,
+    turns: tuple[Message, ...],
+    asked: int,
+    where: str,
+    number: int,
+    group: str,
+    counts: Counts,
+    kept_nulls: tuple[str, ...],
+) -> Example:
+    """An example of turns: which of the assistant's are not learned, and the turns without those marks."""
+    skipped, empty = set(), 0
+    answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and n >= asked]
+    for n in answers:
+        said = turns[n]
+        if not is_learned(said, WEIGHTS, where):
+            skipped.add(n)
+            counts.weightless += 1
+        elif not said.get("tool_calls") and not any(
+            isinstance(v, str) and v.strip() for k, v in said.items() if k not in ("role", "name", *WEIGHTS)
+        ):
+            skipped.add(n)
+            empty += 1
+    if empty == len(answers):
+        raise _Blank
+    if empty:
+        counts.note("empty answers within conversations are not learned")
+    for turn in turns:
+        for key in turn:
+            if key not in SAID and key not in WEIGHTS:
+                counts.unused_keys[key] = counts.unused_keys.get(key, 0) + 1
+    plain = tuple({k: v for k, v in turn.items() if k not in WEIGHTS} for turn in turns)
+    tools = tools_of(row, where, kept_nulls)
+    return Example(where, plain, tools, asked, number=number, group=group, skipped=frozenset(skipped))
 
 
-def _joined(parts: list[Any], key: str, where: str) -> str:
-    """The text of a message that is written in parts."""
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            kind = part.get("type") if isinstance(part, dict) else _kind(part)
-            raise RequestError(f"`{where}`: a message in `{key}` holds `{kind}`: only text is learned here")
-    return "".join(part["text"] for part in parts)
-
-
-def _shared(value: Any, key: str, where: str) -> tuple[Message, ...]:
-    """ShareGPT's turns, `from` and `value`, as messages; turns that are messages already stay."""
-    value = _from_text(value, where, key)
-    if isinstance(value, list) and value and all(isinstance(t, dict) and "from" in t for t in value):
-        turns = []
-        for turn in value:
-            role = SPEAKERS.get(str(turn["from"]).lower())
-            if role is None:
-                raise RequestError(
-                    f"`{where}`: `{turn['from']}` speaks in `{key}`", closest(str(turn["from"]), SPEAKERS)
-                )
-            said = _string(turn, "value", where)
-            if role == "function_call":
-                calls = _from_text(said, where, key)
-                calls = calls if isinstance(calls, list) else [calls]
-                called = [{"type": "function", "function": call} for call in calls]
-                turns.append({"role": "assistant", "content": "", "tool_calls": called})
-            else:
-                turns.append({"role": role, "content": said})
-        value = turns
-    return _messages(value, key, where)
+def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """(ids, labels) that are given as they are; without labels all are learned."""
+    ids = from_text(row.get("input_ids"), where, "input_ids")
+    labels = from_text(row.get("labels"), where, "labels")
+    labels = ids if labels is None else labels
+    for name, value, least in (("input_ids", ids, 0), ("labels", labels, -100)):
+        whole = isinstance(value, (list, tuple)) and all(type(i) is int and i >= least for i in value)
+        if not whole or any(-100 < i < 0 for i in value):
+            raise RequestError(f"`{where}`: `{name}` is not a list of token ids")
+    if not ids:
+        raise _Blank
+    return tuple(ids), tuple(labels)
 
 
 def _instruction(row: Message, where: str) -> tuple[Message, ...]:
-    """Alpaca's instruction, its input below it, and the output as an answer; `history` is [[said, answered], ...]."""
+    """Alpaca's instruction, its input below it, and the output as an answer; `history` is [[question, answer], ...]."""
     asked = _string(row, "instruction", where)
     more = row.get("input")
     if more is not None and not isinstance(more, str):
-        raise RequestError(f"`{where}`: `input` is no string but {_kind(more)}")
+        raise RequestError(f"`{where}`: `input` is {kind_of(more)}, not a string")
     turns: list[Message] = []
-    past = _from_text(row.get("history"), where, "history") or []
+    past = from_text(row.get("history"), where, "history") or []
     if not isinstance(past, list):
-        raise RequestError(f"`{where}`: `history` is no list of pairs")
+        raise RequestError(f"`{where}`: `history` is not a list of pairs")
     for pair in past:
         if not isinstance(pair, list) or len(pair) != 2 or not all(isinstance(text, str) for text in pair):
-            raise RequestError(f"`{where}`: `history` is no list of pairs")
-        turns += [{"role": "user", "content": pair[0]}, {"role": "assistant", "content": pair[1]}]
+            raise RequestError(f"`{where}`: `history` is not a list of pairs")
+        turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
     question = "\n\n".join(text for text in (asked, more) if text)
-    answer = _string(row, "output", where, empty=False)
-    return (*turns, {"role": "user", "content": question}, {"role": "assistant", "content": answer})
+    return (*turns, _turn("user", question), _turn("assistant", _learned_string(row, "output", where)))

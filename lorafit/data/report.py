@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from lorafit.data.counts import Counts, remarks
 from lorafit.data.rows import IGNORED, NO_END, Row, RowSet
-from lorafit.data.tokenize import Counts
 from lorafit.events import DataReport, ReadSource, Rendered
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def look_of(
     tokens = int(lengths.sum())
     sums = {
         field: sum(getattr(c, field) for c in counts)
-        for field in ("cut", "split", "too_long", "unsupervised", "cut_away")
+        for field in ("cut", "split", "too_long", "unsupervised", "cut_away", "blank", "bad", "seams")
     }
     return DataReport(
         sources=tuple(
@@ -57,7 +57,7 @@ def look_of(
         overlap=int(np.isin(kept.contents, contents).sum()),
         no_end=int((train.flags & NO_END > 0).sum()),
         samples=tuple(rendered(train[n], tokenizer, task) for n in _spread(len(train))),
-        notes=tuple(dict.fromkeys(note for c in counts for note in c.notes)),
+        notes=tuple(remarks(list(counts))),
     )
 
 

@@ -1,8 +1,8 @@
 """Token rows in flat arrays, in memory or mapped from disk: two million rows take no more than their ids.
 
 Arrays of a store of R rows: `ids` (sum of lengths) and `labels` int32, their starts (R + 1) int64,
-each row's place in its file and its example (R) int64, a digest of its content (R) uint64, and
-flags (R) uint8.
+each row's place in its file and its example (R) int64, its group and a digest of its content (R) uint64,
+and flags (R) uint8.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ IGNORED = -100  # the label of a token that is read, not learned
 
 CUT, NO_END = 1, 2  # flags: the row was cut to length; what is learned of it ends with no end token
 
-FORMAT = 1
+FORMAT = 2
 
 ARRAYS = {
     "ids": np.int32, "labels": np.int32, "starts": np.int64, "label_starts": np.int64, "numbers": np.int64,
-    "examples": np.int64, "contents": np.uint64, "flags": np.uint8,
+    "examples": np.int64, "groups": np.uint64, "contents": np.uint64, "flags": np.uint8,
 }  # fmt: skip
 
 TYPES = {np.int32: "i", np.int64: "q", np.uint64: "Q", np.uint8: "B"}
@@ -43,7 +43,8 @@ class Row:
     For causal and masked models both have one length, and labels stand at their own token; for
     sequence-to-sequence `ids` are the encoder's and `labels` the decoder's.
     `prompt` is the number of leading ids before the first that is learned; `number` and `example`
-    say which row of the file it was read from, and which of its examples.
+    say which row of the file it was read from, and which of its examples. Rows of one `group` are held out
+    together; 0 is none.
     """
 
     ids: tuple[int, ...]
@@ -52,6 +53,7 @@ class Row:
     number: int = 0
     example: int = 0
     flags: int = 0
+    group: int = 0
 
     @property
     def supervised(self) -> int:
@@ -93,6 +95,7 @@ class RowStore:
             int(self.arrays["numbers"][row]),
             int(self.arrays["examples"][row]),
             int(self.arrays["flags"][row]),
+            int(self.arrays["groups"][row]),
         )
 
 
@@ -122,6 +125,7 @@ class Writer:
         parts["label_starts"].append(self.at[1])
         parts["numbers"].append(row.number)
         parts["examples"].append(row.example)
+        parts["groups"].append(row.group)
         content = hashlib.blake2b(ids.tobytes(), digest_size=8)
         content.update(labels.tobytes())
         parts["contents"].append(int.from_bytes(content.digest(), "little"))

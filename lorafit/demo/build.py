@@ -1,4 +1,4 @@
-"""Makes the demo anew: its text, its tokenizer, its pretrained model, its fine-tuning data.
+"""Makes the demo again: its text, its tokenizer, its pretrained model, its fine-tuning data.
 
     python -m lorafit.demo.build                 # into this folder
     python -m lorafit.demo.build --steps 20 -o /tmp/demo
@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from random import Random
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -119,7 +120,7 @@ def batches(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[torch.Ten
             elif kind < 0.45:
                 text = f"{BEGIN}{next(lists)}{END}"
             else:
-                text = tokenizer.apply_chat_template(next(talks), tokenize=False)
+                text = str(tokenizer.apply_chat_template(next(talks), tokenize=False))
             buffer += tokenizer(text, add_special_tokens=False)["input_ids"]
         ids, buffer = buffer[: BATCH * LENGTH], buffer[BATCH * LENGTH :]
         yield torch.tensor(ids).view(BATCH, LENGTH)
@@ -150,17 +151,17 @@ def pretrain(model: LlamaForCausalLM, text: Iterator[torch.Tensor], steps: int) 
 @torch.no_grad()
 def held_out_loss(model: LlamaForCausalLM, text: Iterator[torch.Tensor]) -> float:
     """Mean loss per token over eight batches the training never saw."""
-    return sum(model(input_ids=ids, labels=ids).loss.item() for ids in islice(text, 8)) / 8
+    return float(sum(model(input_ids=ids, labels=ids).loss.item() for ids in islice(text, 8)) / 8)
 
 
-def write_rows(path: Path, rows: list[dict]) -> None:
+def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
 
 def build(folder: Path, steps: int, seed: int = SEED) -> None:
     """Write `model/`, `train.jsonl` and `held-out.jsonl` below `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    seen: dict[str, dict] = {}
+    seen: dict[str, dict[str, Any]] = {}
     for row in records(Random(seed + 2)):
         seen.setdefault(row["messages"][0]["content"], row)
         if len(seen) == TRAIN_ROWS + HELD_OUT_ROWS:
@@ -174,7 +175,7 @@ def build(folder: Path, steps: int, seed: int = SEED) -> None:
     model = make_model(tokenizer)
     wake_attention(model)
     pretrain(model, batches(tokenizer, seed), steps)
-    model.to(torch.bfloat16).save_pretrained(folder / "model")
+    model.bfloat16().save_pretrained(folder / "model")
     tokenizer.save_pretrained(folder / "model")
     loss = held_out_loss(model, batches(tokenizer, seed + 1))
     print(f"held-out loss {loss:.3f} per token, in bfloat16 as saved")

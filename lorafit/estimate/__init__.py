@@ -1,4 +1,4 @@
-"""What a run will cost, before it: memory, FLOPs, seconds, what fits."""
+"""What a run will cost, before it starts: memory, FLOPs, seconds, what fits."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""What a plan costs: memory by named terms, FLOPs a token, seconds, and where the prefix is kept.
+"""What a plan costs: memory by named terms, FLOPs per token, seconds, and where the frozen-layer cache is kept.
 
 Weights, adapter, gradients and optimizer are exact. Activations, logits and FLOPs come from a
-simulated step (simulate.py makes the `Profile`), or where a model's code cannot be simulated from
-the formulas below; seconds from a probe (a `Timing`), or from a stated rate.
+simulated step (simulate.py makes the `Profile`), or from formulas.py where a model's code cannot be
+simulated; seconds from a probe (a `Timing`), or from an assumed rate.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, S
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
 from lorafit.settings import STATE_BYTES
-from lorafit.units import percent, short
+from lorafit.units import percent, scaled
 
-# Bytes that PyTorch's libraries keep for themselves once a step has run: on CUDA cuBLAS is given 2 blocks of
-# 4 MiB and 8 of 16 KiB. On the CPU they are there before a run's memory is counted (`train.load_kernels`).
+# Bytes that PyTorch's libraries keep once a step has run: on CUDA, cuBLAS has a workspace of 2 blocks of
+# 4 MiB and 8 of 16 KiB. On the CPU they are loaded before a run's memory is counted (`train.load_kernels`).
 LIBRARIES = {"cuda": 8_519_680}
 
-# FLOPs a second that are assumed where nothing is timed.
+# FLOP/s that are assumed where nothing is timed.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
 
 
@@ -42,17 +42,22 @@ def estimate(
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
 ) -> Estimate:
-    """Peak memory of a training step, in bytes, FLOPs a token, and seconds.
+    """Peak memory of a training step in bytes, FLOPs per token, and seconds.
 
-    Without a profile the formulas stand in; without a timing the ASSUMED_RATE of the device.
-    `replay` says that the prefix may be replayed exactly; then `prefix_cache`, `free` memory and
-    `free_on_disk` decide where it is kept.
+    Without a profile the formulas are used, without a timing the device's ASSUMED_RATE. `replay` says that
+    the frozen layers' output can be reused exactly; then `prefix_cache`, `free` memory (bytes) and
+    `free_on_disk` (bytes) decide where it is kept.
     """
     item = ITEMSIZE.get(shape.dtype, 4)
     profile = profile or by_formula(plan, model_map, shape)
     adapter = plan.adapter_bytes
     size = 0
-    cache = Choice("off", "nothing is frozen below the band" if not replay else "the rows are not known")
+    cache = Choice(
+        "off",
+        "no frozen layers below the band that can be cached exactly"
+        if not replay
+        else "the number of rows is unknown",
+    )
     if work and replay:
         size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens)
         cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
@@ -107,16 +112,16 @@ def _assumptions(
     """What an estimate rests on, in words."""
     memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
     if profile.heap:
-        memory += ", replayed through this machine's malloc"
-    seconds = f"seconds: {short(rate)} FLOP/s assumed"
+        memory += ", its allocations replayed through this machine's malloc"
+    seconds = "time: {} {}FLOP/s assumed".format(*scaled(rate))
     if timing.source:
         agree = percent(timing.spread, 1)
-        seconds = f"seconds: {timing.source}, the fastest of several tries that agree to {agree}"
+        seconds = f"time: {timing.source}, the fastest of several tries, which agree within {agree}"
     if timing.source and not timing.sure:
-        seconds = f"the machine is busy: its timings differ by {agree}, so the seconds may be too many"
+        seconds = f"the machine is busy: timings differ by {agree}, so the predicted time is too high"
     return (
         f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
-        f"{percent(shape.supervised, 1)} supervised, {shape.dtype} base weights on {device}",
+        f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
         f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
         memory,
         seconds,

@@ -1,7 +1,7 @@
-"""What a run will cost, before it: one estimate, the settings that fit, the whole matrix.
+"""What a run will cost, before it starts: one estimate, the settings that fit, the whole matrix.
 
-torch is imported only where something must be simulated, timed or read; what was found is kept,
-and a plan that was asked for before is answered without it.
+torch is imported only where something must be simulated, timed or read. Results are cached: the same
+plan a second time does not need torch.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from lorafit.estimate.kept import Kept
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
 from lorafit.model import ModelMap, ModelSource, pick_device
-from lorafit.settings import Preset, RunConfig, derive_from_rows, weighted
+from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
 from lorafit.system import free_disk, free_memory, without_collecting
 from lorafit.units import parse_bytes
 
@@ -39,7 +39,7 @@ Tick = Callable[[float, float], None]  # (bytes read, in all)
 
 @dataclass(frozen=True, slots=True)
 class Alternative:
-    """Settings beside those that were asked for, and what they cost."""
+    """Other settings, and what they cost: peak in bytes, seconds per epoch, tokens per second."""
 
     flags: str
     peak: int
@@ -49,7 +49,7 @@ class Alternative:
 
 @dataclass(frozen=True, slots=True)
 class Fit:
-    """Whether a plan fits in the free memory of a device, and where not, the nearest that do."""
+    """Whether a plan fits in the free memory (bytes) of a device, and if not, the nearest settings that do."""
 
     device: str
     free: int
@@ -58,10 +58,10 @@ class Fit:
 
 
 def device_of(name: str, elsewhere: bool) -> str:
-    """The kind of device that is planned for: `cpu`, `cuda` or `mps`.
+    """The kind of device to plan for: `cpu`, `cuda` or `mps`.
 
-    `elsewhere` plans for one that is not here. Raises RequestError for one that is not here and
-    should be, or that there is none of.
+    `elsewhere` plans for another machine's device. Raises RequestError for an unknown device, or one
+    that this machine does not have.
     """
     kind = name.partition(":")[0]
     if kind not in ("auto", "cpu", "cuda", "mps"):
@@ -81,14 +81,14 @@ def _torch_device(name: str) -> Any:
 
 
 def dtype_of(config: RunConfig, device: str) -> str:
-    """The dtype that `train` would compute in: `auto` is bfloat16 on a GPU, else float32."""
+    """The dtype that `train` computes in: `auto` is bfloat16 on a GPU, else float32."""
     if config.dtype != "auto":
         return config.dtype
     return "bfloat16" if device == "cuda" else "float32"
 
 
 def free_on(device: str) -> int:
-    """Bytes that are free on a device that is here."""
+    """Free bytes on a device of this machine."""
     if device != "cuda":
         return free_memory()
     import torch
@@ -100,7 +100,7 @@ def free_on(device: str) -> int:
 class Forecast:
     """One model, one run's settings, one device: what plans on it cost.
 
-    `probing` times the device; `work` is what the run goes over, where its data are known.
+    `probing` times the device; `work` is the amount of data, where it is known.
     """
 
     source: ModelSource
@@ -110,17 +110,17 @@ class Forecast:
     probing: bool = True
     work: Work | None = None
     shape: Shape = field(default_factory=lambda: Shape(1, 1))
-    typical: int = 0  # tokens of a row as a batch has them on the average; 0: as the longest
-    seconds: float = 5.0  # that the probe may take
+    typical: int = 0  # tokens of a row in an average batch; 0: as the longest
+    seconds: float = 5.0  # the probe's time limit
     kept: Kept = field(default_factory=Kept)
     notes: list[str] = field(default_factory=list)
     look: DataReport | None = None
-    fresh: bool = False  # measures the device again, whatever was kept
+    fresh: bool = False  # times the device again, even if a timing is kept
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
         facts = [*self._facts(plan, shape), self.device, library()]
-        found = self.kept.get(Profile, facts)
+        found: Profile | None = self.kept.get(Profile, facts)
         if found is None:
             with without_collecting():
                 from lorafit.estimate import simulate
@@ -134,13 +134,13 @@ class Forecast:
                     head_chunk=self.config.head_chunk or 0,
                 )
             except LorafitError as error:
-                self.notes.append(f"no step was simulated, formulas stand in: {error.message}")
+                self.notes.append(f"the step could not be simulated, so formulas are used: {error.message}")
                 return by_formula(plan, self.found, shape)
             self.kept.put(found, facts)
         return found
 
     def timing(self, plan: Plan) -> Timing | None:
-        """The probe's answer for this plan on this device; None where none may be had."""
+        """The probe's timing of this plan on this device; None without a probe or where it fails."""
         if not self.probing:
             return None
         shape = self._typical(self.shape)
@@ -153,16 +153,16 @@ class Forecast:
             try:
                 found = probe(self.source, self.found, plan, shape, _torch_device(self.device), self.seconds)
             except LorafitError as error:
-                self.notes.append(f"nothing was timed: {error.message}")
+                self.notes.append(f"the device could not be timed: {error.message}")
                 return None
-            if found.sure:  # a busy machine's answer is not one to remember
+            if found.sure:  # a busy machine's timing is not kept
                 self.kept.put(found, facts)
-        if found.length < shape.length:  # what there was no time for: longer rows cost more a token
+        if found.length < shape.length:  # longer rows cost more per token
             found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
         return found
 
     def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
-        """What a plan costs at this forecast's shape. A timing of another plan is scaled by FLOPs."""
+        """What a plan costs at this forecast's shape, with a timing of this plan."""
         profile = self.profile(plan, self.shape)
         typical = self.profile(plan, self._typical(self.shape))
         profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
@@ -183,7 +183,7 @@ class Forecast:
         )
 
     def scaled(self, timing: Timing | None, of: Plan, to: Plan, shape: Shape) -> Timing | None:
-        """A timing of one plan as one of another, or of another shape, by the FLOPs of both."""
+        """The timing of one plan scaled to another plan or shape by the FLOPs of both."""
         if timing is None:
             return None
         return self._scaled(timing, of, self._typical(self.shape), to, self._typical(shape))
@@ -199,7 +199,7 @@ class Forecast:
         )
 
     def fit(self, plan: Plan, preset: Preset, found: Estimate, timing: Timing | None, free: int) -> Fit:
-        """Whether the plan fits in `free` bytes; where not, the nearest settings that do."""
+        """Whether the plan fits in `free` bytes; if not, the nearest settings that do."""
         if found.memory.peak <= free:
             return Fit(self.device, free, True)
         options: list[Alternative] = []
@@ -213,7 +213,7 @@ class Forecast:
         return Fit(self.device, free, False, tuple(sorted(options, key=lambda o: -o.tokens_per_second)))
 
     def _fixed(self, plan: Plan, shape: Shape) -> int:
-        """Bytes that are there before a step: no change of its shape makes them less."""
+        """Bytes that every step needs, whatever its shape."""
         return self.found.total_params * ITEMSIZE.get(shape.dtype, 4) + 3 * plan.adapter_bytes
 
     def _alternative(
@@ -236,7 +236,7 @@ class Forecast:
         return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
 
     def _changes(self) -> Iterator[list[tuple[str, Shape, str | None]]]:
-        """Lists of changes, each from the mildest to the strongest: what `train` can do today."""
+        """Lists of changes that `train` supports, each from the smallest to the largest."""
         shape, layers = self.shape, self.config.layers
         halves = []
         size = shape.batch // 2
@@ -273,7 +273,7 @@ class Forecast:
         yield together
 
     def matrix(self, presets: Sequence[Preset], bands: Sequence[str]) -> list[dict[str, Any]]:
-        """Every strategy × band, each with what it trains and costs; an error where it cannot be."""
+        """Every strategy × band with its parameters and cost, or with an error."""
         cells: list[dict[str, Any]] = []
         timed: tuple[Plan, Timing | None] | None = None
         for preset in presets:
@@ -312,16 +312,14 @@ class Forecast:
 def look_at(
     source: ModelSource, found: ModelMap, config: RunConfig, kept: Kept, tick: Tick = lambda done, total: None
 ) -> DataReport | None:
-    """A look at the rows that `train` would go over; None where no data are named.
+    """The report on the rows that `train` would use; None if no data are named.
 
-    Files are read anew when their size or their time of change differs. Raises RequestError as
-    `train` would for data that cannot be read.
+    Files are read again when their size or modification time differs. Raises RequestError, as `train`
+    does, for data that cannot be read.
     """
     if not config.data and config.model != "demo":
         return None
-    names = (
-        "data", "eval_data", "holdout", "format", "map", "chat_template", "loss_on", "overflow", "max_length", "seed",
-    )  # fmt: skip
+    names = [*(name for name, option in OPTIONS.items() if option.panel == DATA), "seed"]
     facts = [
         source.place,
         *(getattr(config, name) for name in names),
@@ -340,16 +338,18 @@ def look_at(
 
 
 def _stamp(spec: str) -> list[Any]:
-    """What changes when a file, or one of a folder's, does."""
+    """Names, sizes and modification times of a file or of a folder's files."""
     path = Path(weighted(spec)[0]).expanduser()
     if not spec or not (path.exists() or path.parent.is_dir()):
         return [spec]
     files = (
-        [path] if path.is_file() else sorted(path.iterdir() if path.is_dir() else path.parent.glob(path.name))
+        [path]
+        if path.is_file()
+        else sorted(path.rglob("*") if path.is_dir() else path.parent.glob(path.name))
     )
     stamps = []
     for file in files:
-        with suppress(OSError):  # removed since; a read of the data will say so
+        with suppress(OSError):  # removed meanwhile; reading the data will report it
             found = file.stat()
             stamps.append([str(file), found.st_size, found.st_mtime_ns])
     return [spec, stamps]
@@ -367,29 +367,36 @@ def prepare(
     fresh: bool = False,
     tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
-    """The forecast of a run, and its settings with what follows from its rows.
+    """The forecast of a run, and its settings completed from its rows.
 
-    `config` has what follows from the model. `look` is that of rows which are read already; `fresh`
-    times the device again, even where an earlier answer is kept.
+    `config` is completed from the model. `look` is the report on rows that are read already; `fresh`
+    times the device again, even if a timing is kept.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
     look = look or look_at(source, found, config, kept, tick)
     length = config.max_length or 1
+    notes: list[str] = []
     if look is None:
         config = derive_from_rows(config, length)
+        batch = config.batch_size or 1
         work, longest, typical, supervised = None, length, length, 1.0
     else:
         config = derive_from_rows(config, look.mean, look.rows)
         batch = config.batch_size or 1
+        if batch > look.rows:
+            notes.append(
+                f"a batch of {batch:,} rows is more than the {look.rows:,} there are: all of them are one batch"
+            )
+            batch = look.rows
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
         every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
         work = Work(look.tokens, steps, every, look.held_out_tokens)
         longest, typical, supervised = look.lengths["max"], look.typical, look.share
     if found.task == "masked":
-        supervised *= MASKED_SHARE  # of the tokens that may be learned so many are hidden
+        supervised *= MASKED_SHARE  # the share of these tokens that is masked, and so in the loss
     shape = Shape(
-        config.batch_size or 1,
+        batch,
         longest,
         dtype_of(config, device),
         config.gradient_checkpointing,
@@ -407,20 +414,23 @@ def prepare(
         typical,
         seconds,
         kept,
-        look=look,
-        fresh=fresh,
+        notes,
+        look,
+        fresh,
     )
     return made, config
 
 
 def predicted(cost: Estimate, plan: Plan) -> Predicted:
-    """An estimate as a run keeps it, to be held against what it measures."""
+    """An estimate as a run records it, to compare with what it measures."""
     return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params)
 
 
 def parse_size(text: str) -> int:
-    """`24GB` as bytes. Raises RequestError for what is no size."""
+    """`24GB` as bytes. Raises RequestError for anything that is not a size."""
     try:
         return parse_bytes(text)
     except ValueError:
-        raise RequestError(f"--fit is `{text}`: it takes a size", "as 24GB, 24GiB or 800MB") from None
+        raise RequestError(
+            f"--fit is `{text}`: it takes a size", "with a unit, e.g. 24GB, 24GiB or 800MB"
+        ) from None

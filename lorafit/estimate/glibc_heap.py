@@ -1,7 +1,7 @@
-"""How the C library hands out memory to a step on the CPU: set so that it is not wasted, and foreseen.
+"""glibc's malloc during a step on the CPU: tuned so that the heap stays small, and its size predicted.
 
-glibc alone; elsewhere nothing is changed and nothing is foreseen. Run as a program, it replays a step's
-storages and says how far the heap had to grow for them.
+Only for glibc; elsewhere nothing is changed or predicted. Run as a program, this file replays a step's
+allocations and prints how far the heap grew.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from array import array
 from collections.abc import Iterable
 from contextlib import suppress
 
-ALIGNED = 64  # bytes: what PyTorch's tensors are aligned to on the CPU
+ALIGNED = 64  # bytes: the alignment of PyTorch's tensors on the CPU
 
-MAPPED_FROM = 32 << 20  # bytes: the most that M_MMAP_THRESHOLD takes; larger blocks are mapped apart
+MAPPED_FROM = 32 << 20  # bytes: the largest M_MMAP_THRESHOLD; larger blocks are mapped on their own
 
 MXFAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # mallopt's names in malloc.h
 
@@ -24,24 +24,24 @@ TUNABLES, NO_CACHE = "GLIBC_TUNABLES", "glibc.malloc.tcache_count=0"
 
 STARTED = "LORAFIT_STARTED_OVER"
 
-STEPS = 3  # that a replay takes: holes of the first are filled by the next
+STEPS = 3  # steps of a replay: the holes of the first are filled by the next
 
-SMALL = range(24, 1032, 16)  # bytes that small objects ask for: one size of each of glibc's small bins
+SMALL = range(24, 1032, 16)  # bytes of small objects: one size for each of glibc's small bins
 
-SMALL_OF_A_SIZE = 64_000  # bytes of each of these sizes that are laid by
+SMALL_OF_A_SIZE = 64_000  # bytes of each of these sizes that are kept free
 
 
 def start_over() -> None:
-    """Start this process over, once, with glibc's cache of small blocks turned off; where that is not
-    possible, or is so already, go on.
+    """Restart this process, once, with glibc's thread cache (tcache) off; do nothing where it is off
+    already or cannot be set.
 
-    An aligned tensor leaves a small block at either side of it. While the cache keeps these they cannot
-    rejoin their neighbours, small objects settle in them, and the hole that a tensor leaves is never large
-    enough again for one of its size: the heap of a training step grows to twice what it holds. The cache
-    is sized as a process starts, and by nothing later.
+    An aligned tensor leaves a small block at either side. While the tcache keeps these blocks they are
+    not merged with their neighbours and small objects are placed in them, so the hole of a freed tensor
+    is no longer large enough for one of the same size: the heap of a training step grows to twice what
+    it holds. The tcache can only be sized when a process starts.
     """
     here = environment()
-    once = os.environ.pop(STARTED, None)  # where the setting is taken away on the way, it stays at that
+    once = os.environ.pop(STARTED, None)  # do not restart twice, even if the setting was lost
     if once or here == os.environ or not sys.executable:
         return
     with suppress(OSError):
@@ -49,7 +49,7 @@ def start_over() -> None:
 
 
 def environment() -> dict[str, str]:
-    """This process's environment, with the cache turned off where glibc is there and nobody has sized it."""
+    """This process's environment with the tcache off, on glibc and unless GLIBC_TUNABLES sizes it already."""
     found = dict(os.environ)
     if library() and NO_CACHE.partition("=")[0] not in found.get(TUNABLES, ""):
         found[TUNABLES] = ":".join(filter(None, [found.get(TUNABLES), NO_CACHE]))
@@ -57,7 +57,7 @@ def environment() -> dict[str, str]:
 
 
 def library() -> str:
-    """The C library and its version where it is glibc; else nothing."""
+    """glibc and its version, e.g. `glibc 2.36`; empty for another C library."""
     try:
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
     except (AttributeError, ValueError, OSError):  # another C library, another system
@@ -65,12 +65,12 @@ def library() -> str:
 
 
 def keep_freed() -> None:
-    """Have the C library keep what tensors free, for the next ones of their size: a step frees and takes
-    the same sizes over and over, and each new page costs a fault. What was freed before goes back to the
-    system first. No effect but with glibc.
+    """Make malloc keep freed memory for the next tensors: a step allocates and frees the same sizes over
+    and over, and each new page costs a page fault. Memory that is free now is returned to the system first.
+    No effect without glibc.
 
-    Small blocks rejoin their neighbours at once, and a few MB of them are laid by, so that small objects
-    need not settle in what tensors leave.
+    Small blocks are merged with their neighbours at once, and a few MB of them are kept free, so that
+    small objects are not placed in the holes of tensors.
     """
     with suppress(OSError, AttributeError, TypeError):
         libc = _libc()
@@ -82,7 +82,7 @@ def keep_freed() -> None:
         for size in SMALL:
             for _ in range(SMALL_OF_A_SIZE // size):
                 laid_by.append(libc.malloc(size))
-                libc.malloc(SMALL.start)  # a wall: or they would become one block again
+                libc.malloc(SMALL.start)  # a block between, or they would be merged again
         for block in laid_by:
             libc.free(block)
 
@@ -98,12 +98,11 @@ def _libc() -> ctypes.CDLL:
 
 
 def extent(log: Iterable[tuple[int, int]]) -> int | None:
-    """Bytes that the heap grows to where a training step takes and frees these storages over and over;
-    None where that cannot be told.
+    """Bytes that the heap grows to while a training step allocates and frees these storages repeatedly;
+    None where it cannot be measured.
 
-    `log` has (number of the storage, bytes taken; or less than none, freed). A process of its own asks
-    the C library that is here for each of them, as a training process would; no byte is touched, so none
-    of it is really used.
+    `log` has (number of the storage, bytes: positive when allocated, negative when freed). A process of
+    its own replays them through this machine's malloc; no byte is touched, so no memory is really used.
     """
     if not library():
         return None
@@ -117,12 +116,12 @@ def extent(log: Iterable[tuple[int, int]]) -> int | None:
             check=True,
         )
         return int(made.stdout)
-    except (OSError, ValueError, subprocess.CalledProcessError):  # more than there are addresses for
+    except (OSError, ValueError, subprocess.CalledProcessError):  # more than the address space
         return None
 
 
 def _replay(events: array[int]) -> int:
-    """The furthest that the heap, and what is mapped apart, reach. Raises MemoryError where they cannot."""
+    """The largest size of the heap and the mapped blocks, in bytes. Raises MemoryError where malloc fails."""
     libc = _libc()
     keep_freed()
     start, highest, mapped = libc.sbrk(0), 0, 0

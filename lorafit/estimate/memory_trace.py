@@ -1,8 +1,7 @@
-"""Every storage from its making to its end, and the FLOPs: over tensors that have bytes, and over such
-that have none.
+"""Every storage from allocation to release, and the FLOPs, on real tensors and on meta tensors.
 
-Whatever runs while a MemoryTrace is on is written down, with the phase and the block it belongs to. On the
-meta device it answers what a model asks of values, and attention is as the kernel of a device has it.
+Whatever runs while a MemoryTrace is on is recorded, with its phase and its block. On the meta device the
+trace answers a model's questions about values, and attention allocates what a device's kernel would.
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+aten: Any = torch.ops.aten
 
 
 class Allocation(NamedTuple):
-    """A storage was made, of so many bytes, or freed: then they are less than none. `block` is the
-    block that ran, or whose backward did; -1 where none did."""
+    """A storage was allocated (`bytes` above 0) or freed (below 0). `block` is the number of the block
+    that ran, forward or backward; -1 outside the blocks."""
 
     storage: int
     bytes: int
@@ -36,14 +35,14 @@ class Allocation(NamedTuple):
 
 
 class MemoryTrace(TorchDispatchMode):
-    """Every storage that is made while it is on, by the phase and the block it was made in; and the FLOPs.
+    """Every storage that is allocated while it is on, by phase and block; and the FLOPs.
 
-    Phases are `prefix`, `body`, `head` and `backward`. Works over real tensors too, which is how
-    a simulation is held against a step.
+    Phases are `prefix`, `body`, `head` and `backward`. It works on real tensors too, so a simulation can
+    be compared with a real step.
     """
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.phase, self.block = "body", -1
         self.flops: Counter[tuple[str, int]] = Counter()
         self.log: list[Allocation] = []
@@ -56,7 +55,7 @@ class MemoryTrace(TorchDispatchMode):
         self._experts = 1
 
     def know(self, *modules: torch.nn.Module) -> None:
-        """These modules' tensors are there already: they are not counted."""
+        """These modules' tensors exist already: they are not counted."""
         for module in modules:
             for tensor in [*module.parameters(), *module.buffers()]:
                 self._live[tensor.untyped_storage()._cdata] = 0
@@ -75,7 +74,7 @@ class MemoryTrace(TorchDispatchMode):
         return out
 
     def _reason(self, packet: Any, args: Any, tensor: torch.Tensor) -> None:
-        """Note which truths say that a mask hides nothing: its `all`, or its sum being its size."""
+        """Note which results mean that a mask hides nothing: its `all`, or its sum being its size."""
         key = tensor.untyped_storage()._cdata
         if packet is aten.all:
             self._true.add(key)
@@ -87,9 +86,9 @@ class MemoryTrace(TorchDispatchMode):
                 self._true.add(key)
 
     def _answer(self, func: Any, args: Any) -> Any:
-        """What a question about a value is answered with where there are no values.
+        """The answer to a question about a value where there are no values.
 
-        A mask hides nothing, any other truth is false; each expert sees its share of the tokens.
+        A mask hides nothing, any other condition is false; each expert gets its share of the tokens.
         """
         tensor = args[0]
         if func is aten._local_scalar_dense.default:
@@ -253,7 +252,7 @@ def _is_meta(value: Any) -> bool:
 def _attention_flops(query: Any, key: Any, value: Any, *_: Any, **__: Any) -> int:
     """Two products over the whole square, as PyTorch's own counter has it."""
     *rows, length, width = query.shape
-    return 2 * math.prod(rows) * length * key.shape[-2] * (width + value.shape[-1])
+    return int(2 * math.prod(rows) * length * key.shape[-2] * (width + value.shape[-1]))
 
 
 def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any, **___: Any) -> int:
@@ -261,11 +260,11 @@ def _attention_backward_flops(_: Any, query: Any, key: Any, value: Any, *__: Any
 
 
 def _added_flops(_: Any, left: Any, right: Any, *__: Any, **___: Any) -> int:
-    return 2 * left.shape[0] * left.shape[1] * right.shape[1]
+    return int(2 * left.shape[0] * left.shape[1] * right.shape[1])
 
 
 def _grouped_flops(tokens: Any, weights: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
-    return 2 * out_val.numel() * tokens.shape[-1]
+    return int(2 * out_val.numel() * tokens.shape[-1])
 
 
 FLOPS: dict[Any, Callable[..., int]] = {
@@ -303,22 +302,27 @@ def as_on(device: str) -> Iterator[None]:
         if attn_mask is not None and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype)
         if device != "cuda":
-            return aten._scaled_dot_product_flash_attention_for_cpu(
+            made = aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
-            )[0]
-        if attn_mask is None and query.dtype != torch.float32:
-            return aten._scaled_dot_product_flash_attention(
+            )
+        elif attn_mask is None and query.dtype != torch.float32:
+            made = aten._scaled_dot_product_flash_attention(
                 query, key, value, dropout_p, is_causal, False, scale=scale
-            )[0]
-        return aten._scaled_dot_product_efficient_attention(
-            query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
-        )[0]
+            )
+        else:
+            made = aten._scaled_dot_product_efficient_attention(
+                query, key, value, attn_mask, True, dropout_p, is_causal, scale=scale
+            )
+        found: torch.Tensor = made[0]
+        return found
 
     def cast(device_type: str, *more: Any, **named: Any) -> Any:
         return autocast("cpu" if device_type == "meta" else device_type, *more, **named)
 
-    F.scaled_dot_product_attention, torch.autocast = attention, cast
+    F.scaled_dot_product_attention = attention
+    setattr(torch, "autocast", cast)  # noqa: B010  # for the type checker it is a class
     try:
         yield
     finally:
-        F.scaled_dot_product_attention, torch.autocast = plain, autocast
+        F.scaled_dot_product_attention = plain
+        setattr(torch, "autocast", autocast)  # noqa: B010

@@ -1,9 +1,8 @@
-"""A training step on the meta device: what it would hold at its peak and what it would compute.
+"""A training step on the meta device: its peak memory and its FLOPs.
 
-The very code that trains (step.py) runs over the real PEFT model, whose tensors have a shape and no
-bytes, and every storage is followed. So any architecture, attention, head and checkpointing comes out
-right with no formula of its own. Blocks that are alike are simulated once, and what one did is done
-over for each.
+The code that trains runs over the real PEFT model on meta tensors, which have a shape and no data, and
+every storage is traced. So architectures, attention kinds, the head and checkpointing need no formula of
+their own. Identical blocks are simulated once, and the trace is repeated for each.
 """
 
 from __future__ import annotations
@@ -45,8 +44,8 @@ class NotSimulated(LorafitError):
 
 @dataclass(frozen=True, slots=True)
 class _Run:
-    """One step: FLOPs and bytes by phase; the bytes that the C library's heap reaches for them, where
-    that was asked for and can be told."""
+    """One step: FLOPs and bytes by phase; the bytes that malloc's heap reaches, if requested and
+    measurable."""
 
     flops: dict[str, int]
     peaks: dict[str, dict[str, int]]
@@ -54,7 +53,7 @@ class _Run:
 
 
 def meta_batch(shape: Shape, task: str, device: str = "meta") -> Batch:
-    """A micro-batch of that shape: `shape.supervised` of its tokens are supervised."""
+    """A micro-batch of that shape: the share `shape.supervised` of its tokens is in the loss."""
     ids = torch.zeros(shape.batch, shape.length, dtype=torch.long, device=device)
     count = max(1, round(shape.tokens * shape.supervised))
     places = torch.zeros(count, dtype=torch.long, device=device)
@@ -71,10 +70,10 @@ def track(
     times: Sequence[int] = (),
     reach: bool = False,
 ) -> _Run:
-    """Forward and backward of one micro-batch under a tracker; on a real model, a real step.
+    """Forward and backward of one micro-batch under a trace; on a real model, a real step.
 
-    `times` has, for each block of the one stack that is adapted, how many times it is to stand there.
-    `reach` asks the C library that is here how far its heap would grow.
+    `times` says how often each block of the adapted stack is repeated. `reach` replays the allocations
+    through this machine's malloc.
     """
     tracker = MemoryTrace()
     tracker.know(model)
@@ -131,7 +130,7 @@ def track(
 
 
 def blocks_of(model: torch.nn.Module, plan: Plan) -> list[torch.nn.Module]:
-    """The blocks of the one stack that is adapted; none where several are."""
+    """The blocks of the adapted stack; none where several stacks are adapted."""
     if len(plan.cut) != 1:
         return []
     ((path, _),) = plan.cut.items()
@@ -139,7 +138,7 @@ def blocks_of(model: torch.nn.Module, plan: Plan) -> list[torch.nn.Module]:
 
 
 def first_tensor(found: Any) -> torch.Tensor | None:
-    """The hidden states: the first tensor of what a block is given, or returns."""
+    """The hidden states: the first tensor of a block's input or output."""
     members = found.values() if isinstance(found, Mapping) else found
     members = [found] if isinstance(found, torch.Tensor) else members
     return next((member for member in members if isinstance(member, torch.Tensor)), None)
@@ -155,7 +154,7 @@ def simulate_step(
     head_chunk: int = 0,
     whole_depth: bool = False,
 ) -> Profile:
-    """What a step of that plan holds and computes, at that shape, on a `cpu` or a `cuda` device.
+    """Memory and FLOPs of a step of that plan, at that shape, on a `cpu` or a `cuda` device.
 
     Raises NotSimulated when the model's code needs values. `whole_depth` simulates every block.
     """
@@ -176,21 +175,20 @@ def simulate_step(
 
 
 def _profile(run: _Run, shape: Shape, reason: str) -> Profile:
-    """The run's highest moment in named terms, and its FLOPs a token."""
+    """The step's peak in named terms, and its FLOPs per token."""
     phase = max(run.peaks, key=lambda p: sum(run.peaks[p].values()))
     made = run.peaks[phase]
     held = sum(made.values())
     head, backward = run.flops.get("head", 0), run.flops.get("backward", 0)
     forward = run.flops.get("prefix", 0) + run.flops.get("body", 0)
-    # a head that is run apart makes its gradient with its loss: half of its products are backward's
-    forward, backward = forward + head / 2, backward + head / 2
     return Profile(
         activations=round(made.get("prefix", 0) + made.get("body", 0)),
         logits=round(made.get("head", 0)),
         workspace=round(made.get("backward", 0)),
         heap=max(0, run.reach - held) if run.reach is not None else 0,
-        forward=round(forward / shape.tokens),
-        backward=round(backward / shape.tokens),
+        # a head that is run apart makes its gradient with its loss: half of its products are backward's
+        forward=round((forward + head / 2) / shape.tokens),
+        backward=round((backward + head / 2) / shape.tokens),
         prefix=round(run.flops.get("prefix", 0) / shape.tokens),
         simulated=True,
         refusal=reason,
@@ -200,11 +198,12 @@ def _profile(run: _Run, shape: Shape, reason: str) -> Profile:
 def planned_model(
     source: ModelSource, found: ModelMap, plan: Plan, shape: Shape, kept: list[int] | None
 ) -> tuple[Any, Plan]:
-    """The model on meta with the plan's adapter in it, as it trains; the plan.
+    """The model on the meta device with the plan's adapter in it; the plan.
 
     With `kept`, its stack holds these of its layers only, and the plan is that of these.
     """
     config = copy.deepcopy(config_of(source))
+    model: Any
     if kept is None:
         model = on_meta(model_class(config), config)
     else:

@@ -8,7 +8,7 @@ from typing import Any
 from lorafit.forward import Choice
 from lorafit.jsonio import jsonable
 
-SURE = 0.15  # how far apart, as a share, the fastest tries of a probe may lie
+SURE = 0.15  # largest relative spread of a probe's fastest tries
 
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
@@ -16,8 +16,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What a micro-batch is shaped like: its rows, tokens a row, the base's dtype; how many of them make
-    a step, and the share of the tokens that is supervised."""
+    """A micro-batch: its rows, tokens per row, the base's dtype; how many of them make an optimizer step,
+    and the share (0 to 1) of the tokens in the loss."""
 
     batch: int
     length: int
@@ -35,7 +35,7 @@ class Shape:
 class Memory:
     """Bytes at the peak of a training step, by what they hold; the terms sum to `peak`.
 
-    `heap` is what the C library has taken from the system between the storages: holes that fit none.
+    `heap` is the allocator's overhead: holes between the tensors that malloc cannot give back.
     """
 
     weights: int
@@ -65,8 +65,8 @@ class Memory:
 
 @dataclass(frozen=True, slots=True)
 class Flops:
-    """Floating-point operations a token, a multiply and an add counted as two; `prefix` is the part of
-    `forward` below the cut, which a replay does not do."""
+    """Floating-point operations per token, a multiply-add counted as two; `prefix` is the part of
+    `forward` below the cut, which the frozen-layer cache saves."""
 
     forward: int
     backward: int
@@ -75,24 +75,24 @@ class Flops:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """A step of one micro-batch: bytes at its highest moment, and FLOPs a token."""
+    """A step of one micro-batch: bytes at its peak, and FLOPs per token."""
 
     activations: int
     logits: int
     workspace: int
-    heap: int  # that the C library's holes take besides; 0 on a GPU, and where it cannot be told
+    heap: int  # the allocator's overhead; 0 on a GPU, and where it cannot be measured
     forward: int
     backward: int
     prefix: int
     simulated: bool
-    refusal: str = ""  # why the prefix cannot be replayed exactly; empty where it can
+    refusal: str = ""  # why the frozen layers cannot be cached exactly; empty where they can
 
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Seconds a token of a micro-batch, with all layers and with the prefix replayed; of the optimizer
-    a step; the tokens a row, in words what they were taken from, and how far the fastest tries lay apart,
-    as a share."""
+    """Seconds per token of a micro-batch, with all layers (`token`) and with the frozen layers cached
+    (`token_replayed`); seconds of the optimizer per step; tokens per row; the source in words; and the
+    relative spread of the fastest tries."""
 
     token: float
     token_replayed: float
@@ -109,8 +109,8 @@ class Timing:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What a run goes over: tokens and optimizer steps of an epoch, the steps of the whole run, which
-    may end within an epoch, and the tokens held out."""
+    """The amount of data: tokens and optimizer steps of an epoch, the steps of the whole run, which
+    may end within an epoch, and the held-out tokens."""
 
     tokens: int
     epoch_steps: int
@@ -119,17 +119,17 @@ class Work:
 
     @property
     def passes(self) -> float:
-        """How often the rows are gone over, a part of a pass counted as that."""
+        """Epochs, with fractions."""
         return self.steps / self.epoch_steps
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """The cost of a plan at a shape, and what was assumed.
+    """The cost of a plan at a shape, and the assumptions.
 
-    `seconds_per_epoch` is of a pass that runs every layer, `seconds_per_epoch_replayed` of one that
-    replays the prefix (None where there is none to replay), `seconds` of the whole run as `train` would
-    do it: `steps` optimizer steps, `epochs` passes over the rows, the last of which may be a part.
+    `seconds_per_epoch` is for a pass that runs every layer, `seconds_per_epoch_replayed` for one that
+    reads the frozen layers' output from the cache (None where it cannot be cached), `seconds` for the
+    whole run: `steps` optimizer steps, `epochs` passes over the rows, the last of which may be partial.
     """
 
     shape: Shape

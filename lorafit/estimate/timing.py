@@ -1,4 +1,4 @@
-"""Seconds of a step on a device: one block of each kind is trained there with random weights, and extended."""
+"""Seconds of a step on a device: one block of each kind, with random weights, is timed there and scaled up."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from lorafit.model import ModelMap, ModelSource
 from lorafit.system import free_memory
 from lorafit.units import bytes_text
 
-FEW = 64  # tokens that the probe begins with
+FEW = 64  # tokens of the probe's first try
 
-ROOM = 0.5  # of the memory that is free: what the probe's blocks may take
+ROOM = 0.5  # share of the free memory that the probe's blocks may take
 
 
 def probe(
     source: ModelSource, found: ModelMap, plan: Plan, shape: Shape, device: torch.device, seconds: float = 5.0
 ) -> Timing:
-    """Seconds of a step on that device, from its own blocks with random weights.
+    """Seconds of a step on that device, from the model's own blocks with random weights.
 
-    One block of each kind is built and trained on a few rows; what each takes forward and backward is
-    timed, and extended over the depth and the tokens. While the fastest tries disagree there are more, for as
-    long again. Raises NotSimulated where it does not fit.
+    One block of each kind is built and trained on a few rows; its forward and backward are timed and
+    scaled up to the depth and the number of tokens. Takes about `seconds`, and as long again while the
+    fastest tries disagree. Raises NotSimulated where the blocks do not fit in memory.
     """
     groups = alike(source, found, plan)
     kept = sorted(layers[0] for layers in groups.values()) if groups else None
@@ -79,7 +79,7 @@ def probe(
         replayed / (rows * length),
         step * share,
         length,
-        f"{rows} × {length} tokens through one block of each kind",
+        f"one block of each kind timed on {rows} row{'s' * (rows > 1)} of {length} tokens",
         round(spread, 3),
     )
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data import IGNORED, Row, collate_rows
+from lorafit.data import IGNORED, ChatTemplate, Row, collate_rows, end_tokens
 from lorafit.errors import RequestError
 from lorafit.evaluate.score import Evaluator, mask_id
 from lorafit.forward import Forward, base_of
@@ -67,7 +67,7 @@ class Generator:
 
         tokenizer, settled = self.tokenizer, base_of(model).generation_config
         stated = getattr(settled, "eos_token_id", None)  # one, several, or none
-        ends = [tokenizer.eos_token_id, *(stated if isinstance(stated, list) else [stated])]
+        ends = [*end_tokens(tokenizer), *(stated if isinstance(stated, list) else [stated])]
         room = self.sampling.max_new_tokens or prompt.room
         if self.positions and self.forward.task != "seq2seq":
             room = max(1, min(room, self.positions - len(prompt.ids)))
@@ -113,10 +113,14 @@ def row_prompts(evaluator: Evaluator, count: int) -> list[Prompt]:
 
 
 def own_prompts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, task: str, positions: int
+    texts: Sequence[str],
+    tokenizer: PreTrainedTokenizerBase,
+    task: str,
+    positions: int,
+    template: ChatTemplate | None = None,
 ) -> list[Prompt]:
     """Prompts that a person wrote: as a user's turn where the tokenizer has a chat template, else as
-    they are.
+    they are. `template` is the chat template with its arguments.
 
     Raises RequestError for one that is empty or too long, or has no mask for a masked model.
     """
@@ -127,7 +131,7 @@ def own_prompts(
         labels: tuple[int, ...] = ()
         if task == "causal" and tokenizer.chat_template is not None:
             turns = [{"role": "user", "content": text}]
-            whole = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+            whole = (template or ChatTemplate(tokenizer)).render(turns, opened=True)
             ids = tokenizer(str(whole), add_special_tokens=False, verbose=False)["input_ids"]
         else:
             ids = tokenizer(text, verbose=False)["input_ids"]

@@ -1,64 +1,58 @@
-"""Adapters into their base, a few rows at a time, and the proof that the result says what they say.
+"""Adapters into their base, a few rows at a time, and the proof that the result is base + adapters.
 
 `W + sum of w * s * B A` is added in float32 and rounded once to W's dtype, as PEFT does for one
 adapter on linear layers. What cannot be streamed (experts in one tensor, DoRA, trained biases,
-files that are no safetensors) goes through the whole model, with a note that says so.
+files that are not safetensors) goes through the whole model, with a note that says so.
 """
 
 from __future__ import annotations
 
-import json
-import math
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from itertools import count
 from pathlib import Path
-from threading import Lock
 from typing import Any
 
-import torch
-
-from lorafit.adapter import (
-    BASE,
-    CONFIG,
-    WEIGHTS,
-    adapted_names,
-    attach_all,
-    changes_its_base,
-    pattern_value,
-    read_config,
-    tensor_names,
-)
-from lorafit.data import Row
-from lorafit.digests import SEAL, seal
+from lorafit.adapter import run_of, tokenizer_place
+from lorafit.data import Row, write_generation_config
+from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
-from lorafit.events import MergeReport, Verified
-from lorafit.merge.verify import WeightedModel, named_in, stored_dtype, verify_merge
+from lorafit.events import MergeReport, Verified, WeightProof
+from lorafit.merge.carry import carry, change_config
+from lorafit.merge.check import check_weights
+from lorafit.merge.deltas import added
+from lorafit.merge.proof import Differs
+from lorafit.merge.verify import WeightedModel, verify_merge
+from lorafit.merge.write import Work, streamed_work, through_the_model
 from lorafit.model import (
-    INDEX,
-    Change,
     ModelMap,
     ModelSource,
-    ShardLayout,
-    lay_out,
-    load_model,
+    local_folder,
+    not_downloaded,
     open_file,
     shards,
-    write,
+    split_revision,
 )
 from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
-from lorafit.report import merged_card, read_back
+from lorafit.report import Run, merged_card, read_back
 
-CARRIED = ("*.json", "*.jinja", "*.model", "*.txt", "*.md", "LICENSE*")
-
-NOT_CARRIED = (CONFIG, BASE, SEAL, INDEX, CARD)
+FETCHED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "*.spm",
+    "*.tiktoken",
+    "*.txt",
+    "LICENSE*",
+    "NOTICE*",
+    "additional_chat_templates/*",
+)
 
 UNVERIFIED = ".unverified"
-
-STORED = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}  # a dtype as a safetensors header names it
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,91 +68,29 @@ class MergeSettings:
     verify: bool = True
 
 
-@dataclass(frozen=True, slots=True)
-class Delta:
-    """What an adapter adds to one weight: `scaling * B @ A`, both float32; `flip` for a Conv1D."""
-
-    down_RI: torch.Tensor
-    up_OR: torch.Tensor
-    scaling: float
-    flip: bool
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """Of the weight it is for."""
-        out, into = len(self.up_OR), self.down_RI.shape[1]
-        return (into, out) if self.flip else (out, into)
-
-    def rows(self, first: int, many: int) -> torch.Tensor:
-        """What is added to so many rows of the weight, from the first on; float32."""
-        last = first + many
-        if self.flip:
-            return ((self.up_OR @ self.down_RI[:, first:last]) * self.scaling).T
-        return (self.up_OR[first:last] @ self.down_RI).mul_(self.scaling)
-
-
-def added(deltas: Sequence[Delta], rows: torch.Tensor, first: int) -> torch.Tensor:
-    """Some rows of a weight with what the adapters add to them, in float32 (a wider weight in its own)."""
-    total = deltas[0].rows(first, len(rows))
-    for delta in deltas[1:]:
-        total = total + delta.rows(first, len(rows))
-    return total.add_(rows) if rows.dtype != torch.float64 else rows + total
-
-
-def why_not_streamed(config: dict[str, Any], names: Sequence[str], base: Path) -> str:
-    """Why an adapter cannot be merged tensor by tensor; empty when it can."""
-    if config.get("target_parameters"):
-        return "it adapts experts that lie in one tensor"
-    if config.get("use_dora"):
-        return "it is a DoRA adapter"
-    if config.get("bias", "none") != "none" or config.get("modules_to_save"):
-        return "it trained more than low-rank weights"
-    if changes_its_base(config):
-        return "its start took a part out of the base's weights"
-    if any(not n.endswith((".lora_A.weight", ".lora_B.weight")) for n in names):
-        return "it holds tensors beside low-rank weights"
-    if not shards(base):
-        return "the base is no safetensors checkpoint"
-    return ""
-
-
-def deltas(folder: Path, config: dict[str, Any], model_map: ModelMap, weight: float) -> dict[str, Delta]:
-    """What the adapter adds, times its weight, by the base parameter's name; empty where it holds
-    other than matrices.
-
-    Raises RequestError when half of a pair is missing.
-    """
-    file = open_file(folder / WEIGHTS)
-    by_name = {entry.name: entry for entry in file.entries}
-    kinds = {s.path: s.kind for s in (*model_map.slots, *model_map.unplaced)}
-    found = {}
-    for name, entry in by_name.items():
-        if not name.endswith(".lora_A.weight"):
-            continue
-        module = name.removeprefix("base_model.model.").removesuffix(".lora_A.weight")
-        partner = by_name.get(name.replace(".lora_A.", ".lora_B."))
-        if partner is None:
-            raise RequestError(f"the adapter has no B for `{module}`", "the file is not whole")
-        if len(entry.shape) != 2:  # a convolution's: merged through the model
-            return {}
-        down, up = file.read(entry).float(), file.read(partner).float()
-        rank = down.shape[0]
-        alpha = pattern_value(config.get("alpha_pattern") or {}, module, config["lora_alpha"])
-        scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
-        found[f"{module}.weight"] = Delta(down, up, scaling * weight, kinds.get(module) == "conv1d")
-    return found
-
-
 def base_folder(source: ModelSource) -> Path:
-    """The folder of the base's files; fetched when it is a hub model. Raises RequestError."""
+    """The folder of the base's files; downloaded when it is a hub model. Raises RequestError."""
     if source.local:
         return Path(source.place)
     from huggingface_hub import snapshot_download
 
+    name, revision = split_revision(source.place)
     try:
-        return Path(snapshot_download(source.place, allow_patterns=["*.safetensors", *CARRIED]))
-    except Exception as error:  # every kind of network and hub error has the same next step
-        raise RequestError(f"the hub did not give `{source.place}`: {error}", "check the network") from None
+        found = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
+        if not shards(found):
+            found = Path(
+                snapshot_download(name, revision=revision or None, allow_patterns=[*FETCHED, "*.bin"])
+            )
+    except RequestError:
+        raise
+    except Exception as error:  # each kind of network and hub error is named
+        kept = local_folder(source.place)
+        if kept is not None and shards(kept):
+            return kept
+        raise RequestError(
+            f"the base `{source.place}`: {not_downloaded(error)}", "check the network"
+        ) from None
+    return found
 
 
 def merge_adapters(
@@ -173,179 +105,121 @@ def merge_adapters(
     """Merge adapters, each times its weight, into their base: a model folder, verified.
 
     `rows` are the prompts of the proof (few tokens of each are used); without any, texts of our
-    own are. `tick` hears (bytes written, bytes in all).
+    own are. `tick` is called with (bytes written, bytes in all).
 
     Raises RequestError when the output exists or an adapter does not belong to the base; RunError
-    when the merged model differs from base + adapters by more than rounding: then it lies beside
-    the output, and what was there is as it was.
+    when a merged tensor is not what base and adapters make it, or the merged model's logits differ by more
+    than rounding: then it lies beside the output, and what was there is as it was.
     """
     output = settings.output
     local = [Path(source.place)] if source.local else []
     check_target(output, settings.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
     base = base_folder(source)
+    held = replace(source, place=str(base))
     notes = []
     with writing(output, "merge again"):
         work = work_folder(output, "merging")
     try:
         with writing(work, "merge again"):
-            why, sheets, changes = _streamable(adapters, base, model_map, settings)
-            if why:
-                notes.append(f"merged through the whole model: {why}")
-                adapted = _through_the_model(adapters, source, work, settings)
+            why, made = streamed_work(
+                adapters, base, held, model_map, settings.dtype, settings.max_shard, added
+            )
+            if made is not None:
+                made.stream(base, work, tick)
             else:
-                adapted = len(changes)
-                _stream(sheets, changes, base, work, tick)
-            _carry(base, adapters[0][0], work, settings.dtype)
+                notes.append(f"merged through the whole model: {why}")
+                made = through_the_model(adapters, held, base, work, settings.dtype, settings.max_shard)
+            notes += made.notes
+            place = Path(tokenizer_place(str(adapters[0][0]), str(base)))
+            left_out = carry(base, adapters[0][0], place, work)
+            # the ends of the answers that any of them was trained to stop at
+            write_generation_config(work, base, *(run_of(folder) for folder, _ in adapters))
+            if settings.dtype or made.untied:
+                change_config(work / "config.json", settings.dtype, made.untied)
         seconds = time.perf_counter() - started
         files = [open_file(path) for path in shards(work)]
         verified = None
         if settings.verify:
-            config = json.loads((work / "config.json").read_text(encoding="utf-8"))
-            merged = WeightedModel(ModelSource(work.name, str(work.resolve()), config))
-            held = WeightedModel(ModelSource(source.name, str(base), source.config), tuple(adapters))
-            verified = verify_merge(held, merged, model_map, rows, tokenizer, by_blocks=not why)
+            weights, said = _proved(adapters, held, base, work, model_map, made, settings, output)
+            notes += said
+            merged = WeightedModel(held.at(work))
+            with_adapters = WeightedModel(held, tuple(adapters))
+            verified = verify_merge(with_adapters, merged, model_map, rows, tokenizer, by_blocks=not why)
+            verified = replace(verified, weights=weights)
             _judge(verified, work, output)
             if verified.note:
                 notes.append(verified.note)
         report = MergeReport(
             output=str(output),
             tensors=sum(len(file.entries) for file in files),
-            adapted=adapted,
-            bytes=sum(path.stat().st_size for path in work.iterdir()),
+            adapted=made.adapted,
+            bytes=sum(path.stat().st_size for path in work.rglob("*") if path.is_file()),
             seconds=seconds,
             verify=verified,
             notes=tuple(notes),
+            left_out=left_out,
         )
-        with writing(work, "merge again"):
-            parts = [(read_back(folder), weight) for folder, weight in adapters]
-            card = merged_card(report, source.name, parts, model_map.task)
-            (work / CARD).write_text(card, encoding="utf-8")
-            seal(work, but=EDITABLE)
-            put_in_place(work, output)
+        _finish(work, output, merged_card(report, source.name, _runs(adapters), model_map.task))
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
 
 
-def _judge(verified: Verified, work: Path, output: Path) -> None:
-    """Raises RunError, the work moved out of harm's way, when the merged model says something else."""
-    if verified.max_logit_diff <= verified.tolerance:  # false for NaN too
-        return
+def _runs(adapters: Sequence[tuple[Path, float]]) -> list[tuple[Run, float]]:
+    """What the runs that made the adapters tell of themselves, with the adapters' weights."""
+    return [(read_back(folder), weight) for folder, weight in adapters]
+
+
+def _finish(work: Path, output: Path, card: str) -> None:
+    """Write the card and the digests, and put the folder in its place."""
+    with writing(work, "merge again"):
+        (work / CARD).write_text(card, encoding="utf-8")
+        seal(work, but=EDITABLE)
+        put_in_place(work, output)
+
+
+def _proved(
+    adapters: Sequence[tuple[Path, float]],
+    source: ModelSource,
+    base: Path,
+    work: Path,
+    model_map: ModelMap,
+    made: Work,
+    settings: MergeSettings,
+    output: Path,
+) -> tuple[WeightProof | None, list[str]]:
+    """(the proof in weight space, notes about it). Raises RunError, the work moved aside, when it fails."""
+    try:
+        weights, notes = check_weights(adapters, source, base, work, model_map, made, settings.dtype)
+    except Differs as error:
+        raise _aside(work, output, error.message) from None
+    if weights is not None and not weights.moved_values:
+        kind = settings.dtype or "the base's dtype"
+        notes.append(
+            f"the adapter changes nothing: no stored value moves in {kind}"
+            + ("" if settings.dtype == "float32" else "; --dtype float32 keeps smaller changes")
+        )
+    return weights, notes
+
+
+def _aside(work: Path, output: Path, what: str) -> RunError:
+    """The error for a merge that is wrong; its folder is moved out of harm's way."""
     names = (f"{output.name}{UNVERIFIED}{f'-{n}' if n > 1 else ''}" for n in count(1))
     aside = next(path for path in map(output.with_name, names) if not path.exists() and not path.is_symlink())
     work.rename(aside)
-    raise RunError(
-        f"the merged model differs from base + adapter: logits by {verified.max_logit_diff:.3g}, "
-        f"where {verified.tolerance:.3g} is rounding",
+    return RunError(
+        f"the merged model differs from base + adapter: {what}",
         f"it is kept as `{aside}` to look at, and nothing was put at `{output}`; "
         "merge with the base the adapter was trained on",
     )
 
 
-def _streamable(
-    adapters: Sequence[tuple[Path, float]], base: Path, model_map: ModelMap, settings: MergeSettings
-) -> tuple[str, list[ShardLayout], dict[str, Change]]:
-    """(why not, or empty; the files to write; the changes, by the checkpoint's names).
-
-    Raises RequestError when an adapter's tensor has another shape than its weight, or when several
-    adapters hold what no sum can hold.
-    """
-    together: dict[str, list[Delta]] = {}
-    for folder, weight in adapters:
-        config = read_config(folder)
-        why = why_not_streamed(config, tensor_names(folder), base)
-        one = {} if why else deltas(folder, config, model_map, weight)
-        if not one:
-            why = why or "it adapts a convolution"
-            if len(adapters) > 1 or weight != 1:
-                raise RequestError(
-                    f"`{folder}` cannot be weighed or summed with another: {why}", "merge it alone"
-                )
-            return why, [], {}
-        for name, delta in one.items():
-            together.setdefault(name, []).append(delta)
-    files = [open_file(path) for path in shards(base)]
-    there = {entry.name: entry for file in files for entry in file.entries}
-    prefix = model_map.stacks[0].path.split(".")[0] if model_map.stacks else ""
-    changes: dict[str, Change] = {}
-    for name, parts in together.items():
-        home = named_in(there, name, prefix)
-        if home is None:
-            if len(adapters) > 1 or adapters[0][1] != 1:
-                raise RequestError(f"the checkpoint has no `{name}`: its names are not the model's")
-            return "the checkpoint's names are not the model's", [], {}
-        for part in parts:
-            if part.shape != there[home].shape:
-                raise RequestError(
-                    f"the adapter adds {part.shape} to `{name}`, which is {there[home].shape}",
-                    "it was trained on another model",
-                )
-        changes[home] = partial(added, parts)
-    return "", lay_out(files, STORED.get(settings.dtype, ""), settings.max_shard), changes
-
-
-def _stream(
-    sheets: Sequence[ShardLayout],
-    changes: Mapping[str, Change],
-    base: Path,
-    work: Path,
-    tick: Callable[[int, int], None],
-) -> None:
-    """Write the merged shards, and their index with the bytes they truly have."""
-    total, done = sum(sheet.bytes for sheet in sheets), 0
-
-    lock = Lock()
-
-    def written(size: int) -> None:
-        nonlocal done
-        with lock:
-            done += size
-            tick(done, total)
-
-    write(sheets, work, changes, written)
-    if len(sheets) > 1 or (base / INDEX).is_file():
-        table = {entry.name: sheet.name for sheet in sheets for _, entry, _ in sheet.pieces}
-        index: dict[str, Any] = {}
-        if (base / INDEX).is_file():
-            index = json.loads((base / INDEX).read_text(encoding="utf-8"))
-        index["metadata"] = {**(index.get("metadata") or {}), "total_size": total}
-        index["weight_map"] = dict(sorted(table.items()))
-        (work / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-
-
-def _through_the_model(
-    adapters: Sequence[tuple[Path, float]], source: ModelSource, work: Path, settings: MergeSettings
-) -> int:
-    """Merge with PEFT, the whole model in memory; the number of weights that carried an adapter."""
-    model = load_model(source, stored_dtype(source), torch.device("cpu"))
-    adapted = attach_all(model, adapters)
-    count = len(adapted_names(adapted))
-    merged = adapted.merge_and_unload()
-    if settings.dtype:
-        merged = merged.to(getattr(torch, settings.dtype))
-    limit = {"max_shard_size": settings.max_shard} if settings.max_shard else {}
-    merged.save_pretrained(work, **limit)
-    return count
-
-
-def _carry(base: Path, folder: Path, work: Path, dtype: str) -> None:
-    """The files that make a folder of weights a model: config, generation config, tokenizer, template.
-
-    The adapter's own come last: its tokenizer is the one it was trained with.
-    """
-    written = {path.name for path in work.iterdir()}
-    for place in (base, folder):
-        for pattern in CARRIED:
-            for path in place.glob(pattern):
-                if path.is_file() and path.name not in written and path.name not in NOT_CARRIED:
-                    shutil.copyfile(path, work / path.name)
-    if dtype:
-        path = work / "config.json"
-        config = json.loads(path.read_text(encoding="utf-8"))
-        for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-            for key in ("dtype", "torch_dtype"):
-                if key in part:
-                    part[key] = dtype
-        config.setdefault("dtype", dtype)
-        path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+def _judge(verified: Verified, work: Path, output: Path) -> None:
+    """Raises RunError, the work moved out of harm's way, when the merged model's logits differ."""
+    if not verified.max_logit_diff <= verified.tolerance:  # true for NaN too
+        raise _aside(
+            work,
+            output,
+            f"logits by {verified.max_logit_diff:.3g}, where {verified.tolerance:.3g} is rounding",
+        )

@@ -22,6 +22,7 @@ from lorafit.errors import LorafitError
 from lorafit.estimate import MemoryTrace
 from lorafit.events import Verified
 from lorafit.forward import Forward, chunk_for
+from lorafit.merge.deltas import named_in
 from lorafit.model import (
     ModelMap,
     ModelSource,
@@ -32,7 +33,9 @@ from lorafit.model import (
     model_class,
     on_meta,
     open_file,
+    read_tensor,
     shards,
+    stored_dtype,
 )
 
 TEXTS = (
@@ -191,7 +194,7 @@ class _Home:
     entry: TensorEntry
 
     def read(self) -> torch.Tensor:
-        return self.file.read(self.entry)
+        return read_tensor(self.file, self.entry)
 
 
 def _homes(model: Any, source: ModelSource) -> dict[int, _Home]:
@@ -212,12 +215,6 @@ def _homes(model: Any, source: ModelSource) -> dict[int, _Home]:
         if id(tensor) not in found:
             raise _NotByBlocks(f"the checkpoint has no `{name}`")
     return found
-
-
-def named_in(there: Mapping[str, Any], name: str, prefix: str) -> str | None:
-    """A parameter's name in a checkpoint, which may have its body's prefix or lack it; None without one."""
-    choices = (name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}")
-    return next((choice for choice in choices if choice in there), None)
 
 
 def _make_buffers(model: Any, homes: Mapping[int, _Home]) -> None:
@@ -259,16 +256,6 @@ def _dropper(empty: Mapping[str, Any]) -> Callable[..., None]:
         module._parameters.update(empty)
 
     return drop
-
-
-def stored_dtype(source: ModelSource) -> torch.dtype:
-    """The dtype that a model is stored in, by its config; float32 where it says nothing."""
-    text = source.config.get("text_config")
-    name = source.config.get("dtype") or source.config.get("torch_dtype")
-    if name is None and isinstance(text, dict):
-        name = text.get("dtype") or text.get("torch_dtype")
-    found = getattr(torch, str(name).removeprefix("torch."), None)
-    return found if isinstance(found, torch.dtype) and found.is_floating_point else torch.float32
 
 
 def _prompt(text: str, tokenizer: Any) -> Row:

@@ -12,10 +12,22 @@ if TYPE_CHECKING:
     from lorafit.model.classes import config_of as config_of
     from lorafit.model.classes import model_class as model_class
     from lorafit.model.classes import on_meta as on_meta
+    from lorafit.model.headers import FLOATS as FLOATS
+    from lorafit.model.headers import INDEX as INDEX
+    from lorafit.model.headers import TensorEntry as TensorEntry
+    from lorafit.model.headers import TensorFile as TensorFile
+    from lorafit.model.headers import dtype_of as dtype_of
+    from lorafit.model.headers import open_file as open_file
+    from lorafit.model.headers import shards as shards
+    from lorafit.model.headers import stored_tensors as stored_tensors
+    from lorafit.model.identity import fingerprint as fingerprint
+    from lorafit.model.identity import local_folder as local_folder
+    from lorafit.model.identity import sampled as sampled
     from lorafit.model.load import load_model as load_model
     from lorafit.model.load import load_tokenizer as load_tokenizer
     from lorafit.model.load import pick_device as pick_device
     from lorafit.model.load import pick_dtype as pick_dtype
+    from lorafit.model.load import stored_dtype as stored_dtype
     from lorafit.model.map import ModelMap as ModelMap
     from lorafit.model.map import Slot as Slot
     from lorafit.model.map import Stack as Stack
@@ -27,29 +39,31 @@ if TYPE_CHECKING:
     from lorafit.model.roles import MEANING as MEANING
     from lorafit.model.roles import Part as Part
     from lorafit.model.roles import Role as Role
-    from lorafit.model.safetensors_io import INDEX as INDEX
     from lorafit.model.safetensors_io import Change as Change
     from lorafit.model.safetensors_io import ShardLayout as ShardLayout
-    from lorafit.model.safetensors_io import TensorEntry as TensorEntry
-    from lorafit.model.safetensors_io import TensorFile as TensorFile
-    from lorafit.model.safetensors_io import fingerprint as fingerprint
     from lorafit.model.safetensors_io import lay_out as lay_out
-    from lorafit.model.safetensors_io import open_file as open_file
-    from lorafit.model.safetensors_io import shards as shards
+    from lorafit.model.safetensors_io import read_range as read_range
+    from lorafit.model.safetensors_io import read_rows as read_rows
+    from lorafit.model.safetensors_io import read_tensor as read_tensor
+    from lorafit.model.safetensors_io import spans as spans
     from lorafit.model.safetensors_io import write as write
     from lorafit.model.source import HUB_ID as HUB_ID
     from lorafit.model.source import ModelSource as ModelSource
     from lorafit.model.source import find as find
+    from lorafit.model.source import not_downloaded as not_downloaded
+    from lorafit.model.source import split_revision as split_revision
 
 __getattr__ = door(
     __name__,
     {
         "chart": "chart_of map_of",
         "classes": "config_of model_class on_meta",
-        "load": "load_model load_tokenizer pick_device pick_dtype",
+        "load": "load_model load_tokenizer pick_device pick_dtype stored_dtype",
         "map": "ModelMap Slot Stack Uncovered sum_params",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
-        "safetensors_io": "Change INDEX ShardLayout TensorEntry TensorFile fingerprint lay_out open_file shards write",
-        "source": "HUB_ID ModelSource find",
+        "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
+        "identity": "fingerprint local_folder sampled",
+        "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
+        "source": "HUB_ID ModelSource find not_downloaded split_revision",
     },
 )

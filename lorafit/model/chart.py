@@ -6,9 +6,11 @@ import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.cache import cache_folder
+from lorafit.model.checkpoint import check_head
 from lorafit.model.classes import config_of, model_class, on_meta, task_of
 from lorafit.model.map import MapCache, ModelMap, Slot, Stack, Uncovered
 from lorafit.model.roles import (
@@ -50,12 +52,16 @@ def chart_of(source: ModelSource) -> ModelMap:
     """The map of a model that was found; from the cache where its config was seen before."""
     maps = MapCache(cache_folder() / "maps")
     key = maps.key(source.config)
-    if found := maps.get(key, source.name):
-        return found
-    with without_collecting():
-        config = config_of(source)
-        found = chart(on_meta(model_class(config), config), config, source.name)
-    maps.put(key, found)
+    found = maps.get(key, source.name)
+    if found is None:
+        with without_collecting():
+            config = config_of(source)
+            found = chart(on_meta(model_class(config), config), config, source.name)
+        maps.put(key, found)
+    if source.local and not found.tied_head:
+        check_head(
+            source.name, Path(source.place), [row.path for row in found.uncovered if row.reason == "head"]
+        )
     return found
 
 
@@ -388,7 +394,7 @@ def _reinterpreted(kind: str, slots: list[Slot]) -> tuple[str, ...]:
         return ()
     from peft.utils import transformers_weight_conversion as conversion
 
-    base = conversion._MODEL_TO_CONVERSION_PATTERN.get(kind)
+    base = vars(conversion)["_MODEL_TO_CONVERSION_PATTERN"].get(kind)
     if not conversion._MOE_FUSED_TARGETS.get(base):
         return ()
     return tuple(conversion._MOE_TARGET_MODULE_MAPPING.get(base, ()))

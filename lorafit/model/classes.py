@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError
+from lorafit.model.checkpoint import not_a_language_model
 from lorafit.model.source import ModelSource, first_line
 
 if TYPE_CHECKING:
@@ -67,14 +69,20 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     import transformers
 
     for name in config.architectures or []:
+        if what := not_a_language_model(str(name)):
+            raise _no_head(str(name), what)
         found = getattr(transformers, name, None)
         if isinstance(found, type) and hasattr(found, "from_pretrained") and hasattr(found, "forward"):
+            if _is_bare(name):
+                raise _no_head(name, "a bare body")
             return found
     kind = config.model_type
     mappings = dict(_mappings())
     order = ["causal", "seq2seq", "masked"]
+    if getattr(config, "is_encoder_decoder", False):  # Pegasus, Marian: their causal class is a decoder alone
+        order = ["seq2seq", "causal", "masked"]
     # transformers gives BERT a causal head too, for its use as a decoder; it reads both ways still
-    if kind in mappings["masked"] and not getattr(config, "is_decoder", False):
+    elif kind in mappings["masked"] and not getattr(config, "is_decoder", False):
         order = ["masked", "causal", "seq2seq"]
     for task in order:
         if kind in mappings[task]:
@@ -90,6 +98,29 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
             name = table[kind]
             return getattr(transformers, name if isinstance(name, str) else name[0])
     raise RequestError(f"transformers has no language model of type `{kind}`")
+
+
+def _is_bare(name: str) -> bool:
+    """Whether a class of transformers is a body without a head: in the table of bodies, and in none of
+    language models."""
+    from transformers.models.auto import modeling_auto as auto
+
+    def names(table: Mapping[str, Any]) -> set[str]:
+        return {n for value in table.values() for n in ([value] if isinstance(value, str) else value)}
+
+    tables = [table for _, table in _mappings()]
+    tables += [auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES]
+    tables += [auto.MODEL_FOR_PRETRAINING_MAPPING_NAMES]
+    heads = set().union(*map(names, tables))
+    return name in names(auto.MODEL_MAPPING_NAMES) and name not in heads and name.endswith("Model")
+
+
+def _no_head(name: str, what: str) -> RequestError:
+    stem = re.sub(r"(For[A-Z]\w*|Model)$", "", name)
+    return RequestError(
+        f"its config names `{name}`, {what}: there is no language model head to train with",
+        f"name the language model it was made from (its `architectures` is e.g. `{stem}ForCausalLM`)",
+    )
 
 
 def task_of(cls: type, config: PreTrainedConfig) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.classes import config_of, model_class
-from lorafit.model.source import ModelSource, first_line
+from lorafit.model.source import ModelSource, first_line, split_revision
 
 if TYPE_CHECKING:
     import torch
@@ -51,11 +53,12 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     import torch
     from transformers.utils import logging
 
-    from lorafit.model.safetensors_io import open_file, shards
+    from lorafit.model.headers import open_file, shards
 
     config = config_of(source)
     cls = model_class(config)
     place = source.place
+    name, revision = split_revision(place)
     if Path(place).is_file():
         raise RequestError(
             f"`{place}` is a config without weights", "to train, name a folder that holds both"
@@ -71,8 +74,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     logging.disable_progress_bar()
     try:
         model, info = cls.from_pretrained(
-            place, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
-            ignore_mismatched_sizes=True,
+            name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
+            ignore_mismatched_sizes=True, revision=revision or "main",
         )  # fmt: skip
         model = model.to(device)
     except torch.OutOfMemoryError:
@@ -106,11 +109,45 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, local_files_only=Path(place).exists()
+        owner, revision = split_revision(place)
+        found = AutoTokenizer.from_pretrained(
+            owner,
+            trust_remote_code=False,
+            local_files_only=Path(place).exists(),
+            revision=revision or "main",
         )
     except Exception as error:  # tokenizers raise bare Exceptions
         raise RequestError(
             f"`{name}` has no tokenizer that can be read: {first_line(error)}",
             "a tokenizer.json beside the model, or a model that has one",
         ) from None
+    found.name_or_path = place  # its revision too: a run's folder gets the files that lie there
+    return found
+
+
+def stored_dtype(source: ModelSource) -> torch.dtype:
+    """The dtype that most of a model's weights are stored in, by the headers of its files; by its config
+    where those are not there, float32 where that does not say."""
+    import torch
+
+    from lorafit.model.headers import dtype_of, stored_tensors
+    from lorafit.model.identity import PICKLED, local_folder
+
+    folder = local_folder(source.place)
+    found = dtype_of(stored_tensors(folder).values()) if folder is not None else ""
+    if found:
+        return getattr(torch, found)
+    if folder is not None and (folder / PICKLED).is_file():
+        with suppress(Exception):  # an old format that cannot be mapped, or a damaged file: loading names it
+            tensors = torch.load(folder / PICKLED, map_location="cpu", mmap=True, weights_only=True).values()
+            sizes: Counter[torch.dtype] = Counter()
+            for tensor in tensors:
+                if tensor.is_floating_point():
+                    sizes[tensor.dtype] += tensor.nbytes
+            return sizes.most_common(1)[0][0]
+    text = source.config.get("text_config")
+    name = source.config.get("dtype") or source.config.get("torch_dtype")
+    if name is None and isinstance(text, dict):
+        name = text.get("dtype") or text.get("torch_dtype")
+    kind = getattr(torch, str(name).removeprefix("torch."), None)
+    return kind if isinstance(kind, torch.dtype) and kind.is_floating_point else torch.float32

@@ -37,13 +37,13 @@ class Role(str, Enum):
 
 
 MEANING: dict[Role, str] = {
-    Role.Q: "query: how the model asks the context",
-    Role.K: "key: how the context is indexed",
-    Role.V: "value: how the context is represented",
-    Role.O: "output: how what the heads found is combined",
-    Role.GATE: "gate: what flows through the feed-forward",
-    Role.UP: "up: widens, hidden to inner",
-    Role.DOWN: "down: narrows, inner to hidden",
+    Role.Q: "query: what each position looks for",
+    Role.K: "key: what each position is found by",
+    Role.V: "value: what each position passes on",
+    Role.O: "output: combines the heads",
+    Role.GATE: "gate: how much of each inner feature passes",
+    Role.UP: "up projection: hidden to inner",
+    Role.DOWN: "down projection: inner to hidden",
 }
 
 Q, K, V, O, GATE, UP, DOWN = Role  # noqa: E741

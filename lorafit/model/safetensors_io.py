@@ -7,7 +7,6 @@ JSON header of name -> {dtype, shape, data_offsets}, then the data.
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,9 +19,7 @@ from typing import Any
 
 import torch
 
-from lorafit.errors import RequestError
-
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
+from lorafit.model.headers import SINGLE, TensorEntry, TensorFile
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -31,111 +28,6 @@ DTYPES = {
 }  # fmt: skip
 
 PIECE = 2**20  # bytes read at a time: what is made of them stays in a core's cache
-
-
-@dataclass(frozen=True, slots=True)
-class TensorEntry:
-    """One tensor of a file: where its bytes are, counted from the end of the header."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-    start: int
-    stop: int
-
-
-@dataclass(frozen=True, slots=True)
-class TensorFile:
-    """A safetensors file by its header."""
-
-    path: Path
-    raw_header: bytes
-    entries: tuple[TensorEntry, ...]  # in the order of their bytes
-
-    @property
-    def data_at(self) -> int:
-        return 8 + len(self.raw_header)
-
-    def read(self, entry: TensorEntry) -> torch.Tensor:
-        """One tensor, on the CPU."""
-        with self.path.open("rb", buffering=0) as file:
-            return _read(file, self.data_at + entry.start, entry.shape, entry.dtype)
-
-
-def open_file(path: Path) -> TensorFile:
-    """A file's header, checked: lengths and offsets must add up to the file's size.
-
-    Raises RequestError when the file is cut short or is none of its kind.
-    """
-    try:
-        size = path.stat().st_size
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, 100_000_000):
-                raise ValueError("its header is longer than the file")
-            raw = file.read(length)
-        header: dict[str, Any] = json.loads(raw)
-        entries = []
-        for name, row in header.items():
-            if name == "__metadata__":
-                continue
-            start, stop = row["data_offsets"]
-            entries.append(TensorEntry(name, row["dtype"], tuple(row["shape"]), start, stop))
-        entries.sort(key=lambda e: (e.start, e.stop))
-        end = max((e.stop for e in entries), default=0)
-        if 8 + length + end != size:
-            raise ValueError(f"it should have {8 + length + end:,} bytes and has {size:,}")
-    except OSError as error:
-        raise RequestError(f"cannot read `{path}`: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise RequestError(f"`{path}` is damaged: {error}", "fetch the file anew") from None
-    return TensorFile(path, raw, tuple(entries))
-
-
-def shards(folder: Path) -> list[Path]:
-    """The safetensors files of a model folder, in the index's order; empty when it has none.
-
-    Raises RequestError for an index that names files outside the folder or missing ones.
-    """
-    index = folder / INDEX
-    if not index.is_file():
-        return [folder / SINGLE] if (folder / SINGLE).is_file() else []
-    try:
-        table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        names = list(dict.fromkeys(table.values()))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise RequestError(f"`{index}` is damaged: {error}") from None
-    for name in names:
-        if not isinstance(name, str) or Path(name).name != name:
-            raise RequestError(f"`{index}` names a file outside its folder: `{name}`")
-        if not (folder / name).is_file():
-            raise RequestError(f"`{index}` names `{name}`, which is not there", "fetch the file anew")
-    return [folder / name for name in names]
-
-
-SAMPLE = 64  # bytes of a tensor that are read at its start, its middle and its end
-
-
-def fingerprint(place: str) -> str:
-    """A digest of a model folder's weights: its headers, sizes, and samples of every tensor.
-
-    Empty for what is no folder of safetensors files. Raises RequestError for a damaged file.
-    """
-    folder = Path(place)
-    files = shards(folder) if folder.is_dir() else []
-    if not files:
-        return ""
-    found = hashlib.sha256()
-    for path in files:
-        opened = open_file(path)
-        found.update(opened.raw_header)
-        with path.open("rb") as file:
-            for entry in opened.entries:
-                size = entry.stop - entry.start
-                for at in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
-                    file.seek(opened.data_at + entry.start + at)
-                    found.update(file.read(min(SAMPLE, size)))
-    return found.hexdigest()[:32]
 
 
 Change = Callable[
@@ -162,7 +54,9 @@ def size_in(entry: TensorEntry, dtype: str) -> int:
     return (entry.stop - entry.start) // DTYPES[entry.dtype].itemsize * DTYPES[dtype].itemsize
 
 
-def lay_out(files: Sequence[TensorFile], dtype: str = "", limit: int = 0) -> list[ShardLayout]:
+def lay_out(
+    files: Sequence[TensorFile], dtype: str = "", limit: int = 0, headed: bool = False
+) -> list[ShardLayout]:
     """How the tensors of these files lie in new ones.
 
     As they lie now, header and all, unless a `dtype` is named that floating-point tensors are to have,
@@ -172,7 +66,7 @@ def lay_out(files: Sequence[TensorFile], dtype: str = "", limit: int = 0) -> lis
     def kind(entry: TensorEntry) -> str:
         return dtype if dtype and DTYPES[entry.dtype].is_floating_point else entry.dtype
 
-    if not dtype and not limit:
+    if not dtype and not limit and not headed:
         return [
             ShardLayout(f.path.name, f.raw_header, tuple((f, e, e.dtype) for e in f.entries)) for f in files
         ]
@@ -296,19 +190,34 @@ def _rewrite(
     width = (entry.stop - entry.start) // max(1, rows)
     for first, many in spans(rows if width else 0, PIECE // max(1, width)):
         shape = (many, *entry.shape[1:]) if entry.shape else ()
-        block = _read(source, begin + first * width, shape, entry.dtype)
+        block = read_range(source, begin + first * width, shape, entry.dtype)
         changed = block if change is None else change(block, first)
         flat = changed.to(DTYPES[dtype]).contiguous().view(-1).view(torch.uint8)
-        data = memoryview(flat.numpy())
+        data = memoryview(flat.numpy().data)
         at = _put(new, data, at)
         tick(len(data))
     return at
 
 
-def _read(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
+def read_tensor(file: TensorFile, entry: TensorEntry) -> torch.Tensor:
+    """One tensor of a file, on the CPU."""
+    with file.path.open("rb", buffering=0) as source:
+        return read_range(source, file.data_at + entry.start, entry.shape, entry.dtype)
+
+
+def read_rows(file: TensorFile, name: str, first: int, many: int) -> torch.Tensor:
+    """Some rows of one tensor of a file, on the CPU."""
+    entry = next(entry for entry in file.entries if entry.name == name)
+    width = (entry.stop - entry.start) // max(1, entry.shape[0])
+    with file.path.open("rb", buffering=0) as source:
+        begin = file.data_at + entry.start + first * width
+        return read_range(source, begin, (many, *entry.shape[1:]), entry.dtype)
+
+
+def read_range(source: FileIO, begin: int, shape: tuple[int, ...], dtype: str) -> torch.Tensor:
     """The tensor that begins there in a file."""
     found = torch.empty(shape, dtype=DTYPES[dtype])
-    _fill(source, memoryview(found.view(-1).view(torch.uint8).numpy()), begin)
+    _fill(source, found.view(-1).view(torch.uint8).numpy().data, begin)
     return found
 
 

@@ -145,8 +145,9 @@ def _max_positions(tree: ModuleTree, text: PreTrainedConfig) -> int:
     )
     for path, module in tree.modules.items():
         name = path.rpartition(".")[2]
-        if name == "position_embeddings" and getattr(module, "padding_idx", None) is not None:
-            return max(0, number - module.padding_idx - 1)
+        padding = getattr(module, "padding_idx", None)
+        if name == "position_embeddings" and isinstance(padding, int):
+            return max(0, number - padding - 1)
     return number
 
 

@@ -1,4 +1,4 @@
-"""A run for people: read back from its folder, its page and its card."""
+"""A finished run: its folder read back, its report page and its model card."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.report.model_card import adapter_card as adapter_card
     from lorafit.report.model_card import merged_card as merged_card
     from lorafit.report.run import DAMAGED as DAMAGED
+    from lorafit.report.run import Run as Run
     from lorafit.report.run import read_back as read_back
 
 __getattr__ = door(
@@ -20,6 +21,6 @@ __getattr__ = door(
     {
         "html": "PAGE_MARK make_page write_page",
         "model_card": "adapter_card merged_card",
-        "run": "DAMAGED read_back",
+        "run": "DAMAGED Run read_back",
     },
 )

@@ -1,6 +1,6 @@
 """One page that shows a run, or several side by side: self-contained HTML, nothing fetched, no script.
 
-All text that comes from data, names or settings is escaped where it enters an element.
+All text from data, names or settings is escaped where it enters an element.
 """
 
 from __future__ import annotations
@@ -15,9 +15,9 @@ from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
 from lorafit.report.run import Run
 from lorafit.report.svg import curves
-from lorafit.units import bytes_text, count, figures, percent, seconds_text, short
+from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
 
-PAGE_MARK = '<meta name="generator" content="lorafit">'  # by which a page of ours is told from other files
+PAGE_MARK = '<meta name="generator" content="lorafit">'  # by which lorafit knows its own pages
 
 STYLE = """
 :root { color-scheme: light dark; --ink: #1b1f24; --soft: #5c6570; --line: #d5dae0; --back: #ffffff;
@@ -28,10 +28,10 @@ STYLE = """
 body { margin: 0 auto; max-width: 60rem; padding: 1.5rem 1rem 4rem; background: var(--back); color: var(--ink);
   font: 16px/1.5 system-ui, sans-serif; overflow-wrap: anywhere; }
 h1 { font-size: 1.6rem; line-height: 1.2; margin: 0 0 .25rem; }
-h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; }
-p { margin: .4rem 0; } .soft { color: var(--soft); } small { color: var(--soft); }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; } h3 { font-size: 1rem; margin: 1.4rem 0 .2rem; }
+p { margin: .4rem 0; } .verdict { font-size: 1.1rem; } .key { margin-right: 1rem; } .soft { color: var(--soft); } small { color: var(--soft); }
 .wide { overflow-x: auto; max-width: 100%; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+table { margin: .6rem 0; border-collapse: collapse; font-variant-numeric: tabular-nums; }
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; }
 td.name { min-width: 9rem; }
@@ -54,10 +54,10 @@ def make_page(
     runs: Sequence[Run],
     report: EvalReport | None = None,
 ) -> str:
-    """The page. `adapted` are the names of what each adapter adapts, by its path; `runs` those of them
-    that are runs of ours; `report` how they were evaluated, where they were."""
+    """The page. `adapted` has the names of the modules that each adapter adapts, by its path; `runs` are
+    the lorafit runs among them; `report` is their evaluation, if there is one."""
     told = [run for run in runs if run.report]
-    parts: list[Html] = [_head(title, found)]
+    parts: list[Html] = [_head(title, found), _verdict(told, report)]
     for path, modules in adapted.items():
         parts.append(_map(found, path if len(adapted) > 1 else "", modules))
     if told:
@@ -65,7 +65,7 @@ def make_page(
     if report is not None:
         parts += _evaluated(report)
     for run in told:
-        parts += [_data(run), _settings(run)]
+        parts += [_data(run), _environment(run), _settings(run)]
     body = el("body", [part for part in parts if part])
     head = el(
         "head",
@@ -78,7 +78,7 @@ def make_page(
 
 
 def write_page(path: Path, text: str) -> None:
-    """The page in its place at once, so that no half of one is ever seen. Raises OSError."""
+    """Write the page beside its place, then rename it. Raises OSError."""
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         beside.write_text(text, encoding="utf-8")
@@ -98,8 +98,36 @@ def _head(title: str, found: ModelMap) -> Html:
     )
 
 
+def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
+    """One sentence per adapter: its effect on the held-out loss, and whether it is significant."""
+    sentences: list[str] = []
+    if report is not None and report.base is not None:
+        for a in report.adapters:
+            name = a.path if len(report.adapters) > 1 else "The adapter"
+            sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
+    else:
+        for run in runs:
+            before, after = run.report["eval"]["before"]["loss"], run.report["eval"]["after"]["loss"]
+            name = run.folder.name if len(runs) > 1 else "The adapter"
+            effect = "lowers" if after < before else "raises" if after > before else "does not change"
+            sentences.append(
+                f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
+                f"{count(run.report['steps'])} steps ({seconds_text(run.report['seconds'])})."
+            )
+    return Html("".join(el("p", text, cls="verdict") for text in sentences))
+
+
+def _effect(score: AdapterScore, rows: int) -> str:
+    if rows < 2:
+        return "was evaluated on one row, too few for a confidence interval"
+    interval = f"(95 % CI of the difference {score.low:+.4f} to {score.high:+.4f})"
+    if score.low <= 0 <= score.high:
+        return f"makes no significant difference on these rows {interval}"
+    return f"is {'better' if score.high < 0 else 'worse'} than the base {interval}"
+
+
 def _table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
-    """A table in a frame that scrolls; the columns from that one on are figures."""
+    """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned."""
 
     def cells(kind: str, row: Sequence[str]) -> Html:
         return el(
@@ -115,7 +143,7 @@ def _table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int
 
 
 def _map(found: ModelMap, path: str, modules: Sequence[str]) -> Html:
-    """Layers × modules: which carry an adapter."""
+    """Layers × modules: which have an adapter."""
     chosen = set(modules)
     parts = [el("h2", "What was adapted" + (f": {path}" if path else ""))]
     inside = {s.path for s in (*found.slots, *found.unplaced) if s.layer >= 0}
@@ -125,7 +153,7 @@ def _map(found: ModelMap, path: str, modules: Sequence[str]) -> Html:
             parts.append(drawn)
     beside = sorted(chosen - inside)
     if beside:
-        parts.append(el("p", f"Beside the layers: {', '.join(beside)}."))
+        parts.append(el("p", f"Outside the layers: {', '.join(beside)}."))
     return el("section", parts)
 
 
@@ -146,13 +174,16 @@ def _stack(found: ModelMap, stack: Stack, chosen: set[str]) -> Html:
         for n in layers:
             here = by_layer.get(n)
             on = here is not None and here.path in chosen
-            said = f"layer {n}, {tail}: {'adapted' if on else 'as it was' if here else 'not there'}"
-            cells.append(el("td", "■" if on else "·" if here else "", cls="on" if on else "off", title=said))
+            hint = f"layer {n}, {tail}: {'adapted' if on else 'not adapted' if here else 'no such module'}"
+            cells.append(el("td", "■" if on else "·" if here else "", cls="on" if on else "off", title=hint))
         rows.append(el("tr", el("th", roles or tail, cls="role", title=tail), cells))
     of = sum(slot.path in chosen for by_layer in slots.values() for slot in by_layer.values())
     return Html(
         el("div", el("table", head, rows, cls="map"), cls="wide")
-        + el("p", el("small", f"{stack.path}: {count(of)} modules adapted; a column is a layer, ■ adapted"))
+        + el(
+            "p",
+            el("small", f"{stack.path}: {count(of)} modules adapted. Each column is a layer; ■ is adapted."),
+        )
     )
 
 
@@ -170,50 +201,47 @@ def _epochs(runs: Sequence[Run]) -> Html:
                     seconds_text(epoch["seconds"]),
                     short(epoch["tokens_per_second"]),
                     f"{mfu:.0%}" if is_number(mfu) else "",
-                    "prefix replayed" if epoch.get("replayed") else "",
+                    "cached" if epoch.get("replayed") else "run",
                 ]
             )
-    head = ["epoch", "loss", "tokens", "time", "tokens/s", "MFU", ""]
+    head = ["epoch", "loss", "tokens", "time", "tok/s", "matmul efficiency", "frozen layers"]
     return _table((["run"] if len(runs) > 1 else []) + head, rows)
 
 
 def _predicted(runs: Sequence[Run]) -> Html:
-    """What was said before, and what came of it."""
+    """What was predicted, and what was measured."""
     rows: list[list[str]] = []
     for run in runs:
-        report, said = run.report, run.report.get("predicted")
+        report, guess = run.report, run.report.get("predicted")
         name = [run.folder.name] if len(runs) > 1 else []
         before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
         rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
         trained = count(report["trainable_params"])
         rows.append(
-            [*name, "trainable parameters", count(said["trainable_params"]) if said else "", trained, ""]
+            [*name, "trainable parameters", count(guess["trainable_params"]) if guess else "", trained, ""]
         )
-        if not said:
+        if not guess:
             continue
-        for what, text, guess, truth in (
-            ("training steps", seconds_text, said["seconds"], report["seconds"]),
-            ("memory grown by", bytes_text, said["peak_memory_bytes"], report["memory_growth_bytes"]),
+        for what, text, before, after in (
+            ("training steps", seconds_text, guess["seconds"], report["seconds"]),
+            ("memory growth", bytes_text, guess["peak_memory_bytes"], report["memory_growth_bytes"]),
         ):
-            share = f"{guess / truth:.0%}" if truth > 0 else ""
-            rows.append([*name, what, text(guess), text(truth), share])
-    head = [*(["run"] if len(runs) > 1 else []), "", "predicted", "measured", "predicted / measured"]
+            rows.append([*name, what, text(before), text(after), deviation(before, after).strip(" ()")])
+    head = [*(["run"] if len(runs) > 1 else []), "", "predicted", "actual", "difference"]
     return el(
-        "section", el("h2", "Predicted and measured"), _table(head, rows, 2 if len(runs) > 1 else 1)
+        "section", el("h2", "Predicted and actual"), _table(head, rows, 2 if len(runs) > 1 else 1)
     )  # fmt: skip
 
 
 def _evaluated(report: EvalReport) -> list[Html]:
     parts: list[Html] = []
     if report.base is not None:
-        said = (
-            f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens; ± is the standard error."
-        )
+        about = f"{count(report.rows)} rows, {count(report.tokens)} target tokens; ± is the standard error."
         parts.append(
             el(
                 "section",
-                el("h2", "Base and adapter over the same rows"),
-                el("p", said, cls="soft"),
+                el("h2", "Base and adapter on the same rows"),
+                el("p", about, cls="soft"),
                 _scores(report.base, report.adapters),
             )
         )
@@ -239,8 +267,11 @@ def _evaluated(report: EvalReport) -> list[Html]:
                 el(
                     "section",
                     el("h2", f"Rows that changed the most{named}"),
-                    [_row("gained" if row.adapter < row.base else "lost least", row) for row in a.best],
-                    [_row("gained least" if row.adapter < row.base else "lost", row) for row in a.worst],
+                    [_row("improved" if row.adapter < row.base else "regressed", row) for row in a.best],
+                    [
+                        _row("smallest gain" if row.adapter < row.base else "regressed", row)
+                        for row in a.worst
+                    ],
                 )
             )
     if report.benchmarks:
@@ -257,7 +288,11 @@ def _evaluated(report: EvalReport) -> list[Html]:
         )
     if report.samples:
         parts.append(
-            el("section", el("h2", "Side by side"), [_sample(report, n) for n in range(len(report.samples))])
+            el(
+                "section",
+                el("h2", "Sample outputs"),
+                [_sample(report, n) for n in range(len(report.samples))],
+            )
         )
     return parts
 
@@ -270,15 +305,15 @@ def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
         if isinstance(score, AdapterScore):
             row += [f"{score.delta:+.4f} ± {score.stderr:.4f}", f"{score.low:+.4f} to {score.high:+.4f}"]
         rows.append([*row, *[""] * (7 - len(row))])
-    return _table(["model", "loss", "perplexity", "accuracy", "exact", "difference", "95 % interval"], rows)
+    return _table(["model", "loss", "perplexity", "accuracy", "exact match", "difference", "95 % CI"], rows)
 
 
 def _also(group: Group) -> Html:
-    said = f"{count(group.rows)} rows, {count(group.tokens)} tokens that the adapter was not meant to change."
+    about = f"{count(group.rows)} rows, {count(group.tokens)} tokens that the adapter should not change."
     return el(
         "section",
         el("h2", f"Also: {group.name}"),
-        el("p", said, cls="soft"),
+        el("p", about, cls="soft"),
         _scores(group.base, group.adapters),
     )
 
@@ -290,10 +325,10 @@ def _row(label: str, row: RowChange) -> Html:
 
 def _sample(report: EvalReport, number: int) -> Html:
     sample = report.samples[number]
-    said = [("wanted", sample.reference)] if sample.reference else []
+    texts = [("reference", sample.reference)] if sample.reference else []
     named = report.paths if len(report.paths) > 1 else ["adapter"]
-    said += [("base", sample.base), *zip(named, sample.adapters, strict=True)]
-    parts = [Html(el("dt", label) + el("dd", text or "(nothing)", cls="said")) for label, text in said]
+    texts += [("base", sample.base), *zip(named, sample.adapters, strict=True)]
+    parts = [Html(el("dt", label) + el("dd", text or "(nothing)", cls="said")) for label, text in texts]
     return Html(el("p", el("strong", sample.prompt)) + el("dl", parts))
 
 
@@ -302,9 +337,9 @@ def _data(run: Run) -> Html:
     if not look:
         return Html("")
     names = ", ".join(f"{s['name']} ({s['format']})" for s in look["sources"])
-    said = (
+    about = (
         f"{names}: {count(look['rows'])} rows, {count(look['tokens'])} tokens, "
-        f"{percent(look['supervised_tokens'], look['tokens'])} of them learned (marked below); "
+        f"{percent(look['supervised_tokens'], look['tokens'])} of them in the loss (marked below); "
         f"{count(look['held_out_rows'])} rows held out."
     )
     rows = []
@@ -314,7 +349,16 @@ def _data(run: Run) -> Html:
             el("p", el("small", f"{row['where']}, {count(row['tokens'])} tokens"))
             + el("div", pieces, cls="said")
         )
-    return el("section", el("h2", f"Data of {run.folder.name}"), el("p", said), [Html(row) for row in rows])
+    return el("section", el("h2", f"Data of {run.folder.name}"), el("p", about), [Html(row) for row in rows])
+
+
+def _environment(run: Run) -> Html:
+    """Date, device, versions and command line, where the run recorded them."""
+    facts = run.first("started").get("environment")
+    if not isinstance(facts, Mapping) or not facts:
+        return Html("")
+    rows = [[str(name).replace("_", " "), str(value)] for name, value in facts.items() if value]
+    return el("section", el("h2", f"Environment of {run.folder.name}"), _table(["", "value"], rows, 9))
 
 
 def _settings(run: Run) -> Html:
@@ -326,6 +370,6 @@ def _settings(run: Run) -> Html:
     ]
     return el(
         "details",
-        el("summary", f"Every setting of {run.folder.name}"),
+        el("summary", f"All settings of {run.folder.name}"),
         _table(["setting", "value", "from"], rows, 9),
     )

@@ -1,4 +1,4 @@
-"""HTML that cannot be broken out of: every text is escaped unless it is markup already."""
+"""Building HTML: every text is escaped unless it is an `Html` already."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ class Html(str):
 
 
 def el(name: str, *inside: str | Iterable[str], **attributes: object) -> Html:
-    """An element: what is inside is escaped unless it is markup; `cls` and `for_` stand for the words
-    that Python keeps."""
-    said = "".join(
+    """An element: its content is escaped unless it is `Html`; `cls` stands for `class`."""
+    shown = "".join(
         f' {key.rstrip("_").replace("cls", "class").replace("_", "-")}="{escape(str(value))}"'
         for key, value in attributes.items()
     )
-    return Html(f"<{name}{said}>{_inner(inside)}</{name}>")
+    return Html(f"<{name}{shown}>{_inner(inside)}</{name}>")
 
 
 def _inner(parts: Iterable[str | Iterable[str]]) -> str:
@@ -35,7 +34,7 @@ def _inner(parts: Iterable[str | Iterable[str]]) -> str:
 
 
 def _shown(text: str) -> str:
-    """Characters that no page may hold, and those that turn its text around, as pictures of themselves."""
+    """The text with control characters and bidirectional overrides made visible."""
     return "".join(
         chr(0x2400 + ord(c)) if ord(c) < 32 and c not in "\n\t"
         else "�" if c in "\x7f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069" or 0xD800 <= ord(c) < 0xE000

@@ -1,4 +1,4 @@
-"""The card of an adapter and of a merged model: what it is, what made it, its figures, what to do with it."""
+"""The model card of an adapter and of a merged model: what it is, how it was made, its results, how to use it."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from lorafit.events import MergeReport
 from lorafit.report.run import DAMAGED, Run
 from lorafit.units import bytes_text, count, figures, index_ranges, seconds_text, short
 
-OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the hub
+OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub
 
-PIPELINES = {"causal": "text-generation", "masked": "fill-mask"}  # as the hub names them
+PIPELINES = {"causal": "text-generation", "masked": "fill-mask"}  # as the Hub names them
 
 
 def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
@@ -28,7 +28,7 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
     lora = plan.lora
     kinds = ["rank-stabilised"] * lora.use_rslora + ["DoRA"] * lora.use_dora
     rows = [
-        ("base", f"{_code(_called(plan.model))} ({family})"),
+        ("base", f"{_code(_public_name(plan.model))} ({family})"),
         ("strategy", f"{plan.preset}: {', '.join(plan.roles) or 'modules by name'}"),
         ("band", f"{plan.spec}: {layers}"),
         ("rank, alpha, dropout", f"{lora.r}, {lora.alpha:g}, {lora.dropout:g} {', '.join(kinds)}".strip()),
@@ -39,13 +39,25 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
         *_training(run),
     ]
     place = shlex.quote(name)
-    base = json.dumps(_called(plan.model), ensure_ascii=False)
+    base = json.dumps(_public_name(plan.model), ensure_ascii=False)
     use = "AutoModelForSeq2SeqLM" if task == "seq2seq" else "AutoModelForMaskedLM"
     use = "AutoModelForCausalLM" if task == "causal" else use
     loaded = "" if plan.model == "demo" else (
         f"In Python:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {use}\n\n"
         f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(name)})\n```\n"
     )  # fmt: skip
+    if lora.rank_pattern or lora.alpha_pattern:
+        loaded += (
+            "\nIts modules differ in rank or alpha (`rank_pattern`, `alpha_pattern`). PEFT honours that; vLLM, SGLang, "
+            "llama.cpp's converter and other servers that read `r` and `lora_alpha` alone do not: merge it for those.\n"
+        )
+    if isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.lower().startswith(
+        ("pissa", "olora", "corda")
+    ):
+        loaded += (
+            f"\nIt was trained from a `{lora.init_lora_weights}` start and is saved for the base as it was, "
+            f"with rank {2 * lora.r}: twice the trained one.\n"
+        )
     commands = [
         f"lorafit eval {place}",
         f"lorafit merge {place} -o {shlex.quote(name + '-merged')}",
@@ -56,7 +68,7 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
             *_head(plan.model, "peft", task, ["lora", "lorafit"], "adapter"),
             f"# {name}",
             "",
-            f"A LoRA adapter for {_code(_called(plan.model))}, trained with lorafit {__version__}: "
+            f"A LoRA adapter for {_code(_public_name(plan.model))}, trained with lorafit {__version__}: "
             f"{', '.join(plan.roles) or 'chosen modules'} in {layers}.",
             "",
             *_table(rows),
@@ -74,26 +86,26 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
 
 def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]], task: str) -> str:
     """The `README.md` of a merged model's folder. `parts` are the adapters with their weights."""
-    base = _called(base)
+    base = _public_name(base)
     rows: list[tuple[str, str]] = [("base", _code(base))]
     for run, weight in parts:
         rows.append(("adapter", _code(run.folder.name) + (f" × {weight:g}" if weight != 1 else "")))
         if run.settings:
             what = run.settings.get("preset") or ", ".join(map(str, run.settings.get("modules") or ()))
-            layers = run.settings.get("layers") or "as the preset says"
+            layers = run.settings.get("layers") or "the preset's"
             rows.append(("strategy, band", f"{what or 'basic'}, {layers}"))
         rows += _training(run) if run.report else []
     rows.append(("merged", f"{count(report.adapted)} of {count(report.tensors)} tensors changed"))
     if report.verify is None:
-        rows.append(("proof", "none was made (`--no-verify`)"))
+        rows.append(("verification", "skipped (`--no-verify`)"))
     else:
         v = report.verify
         rows += [
-            ("proof", f"against base + adapter over {count(v.tokens)} tokens"),
+            ("verification", f"compared with base + adapter on {count(v.tokens)} tokens"),
             ("largest logit difference", f"{v.max_logit_diff:.3g} (rounding allows {v.tolerance:.3g})"),
-            ("the adapter itself moves them by", f"{v.adapter_logit_diff:.3g}"),
+            ("effect of the adapter on the logits", f"up to {v.adapter_logit_diff:.3g}"),
             ("same most likely token", f"{v.argmax_agreement:.2%}"),
-            ("loss, nats a token", f"{v.merged_loss:.4f}, base + adapter {v.loss:.4f}"),
+            ("loss, nats per token", f"{v.merged_loss:.4f}, base + adapter {v.loss:.4f}"),
         ]
     output = shlex.quote(Path(report.output).name)
     return "\n".join(
@@ -119,7 +131,7 @@ def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float
 
 
 def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
-    """What made it."""
+    """The command that made it."""
     if len(parts) == 1 and parts[0][1] == 1:
         return f"lorafit merge {shlex.quote(parts[0][0].folder.name)} -o {output}"
     given = " ".join(f"--adapter {shlex.quote(f'{run.folder.name}={weight:g}')}" for run, weight in parts)
@@ -127,23 +139,23 @@ def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
 
 
 def _training(run: Run) -> list[tuple[str, str]]:
-    """What a finished run tells of its data and its figures; nothing where its record is damaged."""
+    """The data and results of a finished run; nothing if its record is damaged."""
     try:
-        return list(_told(run))
+        return list(_results(run))
     except DAMAGED:
         return []
 
 
-def _told(run: Run) -> Iterable[tuple[str, str]]:
+def _results(run: Run) -> Iterable[tuple[str, str]]:
     report, look = run.report, run.first("data")
     if not report:
         return
     if look:
-        names = ", ".join(_code(_called(source["name"])) for source in look["sources"])
+        names = ", ".join(_code(_public_name(source["name"])) for source in look["sources"])
         yield (
             "data",
             f"{names}: {count(look['rows'])} rows, {count(look['tokens'])} tokens, "
-            f"{count(look['supervised_tokens'])} of them learned; {count(look['held_out_rows'])} rows held out",
+            f"{count(look['supervised_tokens'])} of them in the loss; {count(look['held_out_rows'])} rows held out",
         )
     settings = run.settings
     if settings:
@@ -153,21 +165,21 @@ def _told(run: Run) -> Iterable[tuple[str, str]]:
             f"learning rate {settings.get('learning_rate')}, {settings.get('scheduler')}, seed {settings.get('seed')}",
         )
     before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-    yield "held-out loss, nats a token", f"{figures(before, 4)} before, {figures(after, 4)} after"
+    yield "held-out loss, nats per token", f"{figures(before, 4)} before, {figures(after, 4)} after"
     yield (
         "speed",
-        f"{short(report['tokens_per_second'])} tokens/s, {seconds_text(report['seconds'])} of training steps, "
-        f"peak {bytes_text(report['peak_memory_bytes'])}",
+        f"{short(report['tokens_per_second'])} tok/s, {seconds_text(report['seconds'])} in training steps, "
+        f"peak memory {bytes_text(report['peak_memory_bytes'])}",
     )
 
 
-def _called(text: str) -> str:
-    """An id on the hub as it is; a file or a folder by its name: where it lay here is nobody's business."""
+def _public_name(text: str) -> str:
+    """A Hub id unchanged; a file or folder by its name alone, so that no local path is published."""
     return text if OWNED.fullmatch(text) and not Path(text).exists() else Path(text).name
 
 
 def _head(base: str, library: str, task: str, tags: Sequence[str], relation: str) -> list[str]:
-    """What the hub reads: YAML between two rules."""
+    """The YAML that the Hub reads."""
     named = [f"base_model: {base}", f"base_model_relation: {relation}"] if OWNED.fullmatch(base) else []
     kind = [f"pipeline_tag: {PIPELINES[task]}"] if task in PIPELINES else []
     return [
@@ -191,5 +203,5 @@ def _cell(text: Any) -> str:
 
 
 def _code(text: str) -> str:
-    """A name as it is: no mark of Markdown's in it means anything."""
+    """A name as Markdown code: nothing in it is markup."""
     return f"`{text.replace('`', chr(39))}`"

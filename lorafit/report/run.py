@@ -1,4 +1,4 @@
-"""A run's folder, read back: its settings and what it said."""
+"""A run's folder, read back: its settings and its events."""
 
 from __future__ import annotations
 
@@ -12,42 +12,47 @@ from lorafit.errors import RequestError
 from lorafit.outputs import EVENTS, RUN_FILE
 from lorafit.settings import read_yaml
 
-DAMAGED = (KeyError, TypeError, ValueError, AttributeError)  # what a record lacks, or has as something else
+DAMAGED = (
+    KeyError,
+    TypeError,
+    ValueError,
+    AttributeError,
+)  # a record with a missing key or a value of another type
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """What a run was told and what it said; both are empty for a folder that is no run of ours."""
+    """The settings and events of a run; both are empty for a folder that is not a lorafit run."""
 
     folder: Path
     settings: dict[str, Any]
     events: tuple[dict[str, Any], ...]
 
     def first(self, kind: str) -> dict[str, Any]:
-        """The first event of a kind; empty where there is none."""
+        """The first event of a kind; empty if there is none."""
         return next((e for e in self.events if e.get("event") == kind), {})
 
     def every(self, kind: str) -> list[dict[str, Any]]:
-        """The events of a kind, in their order."""
+        """The events of a kind, in order."""
         return [e for e in self.events if e.get("event") == kind]
 
     @property
     def report(self) -> dict[str, Any]:
-        """The report it ended with; empty for one that did not."""
+        """The final report; empty for an unfinished run."""
         return {name: value for name, value in self.first("report").items() if name != "event"}
 
     @property
     def held_out_digest(self) -> str:
-        """The digest of its held-out rows; empty where it states none."""
+        """The digest of the held-out rows; empty if it was not recorded."""
         return str(self.first("started").get("held_out_digest", ""))
 
 
 def read_back(folder: Path) -> Run:
-    """The run in a folder. A file that is missing or damaged is as good as empty."""
+    """The run in a folder. A missing or damaged file counts as empty."""
     settings: dict[str, Any] = {}
     events: list[dict[str, Any]] = []
     if (folder / RUN_FILE).is_file():
-        with suppress(RequestError):  # damaged: what needs it reads it again, and says so
+        with suppress(RequestError):  # damaged: whoever needs it reads it again and reports it
             settings = read_yaml(folder / RUN_FILE, "run file")
     with suppress(OSError, ValueError), (folder / EVENTS).open(encoding="utf-8") as file:
         for line in file:

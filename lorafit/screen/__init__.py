@@ -7,11 +7,15 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.screen.ascii import allow_ascii as allow_ascii
     from lorafit.screen.cache import show_caches as show_caches
     from lorafit.screen.cache import show_removed as show_removed
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
+    from lorafit.screen.data import show_tokens as show_tokens
     from lorafit.screen.evaluate import show_eval as show_eval
+    from lorafit.screen.help import show_topic as show_topic
+    from lorafit.screen.help import show_topics as show_topics
     from lorafit.screen.inspect import show_map as show_map
     from lorafit.screen.merge import show_merge as show_merge
     from lorafit.screen.plan import show_header as show_header
@@ -24,10 +28,12 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
+        "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
         "console": "Screen",
-        "data": "show_data",
+        "data": "show_data show_tokens",
         "evaluate": "show_eval",
+        "help": "show_topic show_topics",
         "inspect": "show_map",
         "merge": "show_merge",
         "plan": "show_header show_matrix show_plan",

@@ -13,10 +13,10 @@ from lorafit.units import bytes_text, count
 
 
 def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
-    """What is kept on disk: a row each, and what they take together."""
+    """What is kept on disk: a row each, and the total size."""
     if not caches:
-        screen.answer(f"no cache in {escape(folder)}")
-        screen.note("lorafit train --prefix-cache disk makes one", answer=True)
+        screen.line("cache", f"nothing in {folder}", answer=True)
+        screen.note("`lorafit train --prefix-cache disk` makes one", answer=True)
         return
     table = table_of("key", "of", "what", "tokens", "bytes", "made", right=3, fold=2)
     for kept in caches:
@@ -30,8 +30,9 @@ def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
             made,
         )
     screen.answer(table)
-    screen.line("together", f"{bytes_text(sum(kept.bytes for kept in caches))} in {folder}", answer=True)
-    screen.line("next", f"lorafit cache --remove {caches[0].key[:8]}, or --remove all", answer=True)
+    screen.line("total", f"{bytes_text(sum(kept.bytes for kept in caches))} in {folder}", answer=True)
+    screen.command("next", f"lorafit cache --remove {caches[0].key[:8]}")
+    screen.command("", "lorafit cache --remove all")
 
 
 def show_removed(screen: Screen, number: int, freed: int) -> None:

@@ -1,6 +1,7 @@
-"""The two streams: stdout carries the answer, stderr the talk. Tables and lines that all commands share.
+"""The two streams: stdout carries the answer, stderr progress and notes. Tables and lines that all commands share.
 
-Colour never carries meaning alone; without a terminal there are no bars.
+Colour never carries meaning alone; without a terminal there are no bars. A narrow terminal shows a table's rows
+one below the other: no figure is ever cut.
 """
 
 from __future__ import annotations
@@ -12,24 +13,27 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
-from rich.table import Table
 from rich.text import Text
 
 from lorafit.errors import LorafitError
 from lorafit.jsonio import jsonable
+from lorafit.screen.ascii import allow_ascii, is_unicode
 from lorafit.units import count
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.
 CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) != "\n"} | {0x7F: "\u2421", 0x9B: "�"}
 
 LABEL = 11  # columns of the word at the head of a line
+NARROWEST = 12  # columns that a wrapped column keeps
+GAP = 2  # columns between two columns of a table
 
 
 class Screen:
-    """The two streams, and how much is said on them."""
+    """The two streams, and how much is shown on them."""
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
@@ -39,31 +43,39 @@ class Screen:
 
     def document(self, data: Any) -> None:
         """One JSON document on stdout."""
-        sys.stdout.write(json.dumps(jsonable(data), indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+        escaped = not is_unicode(sys.stdout)
+        text = json.dumps(jsonable(data), indent=2, ensure_ascii=escaped, allow_nan=False)
+        sys.stdout.write(text + "\n")
 
     def answer(self, text: str | Text | Table = "") -> None:
         """A line or a table of the answer; not under `--json`, where the document is the answer."""
         if not self.as_json:
-            self.out.print(text, highlight=False)
+            _print(self.out, text)
 
     def say(self, text: str | Text | Table = "") -> None:
-        """Talk: on stderr, not under `--quiet`."""
+        """Progress and notes: on stderr, not under `--quiet`."""
         if not self.quiet:
-            self.talk.print(text, highlight=False)
+            _print(self.talk, text)
 
     def section(self, title: str, table: Table) -> None:
-        """A table of the answer under its title, a blank line behind it."""
+        """A table of the answer under its title, a blank line after it."""
         self.answer(f"[bold]{escape(title)}[/]")
         self.answer(table)
         self.answer()
 
     def line(self, label: str, text: str, answer: bool = False) -> None:
         """`  label      text`, the text wrapped under itself."""
-        table = Table.grid(padding=(0, 0))
-        table.add_column(width=LABEL + 2, no_wrap=True)
-        table.add_column(overflow="fold")
-        table.add_row(f"  [bold]{label}[/]", escape(text))
-        (self.answer if answer else self.say)(table)
+        console = self.out if answer else self.talk
+        room = max(NARROWEST, console.width - LABEL - 2)
+        for number, part in enumerate(_wrapped(console, Text(text), room) or [Text()]):
+            (self.answer if answer else self.say)(_labelled("" if number else label, part))
+
+    def command(self, label: str, text: str, answer: bool = True) -> None:
+        """`  label      command`, to be copied: one line, however narrow the terminal."""
+        if not (self.as_json if answer else self.quiet):
+            (self.out if answer else self.talk).print(
+                _labelled(label, Text(text)), highlight=False, soft_wrap=True
+            )
 
     def note(self, text: str, answer: bool = False) -> None:
         self.line("note", text, answer)
@@ -78,41 +90,131 @@ class Screen:
     def bar(
         self, what: str, unit: Callable[[float], str] = lambda n: f"{n:,.0f}"
     ) -> Iterator[Callable[[float, float], None]]:
-        """A bar on stderr for as long as the block lasts: call it with (done, total)."""
+        """A progress bar on stderr for as long as the block lasts: call it with (done, total)."""
         if self.quiet or not self.talk.is_terminal:
             yield lambda done, total: None
             return
         columns = (
             TextColumn("  {task.description}"),
             BarColumn(bar_width=30),
-            TextColumn("{task.fields[said]}"),
+            TextColumn("{task.fields[shown]}"),
         )
         with Progress(*columns, console=self.talk, transient=True) as progress:
-            task = progress.add_task(what, total=None, said="")
+            task = progress.add_task(what, total=None, shown="")
 
             def tick(done: float, total: float) -> None:
-                progress.update(task, completed=done, total=total, said=f"{unit(done)} of {unit(total)}")
+                progress.update(task, completed=done, total=total, shown=f"{unit(done)} of {unit(total)}")
 
             yield tick
 
 
+class Table:
+    """A table without lines, indented. `right` columns at the end are figures; column `fold` may wrap.
+
+    Where even that is too wide, each row is a few lines of `name value` pairs.
+    """
+
+    def __init__(self, names: tuple[str, ...], right: int = 0, fold: int = 1) -> None:
+        self.names, self.right, self.fold = names, right, fold
+        self.rows: list[list[Text]] = []
+
+    def add_row(self, *cells: str) -> None:
+        """A row, as markup; cells at the end may be left out."""
+        texts = [Text.from_markup(cell) for cell in cells]
+        self.rows.append([*texts, *(Text() for _ in self.names[len(texts) :])])
+
+    def lines(self, console: Console) -> Iterator[Text]:
+        """What is printed, in lines that fit the console."""
+        head = [Text(f"  {name}" if number == 0 else name, "bold") for number, name in enumerate(self.names)]
+        every = [head, *self.rows]
+        widths = [max(row[c].cell_len for row in every) for c in range(len(self.names))]
+        room = console.width - GAP * (len(widths) - 1)
+        if 0 <= self.fold < len(widths) and sum(widths) > room:
+            widths[self.fold] = max(NARROWEST, room - sum(widths) + widths[self.fold])
+        if sum(widths) > room:
+            yield from self._stacked(console)
+            return
+        for row in every:
+            yield from self._row(console, row, widths)
+
+    def _row(self, console: Console, row: list[Text], widths: list[int]) -> Iterator[Text]:
+        parts = [
+            _wrapped(console, cell, widths[c]) if c == self.fold else [cell] for c, cell in enumerate(row)
+        ]
+        for number in range(max(map(len, parts))):
+            line = Text()
+            for c, (part, width) in enumerate(zip(parts, widths, strict=True)):
+                cell = part[number] if number < len(part) else Text()
+                pad = " " * (width - cell.cell_len)
+                line.append(" " * GAP if c else "")
+                line.append_text(Text.assemble(pad, cell) if c >= len(row) - self.right else cell.copy())
+                line.append("" if c >= len(row) - self.right else pad)
+            line.rstrip()
+            yield line
+
+    def _stacked(self, console: Console) -> Iterator[Text]:
+        """Each row as `name value` pairs; words wrap, no figure is cut."""
+        for row in self.rows:
+            line, room = Text("  "), console.width - 2
+            for c, (name, cell) in enumerate(zip(self.names, row, strict=True)):
+                cell = cell.copy()
+                while cell.plain.startswith(" "):
+                    cell = cell[1:]
+                if not cell.plain:
+                    continue
+                pair = Text.assemble((f"{name} ", "dim") if name.strip() and c else "", cell)
+                if line.plain.strip() and line.cell_len + GAP + pair.cell_len > room:
+                    yield from _hanging(console, line)
+                    line, room = Text("    "), console.width
+                line = Text.assemble(line, " " * GAP if line.plain.strip() else "", pair)
+            yield from _hanging(console, line)
+
+
+def table_of(*columns: str, right: int = 0, fold: int = 1) -> Table:
+    """A table with these columns."""
+    return Table(columns, right, fold)
+
+
+def _print(console: Console, text: str | Text | Table) -> None:
+    if isinstance(text, str):
+        text = Text.from_markup(text)
+    if isinstance(text, Table):
+        lines = text.lines(console)
+    else:
+        lines = iter([text] if text.no_wrap else _wrapped(console, text, console.width) or [Text()])
+    for line in lines:
+        console.print(line, highlight=False)
+
+
+def _hanging(console: Console, line: Text) -> Iterator[Text]:
+    """The line, wrapped, and what follows its first line indented as a part of it."""
+    body = line.plain.lstrip(" ")
+    indent = len(line.plain) - len(body)
+    for number, part in enumerate(_wrapped(console, line[indent:], max(NARROWEST, console.width - 4))):
+        yield Text.assemble(" " * (4 if number else indent), part)
+
+
+def _labelled(label: str, text: Text) -> Text:
+    """A line with a word at its head; nothing behind its last word."""
+    line = Text.assemble("  ", (f"{label:<{LABEL}}", "bold"), text)
+    line.rstrip()
+    return line
+
+
+def _wrapped(console: Console, text: Text, width: int) -> list[Text]:
+    """The text in lines of that many columns, broken between words; a word that is longer is broken too."""
+    lines = text.wrap(console, max(1, width), overflow="fold")
+    for line in lines:
+        line.rstrip()
+    return list(lines)
+
+
 def _console(stream: Any) -> Console:
+    allow_ascii(stream)
     width = None
     if not stream.isatty():
         width = int(os.environ.get("COLUMNS", "0") or 0) or 100
     return Console(file=stream, width=width, soft_wrap=False)
-
-
-def table_of(*columns: str, right: int = 0, fold: int = 1) -> Table:
-    """A table without lines, indented: `right` columns at the end are figures, column `fold` may wrap."""
-    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
-    for number, name in enumerate(columns):
-        figure = number >= len(columns) - right
-        title = f"  {name}" if number == 0 else name
-        least = 12 if number == fold else None
-        side = "right" if figure else "left"
-        table.add_column(title, justify=side, no_wrap=number != fold, overflow="fold", min_width=least)
-    return table
 
 
 def times_text(*sizes: int) -> str:
@@ -125,4 +227,4 @@ def rows_text(number: int) -> str:
 
 def clip(text: str, most: int = 400) -> str:
     line = " ".join(text.split())
-    return line if len(line) <= most else f"{line[: most - 1]}…"
+    return line if cell_len(line) <= most else f"{line[: most - 1]}…"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 from rich.text import Text
 
+from lorafit.data import ShownRow
 from lorafit.events import DataReport
-from lorafit.screen.console import CONTROLS, LABEL, Screen, rows_text
+from lorafit.screen.console import CONTROLS, LABEL, Screen, rows_text, table_of
 from lorafit.settings import RunConfig
 from lorafit.units import count, figures, percent
 
@@ -82,6 +84,36 @@ def _findings(look: DataReport) -> Iterator[str]:
         yield (
             f"what is learned of {rows_text(look.no_end)} ends with no end token: the model is not taught where to stop"
         )
+
+
+def show_tokens(screen: Screen, look: DataReport, rows: Sequence[ShownRow], written: str) -> None:
+    """What the rows are like, and some of them token by token."""
+    show_look(screen, replace(look, samples=()), answer=True)
+    for row in rows:
+        held = ", held out" if row.held_out else ""
+        learned = sum(token.learned for token in (*row.tokens, *row.target))
+        every = len(row.tokens) + len(row.target)
+        screen.answer()
+        screen.line(
+            f"row {row.row}",
+            f"{row.where.rpartition('/')[2]}{held}: {count(every)} tokens, {count(learned)} in the loss (┃), "
+            f"{count(row.prompt)} before the first of them",
+            answer=True,
+        )
+        table = table_of("token", "id", "", "text", right=0, fold=3)
+        before = False
+        for number, token in enumerate((*row.tokens, *row.target), 1):
+            if number > 1 and token.learned != before:
+                table.add_row(
+                    "", "", "", Text("╌╌╌ learned from here" if token.learned else "╌╌╌ read only", "dim")
+                )
+            before = token.learned
+            shown = token.piece.translate(CONTROLS).replace("\n", "⏎").replace(" ", "·")
+            style = "bold" if token.learned else "dim"
+            table.add_row(f"  {number}", str(token.id), "┃" if token.learned else "│", Text(shown, style))
+        screen.answer(table)
+    if written:
+        screen.line("written", written, answer=True)
 
 
 PIECE_LINES = 3  # of a piece of a row that are shown

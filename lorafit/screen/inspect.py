@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 from rich.text import Text
 
 from lorafit.estimate import ITEMSIZE
 from lorafit.model import ModelMap, Part, Role, Slot, Stack, sum_params
-from lorafit.screen.console import Screen, table_of, times_text
+from lorafit.screen.console import Screen, Table, table_of, times_text
 from lorafit.settings import BANDS, TILED_FROM
 from lorafit.units import bytes_text, count, index_ranges, short
 
+DRAWING_WIDTH = 58  # columns of the layer diagram with its columns
+
 
 def show_map(screen: Screen, found: ModelMap, named: str) -> None:
-    """The way of a text through a model, then its weights by layer and by role, to the last parameter.
+    """The layer diagram, then every weight by layer and by role; the numbers of parameters add up.
 
-    `named` is the model as it was asked for, for the next command.
+    `named` is the model as the user wrote it, for the next command.
     """
     size = found.total_params * ITEMSIZE.get(found.dtype, 4)
     screen.answer(
@@ -35,22 +37,25 @@ def show_map(screen: Screen, found: ModelMap, named: str) -> None:
     for stack in found.text_stacks:
         screen.section(f"layers of {stack.path}", _layer_table(found, stack))
     screen.section("roles", _role_table(found))
-    screen.section("what no role covers", _uncovered_table(found))
+    screen.section("weights without a role", _uncovered_table(found))
     covered = sum_params(s for s in found.slots if s.roles)
     total = table_of("", "parameters", right=1)
-    total.add_row("  in the seven roles", count(covered))
-    total.add_row("  in none", count(found.total_params - covered))
-    total.add_row("  [bold]in all[/]", f"[bold]{count(found.total_params)}[/]")
+    total.add_row("  with a role", count(covered))
+    total.add_row("  without a role", count(found.total_params - covered))
+    total.add_row("  [bold]all[/]", f"[bold]{count(found.total_params)}[/]")
     screen.section("total", total)
     for note in found.notes:
         screen.note(note, answer=True)
-    screen.line("next", f"lorafit plan {named} --preset ffn --layers high", answer=True)
+    screen.command("next", shlex.join(["lorafit", "plan", named, "--preset", "ffn", "--layers", "high"]))
 
 
 def _drawing(found: ModelMap, width: int) -> Iterator[Text]:
-    """The way of a text: tokens, embedding, positions, blocks, head; one line each."""
+    """From text to logits: tokens, embedding, positions, blocks, head; one line each."""
 
     def row(label: str, shape: str = "", size: str = "", more: str = "") -> Text:
+        if width < DRAWING_WIDTH:  # the columns go, then what the words say
+            parts = "  ".join(part for part in (shape, size, more) if part)
+            return Text.assemble("  ", (f"{label:<11}", "bold"), parts)
         return Text.assemble(
             "  ", (f"{label:<14}", "bold"), f"{shape:<22}{size:>9}", f"   {more}" if more else ""
         )
@@ -83,17 +88,17 @@ def _drawing(found: ModelMap, width: int) -> Iterator[Text]:
         if u.reason == "norm" and not u.path.startswith(lists) and not other.search(u.path)
     ]  # fmt: skip
     if final:
-        yield row("norm", f"{count(found.hidden_size)}", "", "the final one")
+        yield row("norm", f"{count(found.hidden_size)}", "", "final norm")
     head = [u for u in found.uncovered if u.reason == "head" and len(u.shape) == 2]
     size = "" if found.tied_head or not head else short(max(u.params for u in head))
-    tied = "tied with the embedding" if found.tied_head else ""
+    tied = "tied to the embedding" if found.tied_head else ""
     yield row("head", f"{count(found.hidden_size)} → {count(found.vocab_size)}", size, tied)
     yield Text("    │", style="dim")
     yield Text("  logits")
 
 
 def _block(found: ModelMap, stack: Stack, width: int) -> Iterator[Text]:
-    """One block of a stack in a box, its bands beside it, or under it where the width asks for that."""
+    """One block of a stack in a box, its bands beside it, or under it on a narrow terminal."""
     layers = _by_layer(found, stack)
     common = Counter(_signature(slots) for slots in layers.values()).most_common(1)
     if not common:
@@ -128,19 +133,27 @@ def _block(found: ModelMap, stack: Stack, width: int) -> Iterator[Text]:
             if u.reason == "norm" and u.path.startswith(f"{stack.path}.{slots[0].layer}.")
         }
     )
-    lines.append((f"{norms} norms" if norms else "", "", "", f"{short(size)} a block"))
+    lines.append((f"{norms} norms" if norms else "", "", "", f"{short(size)} per block"))
     widths = [max(len(line[c]) for line in lines) for c in range(4)]
     inner = sum(widths) + 8
     kinds = len(set(map(_signature, layers.values())))
     title = f" block × {stack.depth}" + (f", {stack.name}" if len(found.text_stacks) > 1 else "")
-    title += f", the commonest of {kinds} kinds " if kinds > 1 else " "
+    title += f", the most common of {kinds} kinds " if kinds > 1 else " "
     beside = _bands_beside(stack)
     under = ""
     if inner + 18 > width:
         beside, under = [], "   ".join(" ".join(band.split()) for band in beside)
-    if inner + 5 > width:  # a narrow terminal: what each part is, and its shape
-        widths[3], inner = 0, inner - widths[3]
-        lines = [(*line[:3], "") for line in lines]
+    if inner + 5 > width:  # a narrow terminal: the part of the block, then its roles and shapes
+        yield Text(f"  ┌─{title}─")
+        for part, roles, shape, more in lines:
+            first = "  ".join(text for text in (part, more) if text)
+            for text in (first, f"  {roles}  {shape}" if roles else ""):
+                if text:
+                    yield Text.assemble("  │ ", text)
+        yield Text("  └─")
+        if under:
+            yield Text.assemble("    ", (under, "cyan"))
+        return
     yield Text(f"  ┌─{title}{'─' * max(0, inner - len(title) - 1)}┐")
     for number in range(max(len(lines), len(beside))):
         cells = lines[number] if number < len(lines) else ("", "", "", "")
@@ -173,8 +186,8 @@ def _signature(slots: Sequence[Slot]) -> tuple[Any, ...]:
 
 
 def _layer_table(found: ModelMap, stack: Stack) -> Table:
-    """Layers that are alike in a row: what they hold, and their parameters."""
-    table = table_of("layers", "holds", "a layer", "in all", right=2)
+    """Identical layers on one line: what they hold, and their parameters."""
+    table = table_of("layers", "holds", "per layer", "total", right=2)
     groups: dict[tuple[Any, ...], list[int]] = {}
     layers = _by_layer(found, stack)
     for layer in range(stack.depth if not stack.shared else max(layers, default=0) + 1):
@@ -187,7 +200,7 @@ def _layer_table(found: ModelMap, stack: Stack) -> Table:
                 inside[int(first)] += row.params
     for indices in groups.values():
         slots = layers.get(indices[0], [])
-        holds = "; ".join(_holding(slots)) or "nothing that plays a role"
+        holds = "; ".join(_holding(slots)) or "no weight with a role"
         sizes = [sum_params(layers.get(i, [])) + inside[i] for i in indices]
         each = count(sizes[0]) if len(set(sizes)) == 1 else f"about {short(sizes[0])}"
         table.add_row(f"  {index_ranges(tuple(indices))}", holds, each, count(sum(sizes)))
@@ -201,8 +214,8 @@ def _holding(slots: Sequence[Slot]) -> Iterator[str]:
 
 
 def _role_table(found: ModelMap) -> Table:
-    """Each role's weights: their spelling, shapes, and parameters over the whole model."""
-    table = table_of("role", "spelled", "shape", "weights", "parameters", right=2)
+    """Each role's weights: their names, shapes, and parameters over the whole model."""
+    table = table_of("role", "module", "shape", "weights", "parameters", right=2)
     groups: dict[tuple[Part, str, str, str], list[Slot]] = {}
     for slot in found.slots:
         roles = "+".join(r.value for r in slot.roles) or "no role"
@@ -228,7 +241,7 @@ def _role_table(found: ModelMap) -> Table:
 
 
 def _uncovered_table(found: ModelMap) -> Table:
-    table = table_of("what", "for example", "tensors", "parameters", right=2)
+    table = table_of("what", "example", "tensors", "parameters", right=2)
     groups: dict[str, list[Any]] = {}
     for row in found.uncovered:
         groups.setdefault(row.reason, []).append(row)

@@ -8,7 +8,7 @@ from lorafit.units import bytes_text, count, seconds_text
 
 
 def show_merge(screen: Screen, report: MergeReport) -> None:
-    """What was merged, and the proof."""
+    """What was merged, and the result of the verification."""
     screen.line(
         "merged",
         f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
@@ -19,19 +19,32 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
         screen.note("not verified: --no-verify", answer=True)
     else:
         v = report.verify
+        if v.weights is not None:
+            w = v.weights
+            screen.line(
+                "weights",
+                f"{count(w.tensors)} tensors compared one by one: {count(w.adapted)} are base + adapter, rounded once, "
+                f"{count(w.tensors - w.adapted)} are the base's; {count(w.moved_values)} of {count(w.values)} values moved",
+                answer=True,
+            )
         screen.line(
             "verified",
-            f"against base + adapter over {count(v.tokens)} tokens: largest logit difference "
-            f"{v.max_logit_diff:.2g} (rounding allows {v.tolerance:.2g}; the adapter itself moves them by "
+            f"against base + adapter on {count(v.tokens)} tokens: largest logit difference "
+            f"{v.max_logit_diff:.2g} (tolerance {v.tolerance:.2g}; the adapter changes them by up to "
             f"{v.adapter_logit_diff:.2g}), same most likely token {v.argmax_agreement:.2%}, "
             f"loss {v.merged_loss:.4f} ({v.merged_loss - v.loss:+.1g})",
             answer=True,
         )
         if v.max_logit_diff >= v.adapter_logit_diff > 0:
             screen.note(
-                "the adapter moves the logits no more than rounding does: --dtype float32 keeps it whole",
+                "the adapter changes the logits no more than rounding does; --dtype float32 keeps its effect",
                 answer=True,
             )
+    if report.left_out:
+        names = ", ".join(report.left_out[:6]) + (
+            f" and {len(report.left_out) - 6} more" if len(report.left_out) > 6 else ""
+        )
+        screen.note(f"left out: {names}", answer=True)
     for note in report.notes:
         screen.note(note, answer=True)
     screen.line("saved", report.output, answer=True)

@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.table import Table
 
 from lorafit import __version__
 from lorafit.adapter import Plan, lora_params
@@ -14,7 +13,7 @@ from lorafit.estimate import Estimate, Fit
 from lorafit.events import DataReport
 from lorafit.jsonio import jsonable
 from lorafit.model import ModelMap, Role, Slot
-from lorafit.screen.console import Screen, table_of
+from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_look
 from lorafit.settings import RunConfig
 from lorafit.units import bytes_text, count, index_ranges, percent, seconds_text, short
@@ -29,7 +28,7 @@ def show_plan(
     look: DataReport | None,
     command: str,
 ) -> None:
-    """What would be adapted, in PEFT's words, what on, and what it costs; `command` does it."""
+    """What would be adapted, its names in PEFT, the data, and the cost; `command` is the command that trains it."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
@@ -52,7 +51,7 @@ def show_plan(
             _show_alternatives(screen, fit, estimate)
     for note in plan.notes:
         screen.note(note, answer=True)
-    screen.line("next", command, answer=True)
+    screen.command("next", command)
 
 
 def _title(plan: Plan) -> str:
@@ -75,12 +74,12 @@ def _plan_lines(plan: Plan, found: ModelMap) -> Iterator[tuple[str, str]]:
         f"{roles} in {layers} of {depth} layers: {count(len(plan.slots))} modules, "
         f"{count(plan.trainable_params)} parameters "
         f"({percent(plan.trainable_params, plan.total_params)} of {short(plan.total_params)}), "
-        f"{bytes_text(plan.adapter_bytes)} saved",
+        f"{bytes_text(plan.adapter_bytes)} on disk",
     )
     cuts = [(path, cut) for path, cut in plan.cut.items() if cut > 0]
     if cuts:
         frozen = ", ".join(f"0–{cut - 1} of {path}" if cut > 1 else f"0 of {path}" for path, cut in cuts)
-        yield "cut", f"layers {frozen} are frozen with nothing adapted under them: backward stops above"
+        yield "frozen", f"layers {frozen}: no adapter in or below them; backward stops above them"
     target = plan.peft
     names = list(target.target_modules)
     shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
@@ -112,32 +111,32 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _fit_text(fit: Fit, estimate: Estimate) -> str:
-    return f"{bytes_text(estimate.memory.peak)} of the {bytes_text(fit.free)} that are free on {fit.device}"
+    return f"{bytes_text(estimate.memory.peak)} at the peak, {bytes_text(fit.free)} free on {fit.device}"
 
 
 def _time_text(estimate: Estimate) -> str:
-    """`3 epochs, 4.1 M tokens, about 52 min on this machine, 31 min with the prefix cache`."""
+    """`3 epochs, 4.10 M tokens: about 31 min with the frozen-layer cache, 52 min without`."""
     speed = f"{short(estimate.tokens_per_second)} tok/s"
     if estimate.tokens_per_epoch is None or estimate.seconds_per_epoch is None or estimate.epochs is None:
-        return f"{speed}; name --data to have the time of an epoch"
+        return f"{speed}; add --data to get the time of an epoch"
     passes = f"{round(estimate.epochs, 2):g}"
     text = f"{passes} epoch{'s' if estimate.epochs != 1 else ''}, "
-    text += f"{short(estimate.tokens_per_epoch * estimate.epochs)} tokens, about "
+    text += f"{short(estimate.tokens_per_epoch * estimate.epochs)} tokens: about "
     plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
     if estimate.prefix_cache.where == "off" or estimate.seconds is None:
         return f"{text}{plain} at {speed}"
-    return f"{text}{seconds_text(estimate.seconds)} with the prefix replayed, {plain} without"
+    return f"{text}{seconds_text(estimate.seconds)} with the frozen-layer cache, {plain} without"
 
 
 def _show_alternatives(screen: Screen, fit: Fit, estimate: Estimate) -> None:
-    """The nearest settings that fit, the fastest first."""
+    """The nearest settings that fit, fastest first."""
     if not fit.alternatives:
         screen.note(
-            "nothing that `lorafit train` can do today makes it fit: a smaller model, or a larger device",
+            "no setting of `lorafit train` makes it fit: use a smaller model or a larger device",
             answer=True,
         )
         return
-    table = table_of("what fits", "peak", "tok/s", right=2)
+    table = table_of("what fits", "peak", "tok/s", right=2, fold=0)
     for option in fit.alternatives:
         table.add_row(f"  {option.flags}", bytes_text(option.peak), short(option.tokens_per_second))
     screen.answer(table)
@@ -145,22 +144,24 @@ def _show_alternatives(screen: Screen, fit: Fit, estimate: Estimate) -> None:
 
 
 def _memory_table(estimate: Estimate) -> Table:
-    table = table_of("what", "bytes", right=1, fold=9)
+    table = table_of("what", "bytes", right=1)
+    names = {"heap": "allocator overhead", "prefix_cache": "frozen-layer cache"}
     memory = jsonable(estimate.memory)
     for name, size in memory.items():
         if size:
-            table.add_row(f"  {name.replace('_', ' ')}", bytes_text(size))
+            table.add_row(f"  {names.get(name, name)}", bytes_text(size))
     table.add_row("  [bold]peak[/]", f"[bold]{bytes_text(estimate.memory.peak)}[/]")
     return table
 
 
 def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], free: int) -> None:
-    """Strategy × band: what each trains, holds and takes; what does not fit is dim."""
+    """Strategy × band: parameters, memory and time of each; what does not fit is marked."""
     timed = any(cell.get("seconds_per_epoch") for cell in cells)
     last = "epoch" if timed else "tok/s"
     table = table_of(
-        "preset", "layers", "trainable", "adapter", "peak", last, "replayed" if timed else "", right=5
+        "preset", "layers", "trainable", "adapter", "peak", last, "cached" if timed else "", right=5
     )
+    not_all = any("error" not in cell and cell["peak_memory"] > free for cell in cells)
     errors = []
     before = ""
     for cell in cells:
@@ -180,13 +181,20 @@ def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], fre
             seconds_text(replayed) if replayed else "",
         ]
         if cell["peak_memory"] > free:
-            row = [f"[dim]{text}[/]" for text in row]
+            row[3] = f"[red]{row[3]} *[/]"
+        elif not_all:
+            row[3] += "  "
         table.add_row(f"  {name}", *row)
-    screen.answer(f"[bold]{escape(model)}[/]  every strategy in every band, against {bytes_text(free)} free")
+    screen.answer(f"[bold]{escape(model)}[/]  every strategy in every band; {bytes_text(free)} free")
     screen.answer()
     screen.answer(table)
-    if any("error" not in cell and cell["peak_memory"] > free for cell in cells):
-        screen.note(f"dim: more than the {bytes_text(free)} that are free", answer=True)
+    if timed:
+        screen.note(
+            "epoch: every layer runs; cached: a later epoch, the frozen layers read from the cache",
+            answer=True,
+        )
+    if not_all:
+        screen.note(f"*: more than the {bytes_text(free)} that are free", answer=True)
     for error in sorted(set(errors)):
         screen.note(error, answer=True)
 
@@ -199,7 +207,7 @@ def show_header(screen: Screen, plan: Plan, found: ModelMap, config: RunConfig) 
         f"{escape(_title(plan))}"
     )
     for label, text in _plan_lines(plan, found):
-        if label in ("adapts", "cut"):
+        if label in ("adapts", "frozen"):
             screen.line(label, text)
     for note in plan.notes:
         screen.note(note)

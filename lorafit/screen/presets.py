@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from rich.markup import escape
+
 from lorafit.model import MEANING
 from lorafit.screen.console import Screen, table_of
 from lorafit.settings import BANDS, Preset
@@ -12,11 +14,13 @@ from lorafit.units import index_ranges
 
 def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
     """What there is to choose from: the strategies, the roles, the bands."""
-    table = table_of("preset", "adapts", "for", fold=2)
+    table = table_of("preset", "adapts", "what it means", fold=2)
     for preset in presets:
         adapts = ", ".join(r.value for r in preset.roles)
         table.add_row(
-            f"  {preset.name}", adapts if len(preset.roles) < 7 else "all seven", preset.description
+            f"  {preset.name}",
+            adapts if len(preset.roles) < len(MEANING) else "all seven",
+            escape(preset.description),
         )
     screen.answer(table)
     screen.answer()
@@ -25,9 +29,15 @@ def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
         roles.add_row(f"  {role.value}", meaning)
     screen.answer(roles)
     screen.answer()
-    bands = table_of("band", "of 12", "of 32", "said to hold", fold=3)
+    bands = table_of("band", "of 12 layers", "of 32 layers", "where", fold=3)
     for name in ("low", "mid", "high"):
         band = BANDS[name]
         bands.add_row(f"  {name}", index_ranges(band.indices(12)), index_ranges(band.indices(32)), band.about)
     screen.answer(bands)
-    screen.note("what the bands hold is folklore, disputed in print: measure on your own data", answer=True)
+    screen.answer()
+    screen.note(
+        "which strategy and band is best depends on the model and the data: train two and compare them "
+        "with `lorafit eval`",
+        answer=True,
+    )
+    screen.command("next", "lorafit help presets")

@@ -1,7 +1,8 @@
-"""`lorafit train`: a run as it is watched, and what came of it."""
+"""`lorafit train`: progress while it runs, and the result."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,11 +23,13 @@ from lorafit.events import (
 )
 from lorafit.outputs import PAGE
 from lorafit.screen.console import LABEL, Screen
-from lorafit.units import bytes_text, count, figures, seconds_text, short
+from lorafit.units import bytes_text, count, deviation, figures, seconds_text, short
+
+EPOCH_WIDTH = 76  # columns of a line of the epochs' table
 
 
 class TrainView:
-    """A run as it is watched: a live bar on a terminal, a line an epoch elsewhere."""
+    """Progress of a run: a live bar on a terminal, one line per epoch elsewhere."""
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
@@ -36,7 +39,7 @@ class TrainView:
         self.epochs = 1
         self.loss = 0.0
         self.recent: list[Stepped] = []
-        self.headed = False  # the epochs' table has its head
+        self.headed = False  # the head of the epochs' table is printed
 
     def start(self, run: Started, settings: Mapping[str, Any]) -> None:
         """`Started` is shown as an event."""
@@ -48,13 +51,13 @@ class TrainView:
             case Predicted():
                 self.screen.line(
                     "predicted",
-                    f"about {seconds_text(event.seconds)} of training steps, "
-                    f"{bytes_text(event.peak_memory_bytes)} at the peak",
+                    f"about {seconds_text(event.seconds)} in training steps, "
+                    f"peak memory {bytes_text(event.peak_memory_bytes)}",
                 )
             case Note():
                 self.screen.note(event.text)
             case PrefixCache():
-                self.screen.line("prefix", _prefix_text(event))
+                self.screen.line("cache", _cache_text(event))
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -78,10 +81,10 @@ class TrainView:
         self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
         plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
         if event.resumed_at:
-            plan += f", going on from step {count(event.resumed_at)}"
+            plan += f", continued from step {count(event.resumed_at)}"
         self.screen.line("plan", plan)
         for text in event.damaged:
-            self.screen.note(f"passed over: {text}")
+            self.screen.note(f"skipped damaged checkpoint: {text}")
 
     def _open(self) -> None:
         self.screen.say()
@@ -107,22 +110,34 @@ class TrainView:
         if self.progress is not None:
             seconds = max(1e-9, sum(e.seconds for e in self.recent))
             speed = short(sum(e.tokens for e in self.recent) / seconds)
-            learned = short(sum(e.supervised_tokens for e in self.recent) / seconds)
-            speed = f"{speed} tok/s, {learned} learned"
+            target = short(sum(e.supervised_tokens for e in self.recent) / seconds)
+            speed = f"{speed} tok/s, {target} target tok/s"
             self.progress.update(
                 self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed
             )
 
     def _epoch(self, event: EpochDone) -> None:
+        speed, target = (
+            short(event.tokens_per_second),
+            short(event.supervised_tokens / max(1e-9, event.seconds)),
+        )
+        share = f"{event.mfu:.0%}" if event.mfu is not None else "–"
+        frozen = "cached" if event.replayed else "run"
+        if self.screen.talk.width < EPOCH_WIDTH:
+            self.screen.line(
+                f"epoch {event.epoch}",
+                f"loss {event.loss:.3f}, {speed} tok/s, {target} target tok/s, "
+                f"matmul efficiency {share}, frozen layers {frozen}",
+            )
+            return
         if not self.headed:
             self.headed = True
-            self.screen.say(f"  {'epoch':<{LABEL}}{'loss':>7}{'tok/s':>9}{'learned/s':>11}{'MFU':>7}")
-        share = f"{event.mfu:.0%}" if event.mfu is not None else ""
-        note = "   prefix replayed" if event.replayed else ""
-        learned = short(event.supervised_tokens / max(1e-9, event.seconds))
+            self.screen.say(
+                f"  {'epoch':<{LABEL}}{'loss':>5}{'tok/s':>9}{'target tok/s':>14}{'matmul efficiency':>19}"
+                f"{'frozen layers':>15}"
+            )
         self.screen.say(
-            f"  {event.epoch:<{LABEL}}{event.loss:>7.3f}{short(event.tokens_per_second):>9}{learned:>11}"
-            f"{share:>7}{note}"
+            f"  {event.epoch:<{LABEL}}{event.loss:>5.3f}{speed:>9}{target:>14}{share:>19}{frozen:>15}"
         )
 
     def close(self, failed: bool = False) -> None:
@@ -131,18 +146,18 @@ class TrainView:
             self.progress = None
 
 
-def _prefix_text(event: PrefixCache) -> str:
+def _cache_text(event: PrefixCache) -> str:
     if event.where == "off":
-        return f"every pass runs all layers: {event.reason}"
+        return f"frozen-layer cache off: {event.reason}"
     layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
     return (
-        f"{layers} once a row, then {'are' if event.layers > 1 else 'is'} replayed "
-        f"from {event.where} ({bytes_text(event.bytes)}): {event.reason}"
+        f"{layers} once per row; later epochs read the result from {event.where} "
+        f"({bytes_text(event.bytes)}): {event.reason}"
     )
 
 
 def show_train_report(screen: Screen, report: TrainReport) -> None:
-    """What came of the run, and what to do with it."""
+    """The result of the run, and the next commands."""
     before, after = report.eval["before"], report.eval["after"]
     screen.line(
         "after",
@@ -152,16 +167,16 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     screen.line(
         "measured",
         f"{seconds_text(report.seconds)} in {count(report.steps)} steps, {short(report.tokens_per_second)} tok/s, "
-        f"{count(report.trainable_params)} trainable parameters, peak {bytes_text(report.peak_memory_bytes)}",
+        f"{count(report.trainable_params)} trainable parameters, peak memory {bytes_text(report.peak_memory_bytes)}",
         answer=True,
     )
     if report.predicted is not None:
-        said = report.predicted
+        time, memory = report.predicted.seconds, report.predicted.peak_memory_bytes
+        grown = report.memory_growth_bytes
         screen.line(
             "predicted",
-            f"{seconds_text(said.seconds)}: {_ratio(said.seconds, report.seconds)} of what it took; "
-            f"{bytes_text(said.peak_memory_bytes)}: {_ratio(said.peak_memory_bytes, report.memory_growth_bytes)} "
-            f"of the {bytes_text(report.memory_growth_bytes)} that the process grew by",
+            f"{seconds_text(time)}, actual {seconds_text(report.seconds)}{deviation(time, report.seconds)}; "
+            f"memory {bytes_text(memory)}, actual growth {bytes_text(grown)}{deviation(memory, grown)}",
             answer=True,
         )
     if report.best is not None:
@@ -174,9 +189,5 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     screen.line("saved", report.output, answer=True)
     screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
-    screen.line("next", f"lorafit eval {report.output}", answer=True)
-    screen.line("", f"lorafit merge {report.output} -o {name}-merged", answer=True)
-
-
-def _ratio(part: float, whole: float) -> str:
-    return f"{part / whole:.0%}" if whole > 0 else "–"
+    screen.command("next", shlex.join(["lorafit", "eval", report.output]))
+    screen.command("", shlex.join(["lorafit", "merge", report.output, "-o", f"{name}-merged"]))

@@ -1,4 +1,4 @@
-"""The settings of a run: options, presets, bands, and how they are settled."""
+"""The settings of a run: options, presets, bands, and their precedence."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
     from lorafit.settings.precedence import as_recorded as as_recorded
+    from lorafit.settings.precedence import dated as dated
     from lorafit.settings.precedence import derive_from_model as derive_from_model
     from lorafit.settings.precedence import derive_from_rows as derive_from_rows
     from lorafit.settings.precedence import settle as settle
@@ -40,7 +41,7 @@ __getattr__ = door(
         "bands": "BANDS LayerChoice TILED_FROM",
         "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
         "options": "DATA OUTPUT Option WHAT",
-        "precedence": "as_recorded derive_from_model derive_from_rows settle",
+        "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",
         "run_config": "OPTIONS RunConfig weighted",
         "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",

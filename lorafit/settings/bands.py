@@ -1,10 +1,10 @@
-"""Which layers: a band of the depth, or any other choice, as text and as indices.
+"""Which layers: a band of the depth or any other choice, as text and as indices.
 
 A choice is one or more terms with commas between them:
 
     low  mid  high  all      a band, which scales with the depth
-    3   0-3   8-             one layer, a range (both ends belong to it), all from one on
-    first:4   last:4         so many at either end
+    3   0-3   8-             one layer, a range (both ends included), all from one on
+    first:4   last:4         that many layers at either end
 
 For `L` layers let `a = floor(L/3 + 1/2)` and `b = floor(3L/4 + 1/2)`: `low` is `0..a-1`, `mid` is
 `a..b-1`, `high` is `b..L-1`. At 12: 0-3, 4-8, 9-11; at 32: 0-10, 11-23, 24-31. From three
@@ -39,16 +39,18 @@ class Band:
         return tuple(range(floor(self.start * depth + half), floor(self.stop * depth + half)))
 
 
-LOW = Band("low", Fraction(0), Fraction(1, 3), "basic language, syntax, simple patterns")
+LOW = Band("low", Fraction(0), Fraction(1, 3), "the lower third, next to the embedding")
 
-MID = Band("mid", Fraction(1, 3), Fraction(3, 4), "meaning, context, abstraction")
+MID = Band("mid", Fraction(1, 3), Fraction(3, 4), "the middle")
 
-HIGH = Band("high", Fraction(3, 4), Fraction(1), "complex reasoning, high-level understanding, generation")
+HIGH = Band("high", Fraction(3, 4), Fraction(1), "the upper quarter, next to the head: the cheapest to train")
 
 ALL = Band("all", Fraction(0), Fraction(1), "every layer")
 
 BANDS: dict[str, Band] = {band.name: band for band in (LOW, MID, HIGH, ALL)}
 
+# What comes nearest to a band in a stack that is too small for it.
+NEAREST = {"low": "first:1", "mid": "all", "high": "last:1"}
 TILED_FROM = 3  # the least depth at which low, mid and high are all there
 
 
@@ -57,7 +59,7 @@ class LayerChoice:
     """A choice of layers as it was written, independent of any depth.
 
     `bands` are a preset's own, by name: a pair of fractions, or another choice as text.
-    Raises RequestError when the text is no choice at all.
+    Raises RequestError when the text is not a choice of layers.
     """
 
     text: str
@@ -65,7 +67,7 @@ class LayerChoice:
 
     def __post_init__(self) -> None:
         if not self.text.strip():
-            raise RequestError("no layers are named: the choice is empty", WAYS)
+            raise RequestError("the choice of layers is empty", WAYS)
         for term in self.terms:
             self._check(term)
 
@@ -87,7 +89,7 @@ class LayerChoice:
             raise RequestError(f"an empty term in layers `{self.text}`", WAYS)
         word = re.fullmatch(r"[A-Za-z_]\w*", term)
         hint = closest(term, [*BANDS, *self.bands]) if word else WAYS
-        raise RequestError(f"`{term}` is no choice of layers", hint)
+        raise RequestError(f"`{term}` is not a choice of layers", hint)
 
     def indices(self, depth: int) -> tuple[int, ...]:
         """The chosen layers of a stack `depth` deep, ascending, each once.
@@ -108,15 +110,17 @@ class LayerChoice:
             layers = band.indices(depth)
             if not layers or (term in ("low", "mid", "high") and depth < TILED_FROM):
                 raise RequestError(
-                    f"a stack of {depth} has no band `{term}`",
-                    f"choose `all`, or layers out of {layer_span(depth)}",
+                    f"a stack of {depth} layers has no band `{term}`: bands need {TILED_FROM} layers",
+                    f"--layers {NEAREST[term]}"
+                    if term in NEAREST
+                    else f"--layers all, or layers out of {layer_span(depth)}",
                 )
             return layers
         if term.startswith(("first:", "last:")):
             wanted = int(term.partition(":")[2])
             if wanted > depth:
                 raise RequestError(
-                    f"`{term}` asks for more layers than the {depth} there are",
+                    f"`{term}` is more than the {depth} layers of the stack",
                     f"the layers are {layer_span(depth)}",
                 )
             return tuple(range(depth))[:wanted] if term[0] == "f" else tuple(range(depth))[-wanted:]
@@ -125,7 +129,7 @@ class LayerChoice:
         high = int(last) if last else (depth - 1 if dash else low)
         if max(low, high) >= depth:
             raise RequestError(
-                f"there is no layer {max(low, high)} in a stack of {depth}",
+                f"there is no layer {max(low, high)} in a stack of {depth} layers",
                 f"the layers are {layer_span(depth)}",
             )
         return tuple(range(low, high + 1))

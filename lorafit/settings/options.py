@@ -19,7 +19,7 @@ WHAT, DATA, TRAINING, OUTPUT = "What to adapt", "Data", "Training", "Output"  # 
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """The values an option takes: in words, how text becomes one, and which are good.
+    """The values an option takes: in words, how text is parsed, and which values are valid.
 
     `parse` raises ValueError for text that is not a value of this kind.
     """
@@ -32,7 +32,7 @@ class Kind:
 
 
 def text(takes: str, metavar: str = "TEXT") -> Kind:
-    """A text with something in it."""
+    """A text that is not blank."""
     return Kind(takes, metavar, str, lambda v: isinstance(v, str) and bool(v.strip()))
 
 
@@ -46,7 +46,7 @@ def whole(least: int) -> Kind:
 
 
 def number(least: float, most: float = 1e12, takes: str = "", *, above: bool = False) -> Kind:
-    """Finite numbers from `least` to `most`, without the lower one where it says `above`."""
+    """Finite numbers from `least` to `most`; with `above`, `least` itself is excluded."""
 
     def holds(value: Any) -> bool:
         if not isinstance(value, (int, float)) or isinstance(value, bool) or not math.isfinite(value):
@@ -68,7 +68,7 @@ def _number(text: str) -> float | int:
 
 
 def one_of(*words: str) -> Kind:
-    """Just these words."""
+    """One of these words."""
     return Kind("one of " + ", ".join(words), "NAME", str, lambda v: v in words, words)
 
 
@@ -82,8 +82,8 @@ class Option:
     """One option of a run.
 
     `training`: a preset may set it. `kept`: a run file holds it. `many`: it may be given several times.
-    `derived`: what its value follows from where nobody sets it, and the options that this depends on: a flag
-    that sets one of those derives it again.
+    `derived`: what the value is derived from if it is not set, and `depends_on`: the options that this depends
+    on; a flag that sets one of them derives the value again.
     """
 
     name: str

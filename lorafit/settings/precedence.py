@@ -1,14 +1,15 @@
-"""One run's settings, settled: a flag over a file over the preset over a default, and why.
+"""The settings of a run: flags override the run file, which overrides the preset, then the defaults.
 
-What nobody sets is derived: the learning rate from the hidden size, the longest row from the model's
-positions, the batch from the rows. Every value keeps its origin, so that `run.yaml` repeats a run, and a
-flag that changes what a value was derived from derives it again.
+Options that are not set are derived: the learning rate from the hidden size, the row length from the
+model's positions, the batch from the rows. Every value keeps its origin, so that `run.yaml` repeats a run,
+and a value is derived again when a flag changes what it was derived from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from datetime import datetime
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,17 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
             value = str(value)
         values[name] = option.checked(value, f" in `{path}`")
     return values, {str(name): text for name, text in origin.items()}
+
+
+def dated(settings: RunConfig) -> RunConfig:
+    """The settings with the date that chat templates write: that of the run that is resumed, else now."""
+    if settings.resume and settings.output is not None:
+        target = Path(settings.output).expanduser()
+        path = target.with_name(f"{target.name}.partial") / "run.yaml"
+        stored = read_run_file(str(path))[0].get("template_date") if path.is_file() else None
+        settings = settings.derived("template_date", stored, "the start of the run") if stored else settings
+    now = datetime.now().isoformat(timespec="minutes")
+    return settings.derived("template_date", now, "the start of the run")
 
 
 def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig, Preset]:
@@ -102,7 +114,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             values[name] = getattr(preset.lora, setting)
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
-    preset.choice(values["layers"])  # a choice that cannot be is refused before any library is loaded
+    preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     config = RunConfig(**values, origin=origin)
     return config, replace(preset, lora=lora)
@@ -121,7 +133,7 @@ def as_recorded(file: str) -> RunConfig:
 def _still_holds(
     stored: Mapping[str, Any], origin: Mapping[str, str], given: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """The stored values, less those that came from what a flag now changes."""
+    """The stored values without those that follow from something that a flag now changes."""
     kept = {}
     for name, value in stored.items():
         came = origin.get(name, "file")
@@ -131,14 +143,14 @@ def _still_holds(
             continue
         if came.startswith("derived") and any(s in given for s in OPTIONS[name].depends_on):
             continue
-        if came == "default" and "preset" in given:  # the new preset may say otherwise
+        if came == "default" and "preset" in given:  # the new preset may set it
             continue
         kept[name] = value
     return kept
 
 
 def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
-    """With what follows from the model: learning rate and longest row.
+    """Complete the settings from the model: learning rate and row length.
 
     The rate is 5e-5 * 10 * (2000 / hidden)^p with p = 0.781, and 0.0775 for Qwen: LoRA wants
     about ten times the rate of full fine-tuning whatever the rank ("LoRA Without Regret",
@@ -149,38 +161,38 @@ def derive_from_model(config: RunConfig, model: ModelMap) -> RunConfig:
     hidden = model.hidden_size
     power = 0.0775 if model.family.startswith("qwen") else 0.781
     rate = min(5e-4 * (2000 / hidden) ** power, 1e-2) if hidden else 2e-4
-    reason = f"from hidden size {hidden}" if hidden else "the model names no hidden size"
+    reason = f"from hidden size {hidden}" if hidden else "the model's config has no hidden size"
     config = config.derived("learning_rate", float(figures(rate, 2)), reason)
     room = model.max_positions
     if room and config.max_length and config.max_length > room:
         raise RequestError(
             f"--max-length {config.max_length} is beyond the {room} positions of `{model.model}`",
-            f"the longest row it takes is --max-length {room}",
+            f"use --max-length {room} at most",
         )
     if room and room < LONGEST_ROW:
         return config.derived("max_length", room, f"the model's {room} positions")
-    return config.derived("max_length", LONGEST_ROW, "the longest row unless asked otherwise")
+    return config.derived("max_length", LONGEST_ROW, "default row length")
 
 
 def derive_from_rows(config: RunConfig, mean_tokens: float, rows: int = 0) -> RunConfig:
-    """With what follows from the rows: the batch, and from how many there are, the epochs.
+    """Complete the settings from the rows: batch size, and epochs from the number of rows.
 
-    The batch makes an optimizer step about 2,048 tokens: 1 to 32 rows, a power of two. LoRA loses
-    to full fine-tuning at large batches ("LoRA Without Regret", sec. on batch size), and a
-    small data set needs steps more than it needs large ones. The epochs are as many as make about
-    250 steps, at most 3; as many as `max_steps` needs where that is set.
+    An optimizer step has about 2,048 tokens: 1 to 32 rows, a power of two. LoRA falls behind full
+    fine-tuning at large batches ("LoRA Without Regret", section on batch size), and a small data set
+    needs many steps rather than large ones. The epochs make about 250 steps, at most 3 epochs; with
+    `max_steps`, as many as that needs.
     """
     wanted = max(1.0, TOKENS_PER_STEP / max(1.0, mean_tokens) / config.accumulate)
     size = 1
     while size * 2 <= min(32, wanted * 1.42):  # 1.42: to the nearest power of two
         size *= 2
     config = config.derived(
-        "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens a step at {mean_tokens:.0f} a row"
+        "batch_size", size, f"about {TOKENS_PER_STEP:,} tokens per step, {mean_tokens:.0f} per row"
     )
     if not rows or not config.batch_size:
         return config
     steps = ceil(ceil(rows / config.batch_size) / config.accumulate)
     if config.max_steps:
-        return config.derived("epochs", ceil(config.max_steps / steps), "as many as --max-steps needs")
+        return config.derived("epochs", ceil(config.max_steps / steps), "to reach --max-steps")
     epochs = min(MOST_EPOCHS, ceil(ENOUGH_STEPS / steps))
     return config.derived("epochs", epochs, f"{steps:,} steps each")

@@ -1,7 +1,7 @@
-"""Presets: a strategy, a band and their settings, as YAML with nothing unknown in it.
+"""Presets: a strategy, a band and their settings, as YAML; unknown keys are errors.
 
 A preset names `roles` (or literal `modules`), `layers` (or `layers_to_transform`), LoRA settings
-and training defaults. Ours lie in `presets/`; anyone's is a path.
+and training defaults. Those of lorafit are in `presets/`; a user's own is given by its path.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from lorafit.settings.run_config import OPTIONS
 
 HERE = Path(__file__).resolve().parent.parent
 
-# In a wheel the presets lie beside this file (`presets/` itself would hide it), else in the checkout.
+# In a wheel the presets are in the package (`lorafit/presets` would shadow a module name), else in the checkout.
 FOLDERS = (HERE / "_presets", HERE.parent / "presets")
 
-LONGEST = 1_000_000  # bytes of a YAML file that is read at all
+LONGEST = 1_000_000  # bytes of the largest YAML file that is read
 
 
 @dataclass(frozen=True, slots=True)
 class Lora:
-    """LoRA's own settings, named as PEFT names them but for `alpha` and `dropout`."""
+    """LoRA's settings, named as in PEFT except for `alpha` and `dropout`."""
 
     r: int = 16
     alpha: float = 32
@@ -46,7 +46,7 @@ class Lora:
 
 @dataclass(frozen=True, slots=True)
 class Preset:
-    """What a preset file says. `roles` or `modules` is set, never both."""
+    """The content of a preset file. `roles` or `modules` is set, never both."""
 
     name: str
     description: str
@@ -59,7 +59,7 @@ class Preset:
     path: str = ""
 
     def choice(self, layers: str | None = None) -> LayerChoice:
-        """The layers asked for, or the preset's own, with its bands known."""
+        """The given choice of layers, or the preset's own; the preset's bands are known."""
         return LayerChoice(self.layers if layers is None else layers, self.bands)
 
     def with_modules(self, modules: Iterable[str]) -> Preset:
@@ -69,7 +69,7 @@ class Preset:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a small file that grows without end) and without twice-named keys."""
+    """Safe YAML without aliases (a small file could expand without end) and without duplicate keys."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -91,9 +91,9 @@ class _Loader(yaml.SafeLoader):
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:
-    """The mapping in a YAML file, tags and aliases refused.
+    """The mapping in a YAML file; tags and aliases are refused.
 
-    Raises RequestError naming the file, and the line where there is one.
+    Raises RequestError with the file, and the line where it is known.
     """
     try:
         if path.stat().st_size > LONGEST:
@@ -205,11 +205,11 @@ TOP: Schema = {
     "description": (_text, "a text"),
     "roles": (_words, "a list of roles"),
     "modules": (_words, "a list of module names"),
-    "layers": (_layers, "a choice of layers, as `high` or `0-3`"),
+    "layers": (_layers, "a choice of layers, e.g. `high` or `0-3`"),
     "layers_to_transform": (_indices, "a list of layer numbers"),
     "lora": (_mapping, "a mapping"),
     "training": (_mapping, "a mapping"),
-    "bands": (_mapping, "a mapping of names to a choice or to two fractions"),
+    "bands": (_mapping, "a mapping of names to a choice of layers or to two fractions"),
 }
 
 LORA: Schema = {
@@ -248,7 +248,7 @@ def check(data: Mapping[str, Any], schema: Schema, where: str) -> list[str]:
 
 
 def parse_roles(words: Iterable[str]) -> tuple[tuple[Role, ...], list[str]]:
-    """The roles named, each once and in their order, and a line for each that is none."""
+    """The roles, each once and in order, and an error line for each unknown word."""
     known = {role.value: role for role in Role}
     faults = [f"`{w}` is not a role: {closest(w, known)}" for w in words if w not in known]
     return tuple(role for role in Role if role.value in set(words)), faults
@@ -258,7 +258,7 @@ def _bands(data: Mapping[str, Any], faults: list[str]) -> dict[str, Band | str]:
     found: dict[str, Band | str] = {}
     for name, value in data.items():
         if name in BANDS:
-            faults.append(f"band `{name}` has a meaning already: choose another name")
+            faults.append(f"band `{name}` is built in: choose another name")
         elif isinstance(value, str):
             try:
                 LayerChoice(value)
@@ -274,12 +274,14 @@ def _bands(data: Mapping[str, Any], faults: list[str]) -> dict[str, Band | str]:
             start, stop = (Fraction(str(v)) for v in value)
             found[name] = Band(name, start, stop)
         else:
-            faults.append(f"band `{name}` is {value!r}: it takes a choice, or two fractions of the depth")
+            faults.append(
+                f"band `{name}` is {value!r}: it takes a choice of layers, or two fractions of the depth"
+            )
     return found
 
 
 def parse(data: Mapping[str, Any], name: str, path: str = "") -> Preset:
-    """The preset in a mapping. Raises RequestError with every fault in it, a line each."""
+    """The preset in a mapping. Raises RequestError with all its errors, one per line."""
     faults = check(data, TOP, "")
     lora = data.get("lora") or {}
     training = data.get("training") or {}
@@ -287,7 +289,7 @@ def parse(data: Mapping[str, Any], name: str, path: str = "") -> Preset:
     faults += check(training, TRAINING, "training.") if isinstance(training, dict) else []
     for one, other in (("roles", "modules"), ("layers", "layers_to_transform")):
         if one in data and other in data:
-            faults.append(f"`{one}` and `{other}` say the same thing twice: keep one")
+            faults.append(f"`{one}` and `{other}` exclude each other: keep one")
     if "roles" not in data and "modules" not in data:
         faults.append("neither `roles` nor `modules` is set: nothing would be adapted")
     roles: tuple[Role, ...] = ()

@@ -1,12 +1,14 @@
 """Every option of a run, declared once: its values, default and help. A `RunConfig` holds one value of each.
 
-A default of None is derived later, from the model or the data (precedence.py says from what).
+A default of None is derived later, from the model or the data (see precedence.py).
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -34,24 +36,49 @@ SCHEDULERS = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
 FORMATS = (
-    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document",
+    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
 )  # fmt: skip
+BAD_ROWS = ("stop", "skip")
 OVERFLOWS = ("truncate", "split", "drop", "error")
 LOSS_ON = ("completion", "last", "all")
+DATE = Kind("a date, e.g. `2026-01-31` or `2026-01-31T12:00`", "DATE", str, lambda v: _is_date(v))
+DELIMITER = Kind(
+    "one character, or `tab`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "tab")
+)
+QUOTE = Kind(
+    "one character, or `none`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "none")
+)
 LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
-SHAPE = ("model", "data", "format", "map", "chat_template")  # what the rows of a run follow from
+DEVICE = Kind(
+    "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
+    "DEVICE",
+    str,
+    lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
+)
+# what the rows of a run follow from
+SHAPE = ("model", "data", "format", "map", "chat_template", "template_args", "as_chat")
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
 
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
-    """One value for each option of a run, by its name; None where a value is not derived yet.
+    """One value for each option of a run, by name; None where a value is not derived yet.
 
-    `origin` says of each where it came from: `flag`, `file`, `preset NAME`, `default`, or
+    `origin` has the source of each value: `flag`, `file`, `preset NAME`, `default`, or
     `derived: REASON`.
     """
 
     model: str = option(
         "demo", text("a hub id, a folder, or `demo`", "MODEL"), "Hub id, folder, or `demo`.", WHAT
+    )
+    revision: str | None = option(
+        None, text("a branch, a tag or a commit"), "Branch, tag or commit of a hub model.", WHAT
     )
     preset: str = option(
         "basic",
@@ -130,6 +157,45 @@ class RunConfig:
         text("a file", "FILE"),
         "Chat template to use instead of the tokenizer's; saved with the adapter.",
         DATA,
+    )
+    template_args: str | None = option(
+        None,
+        text("NAME=VALUE pairs"),
+        "Arguments for the chat template, e.g. `enable_thinking=false`.",
+        DATA,
+    )
+    template_date: str | None = option(
+        None,
+        DATE,
+        "Date for chat templates that write today's, e.g. `2026-01-31`.",
+        DATA,
+        derived="the start of the run",
+    )
+    end_token: str | None = option(
+        None,
+        text("a token"),
+        "End token to use instead of the tokenizer's, e.g. `<|im_end|>`; saved with the adapter.",
+        DATA,
+    )
+    as_chat: bool = option(
+        False, FLAG, "Prompt and completion as a user's and an assistant's turn of the chat template.", DATA
+    )
+    on_bad_row: str = option("stop", one_of(*BAD_ROWS), "What to do with rows that cannot be used", DATA)
+    group_by: str | None = option(
+        None,
+        text("a column", "COLUMN"),
+        "Hold out whole groups: rows with the same value in this column stay together.",
+        DATA,
+    )
+    csv_delimiter: str | None = option(
+        None,
+        DELIMITER,
+        "Column separator of .csv and .tsv files, e.g. `;` or `tab`.",
+        DATA,
+        derived="the first line",
+    )
+    csv_quote: str = option(
+        '"', QUOTE, "Quote character of .csv and .tsv files; `none` reads quotes as text.", DATA
     )
     loss_on: str = option(
         "completion",
@@ -215,9 +281,7 @@ class RunConfig:
         TRAINING,
         training=True,
     )
-    device: str = option(
-        "auto", text("`auto`, `cpu`, `cuda`, `cuda:1` or `mps`", "DEVICE"), "Device to compute on.", TRAINING
-    )
+    device: str = option("auto", DEVICE, "Device to compute on: `cpu`, `cuda`, `cuda:1` or `mps`.", TRAINING)
     gradient_checkpointing: bool = option(
         False,
         FLAG,
@@ -278,13 +342,13 @@ class RunConfig:
     origin: Mapping[str, str] = field(default_factory=dict)
 
     def derived(self, name: str, value: Any, reason: str) -> RunConfig:
-        """With a derived value where none is set."""
+        """The settings with this derived value, unless one is set."""
         if getattr(self, name) is not None:
             return self
         return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
 
     def why(self, name: str) -> str:
-        """The reason of a derived value in words: `from hidden size 128`; empty for what was set."""
+        """The reason of a derived value, e.g. `from hidden size 128`; empty for other values."""
         came = self.origin.get(name, "")
         return came.removeprefix("derived: ") if came.startswith("derived") else ""
 
@@ -297,10 +361,7 @@ class RunConfig:
         return tuple(path for path in found if path.exists())
 
     def as_file(self) -> dict[str, Any]:
-        """What `run.yaml` holds: the values that may be read back, then their origins.
-
-        Files and folders stand there by their full path, to be found from anywhere.
-        """
+        """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
         values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
@@ -316,9 +377,9 @@ OPTIONS: dict[str, Option] = options_of(RunConfig)
 
 
 def weighted(spec: str) -> tuple[str, float]:
-    """A `--data` and how often it comes in an epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
+    """A `--data` and how often it is used per epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
 
-    Raises RequestError for a weight that is not above 0 or beyond 1,000.
+    Raises RequestError for a weight that is not above 0 or is above 1,000.
     """
     name, equals, text = spec.rpartition("=")
     if not equals or Path(spec).expanduser().exists():
@@ -333,7 +394,7 @@ def weighted(spec: str) -> tuple[str, float]:
 
 
 def _lasting(name: str) -> str:
-    """A file or folder by its full path, its weight kept; anything else as it is."""
+    """A file or folder as an absolute path with its weight; anything else unchanged."""
     plain, weight = weighted(name)
     path = Path(plain).expanduser()
     if not path.parent.exists() or not (path.exists() or any(c in path.name for c in "*?[")):

@@ -8,6 +8,7 @@ from lorafit.lazy import door
 
 if TYPE_CHECKING:
     from lorafit.train.checkpoint import STATE_FILES as STATE_FILES
+    from lorafit.train.job import Job as Job
     from lorafit.train.job import assemble as assemble
     from lorafit.train.loggers import Listener as Listener
     from lorafit.train.loggers import recorded as recorded
@@ -20,7 +21,7 @@ __getattr__ = door(
     __name__,
     {
         "checkpoint": "STATE_FILES",
-        "job": "assemble",
+        "job": "Job assemble",
         "loggers": "Listener recorded records",
         "loop": "run",
         "run_folder": "RunFolder claim",

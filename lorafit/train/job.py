@@ -199,7 +199,7 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     dtype = next(job.model.parameters()).dtype
     size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
     composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    place = states_folder() / states_key(base, stack, cut, composition)
+    place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
     passes = job.steps / job.steps_per_epoch
     free, on_disk = free_memory(), free_disk(states_folder())
     choice = job.world.told(choose(asked, passes, size, free, on_disk, place.exists()))
@@ -214,4 +214,5 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        prefix.prove(first, lambda batch: forward.scores(job.model, batch))
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from lorafit.adapter import adapted_names, compare, save_adapter
+from lorafit.adapter import adapted_names, compare, save_adapter, save_tokenizer
+from lorafit.data import end_tokens, write_generation_config
 from lorafit.errors import Interrupted, OutOfMemory, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import (
@@ -221,7 +222,8 @@ def _save(job: Job, state: State, step: Stepper, best: bool) -> Saved:
 def _end(job: Job, state: State, held_out: Evaluator, caching: PrefixCache) -> Iterator[Event]:
     """The adapter saved, before anything else can fail; the held-out loss; the report."""
     save_adapter(job.model, job.folder.work)
-    job.tokenizer.save_pretrained(job.folder.work)
+    save_tokenizer(job.tokenizer, job.folder.work)
+    write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
     if state.best is not None and after.loss <= state.best.loss:

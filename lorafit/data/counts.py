@@ -1,0 +1,139 @@
+"""What became of a source's examples: rows made, skipped, cut; what was not read; the faults that were found."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from lorafit.errors import RequestError
+
+SHOWN = 5  # faults that are shown with file and line
+HOPELESS = 1000  # faults without one good example: the file is another kind of file
+
+
+@dataclass(slots=True)
+class Counts:
+    """Counts over the examples of one source.
+
+    `blank` rows hold no text; `bad` rows cannot be used, and `bad_first` are the first of them as [message,
+    hint]. `seams` are rows with a token that holds the end of the prompt and the start of the answer.
+    `unused` counts rows by the column that is not read, `unused_keys` messages by such a key. `left_out` is
+    what the chat template does not render: kind -> [count, where the first is, its text]. `weightless` are
+    rows and answers whose weight is 0. Of the rows of plain prompt and completion, `joined` have no white
+    space between the two; `pair` are prompt and completion of the first such row, else of the first.
+    """
+
+    examples: int = 0
+    cut: int = 0
+    split: int = 0
+    too_long: int = 0
+    unsupervised: int = 0
+    unsupervised_at: str = ""
+    cut_away: int = 0
+    blank: int = 0
+    blank_at: str = ""
+    bad: int = 0
+    bad_first: list[list[str]] = field(default_factory=list)
+    seams: int = 0
+    seam_at: str = ""
+    seam: str = ""
+    weightless: int = 0
+    joined: int = 0
+    pair: list[str] = field(default_factory=list)
+    unused: dict[str, int] = field(default_factory=dict)
+    unused_keys: dict[str, int] = field(default_factory=dict)
+    left_out: dict[str, list] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def fault(self, error: RequestError) -> None:
+        """Record a row that cannot be used. Raises the error where nothing but such rows were found."""
+        self.bad += 1
+        if len(self.bad_first) < SHOWN:
+            self.bad_first.append([error.message, error.hint or ""])
+        if self.bad >= HOPELESS and not self.examples:
+            raise faults([self])
+
+    def skip_blank(self, where: str) -> None:
+        self.blank += 1
+        self.blank_at = self.blank_at or where
+
+    def skip_unsupervised(self, where: str) -> None:
+        self.unsupervised += 1
+        self.unsupervised_at = self.unsupervised_at or where
+
+    def leave_out(self, kind: str, where: str, text: str) -> None:
+        found = self.left_out.setdefault(kind, [0, where, _short(text)])
+        found[0] += 1
+
+    def join(self, prompt: str, completion: str) -> None:
+        """Count a row of plain prompt and completion."""
+        apart = not prompt or prompt[-1:].isspace() or completion[:1].isspace()
+        if not self.pair or (not apart and not self.joined):
+            self.pair = [prompt, completion]
+        self.joined += not apart
+
+    def note(self, text: str) -> None:
+        if text not in self.notes:
+            self.notes.append(text)
+
+
+def faults(counts: list[Counts]) -> RequestError:
+    """The error that names the first bad rows of these sources and counts the rest."""
+    every = sum(c.bad for c in counts)
+    first = [fault for c in counts for fault in c.bad_first][:SHOWN]
+    if every == 1:
+        return RequestError(first[0][0], first[0][1] or "--on-bad-row skip leaves it out")
+    more = f"; and {every - len(first):,} more" if every > len(first) else ""
+    hint = next((hint for _, hint in first if hint), "")
+    said = f"{every:,} rows cannot be used: " + "; ".join(message for message, _ in first) + more
+    return RequestError(
+        said, f"{hint}; or --on-bad-row skip" if hint else "--on-bad-row skip leaves them out"
+    )
+
+
+def remarks(counts: list[Counts]) -> Iterator[str]:
+    """What a person should know of these sources, a sentence each; alike ones are summed."""
+    yield from dict.fromkeys(note for c in counts for note in c.notes)
+    if bad := sum(c.bad for c in counts):
+        first = next(c.bad_first[0][0] for c in counts if c.bad_first)
+        yield f"skipped {bad:,} bad {_rows(bad)}, e.g. {first}"
+    if blank := sum(c.blank for c in counts):
+        at = next(c.blank_at for c in counts if c.blank_at)
+        yield f"skipped {blank:,} blank {_rows(blank)}, e.g. {at}"
+    if weightless := sum(c.weightless for c in counts):
+        yield f"{weightless:,} rows or answers have weight 0 and are not learned"
+    left: dict[str, list] = {}
+    for c in counts:
+        for kind, (number, where, text) in c.left_out.items():
+            left.setdefault(kind, [0, where, text])[0] += number
+    for kind, (number, where, text) in left.items():
+        example = f": `{text}`" if text else ""
+        yield f"the chat template leaves out {kind} ({number:,} times, e.g. in {where}{example})"
+    for name, what in (("unused", "columns"), ("unused_keys", "keys of messages")):
+        names = dict.fromkeys(key for c in counts for key in getattr(c, name))
+        if names:
+            yield f"{what} not used: {', '.join(f'`{key}`' for key in names)}"
+    if joined := sum(c.joined for c in counts):
+        prompt, completion = next(c.pair for c in counts if c.joined)
+        shown = f"`{_tail(prompt)}` + `{_short(completion, 30)}`"
+        yield f"in {joined:,} {_rows(joined)} nothing stands between prompt and completion, e.g. {shown}"
+    if seams := sum(c.seams for c in counts):
+        at, seam = next((c.seam_at, c.seam) for c in counts if c.seam_at)
+        yield (
+            f"in {seams:,} {_rows(seams)} one token holds the end of the prompt and the start of the answer, "
+            f"e.g. `{seam}` in {at}; it is in the loss, and generation starts before it"
+        )
+
+
+def _rows(number: int) -> str:
+    return "row" if number == 1 else "rows"
+
+
+def _tail(text: str, most: int = 30) -> str:
+    text = text.replace("\n", "⏎")
+    return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def _short(text: str, most: int = 60) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= most else text[: most - 1] + "…"

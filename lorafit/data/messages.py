@@ -1,0 +1,204 @@
+"""Messages as people write them to messages as chat templates read them: roles, parts, tool calls, weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from lorafit.errors import RequestError, closest
+
+Message = dict[str, Any]
+
+SPEAKERS = {
+    "human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "model": "assistant",
+    "chatgpt": "assistant", "bot": "assistant", "bard": "assistant", "bing": "assistant", "ai": "assistant",
+    "system": "system", "tool": "tool", "observation": "tool", "function_response": "tool",
+    "tool_response": "tool", "function": "tool", "ipython": "tool", "function_call": "function_call",
+    "tool_call": "function_call",
+}  # fmt: skip
+
+WEIGHTS = (
+    "weight",
+    "train",
+    "trainable",
+    "loss",
+    "loss_weight",
+    "learn",
+)  # of a turn: 0 or false is not learned
+ROW_WEIGHTS = ("loss_weight", "weight", "train", "trainable")
+KEPT_NULLS = (
+    "default",
+    "const",
+    "enum",
+    "arguments",
+    "parameters",
+)  # in JSON their nulls were written by a person
+
+
+def kind_of(value: Any) -> str:
+    names = {type(None): "null", list: "a list", dict: "an object", bool: "true or false", str: "a string"}
+    return names.get(type(value), "a number")
+
+
+def from_text(value: Any, where: str, key: str) -> Any:
+    """A list that is written as JSON text, as columns of a table are."""
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"`{where}`: `{key}` is not valid JSON: {error}") from None
+
+
+def without_nulls(value: Any, kept: Iterable[str] = ()) -> Any:
+    """The value less the keys that hold null, all the way down, but for what lies under the `kept` keys."""
+    if isinstance(value, dict):
+        return {
+            key: item if key in kept else without_nulls(item, kept)
+            for key, item in value.items()
+            if item is not None or key in kept or key == "content"
+        }
+    if isinstance(value, (list, tuple)):
+        return [without_nulls(item, kept) for item in value]
+    return value
+
+
+def messages_of(
+    value: Any, key: str, where: str, ends: bool = True, kept_nulls: Iterable[str] = KEPT_NULLS
+) -> tuple[Message, ...]:
+    """A list of messages, in any of the shapes that people use: OpenAI's `role` and `content`, ShareGPT's
+    `from` and `value`, columns of lists, JSON text.
+
+    `ends` asks for an assistant among them. Raises RequestError with the row's place.
+    """
+    value = _in_rows(from_text(value, where, key))
+    if not isinstance(value, list) or not value:
+        raise RequestError(f"`{where}`: `{key}` is not a list of messages")
+    found = [_message(turn, key, where, kept_nulls) for turn in value]
+    if ends and not any(turn["role"] == "assistant" for turn in found):
+        raise RequestError(f"`{where}`: no assistant message in `{key}`: there is nothing to learn")
+    return tuple(found)
+
+
+def _in_rows(value: Any) -> Any:
+    """{"role": [...], "content": [...]} as a list of messages."""
+    if not isinstance(value, dict):
+        return value
+    columns = {k: v for k, v in value.items() if isinstance(v, (list, tuple))}
+    lengths = {len(column) for column in columns.values()}
+    if len(lengths) != 1 or not columns.keys() & {"role", "from"}:
+        return value
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+
+
+def _message(turn: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Message:
+    if not isinstance(turn, dict):
+        raise RequestError(f"`{where}`: a message in `{key}` has no `role`")
+    strict = "from" in turn and "role" not in turn
+    if strict:
+        said = turn.get("value")
+        if not isinstance(said, str) and not turn.get("tool_calls"):
+            raise RequestError(
+                f"`{where}`: the `value` of a message in `{key}` is {kind_of(said)}, not a string"
+            )
+        turn = {
+            "role": turn["from"],
+            "content": said,
+            **{k: v for k, v in turn.items() if k not in ("from", "value")},
+        }
+    role = turn.get("role")
+    if not isinstance(role, str) or not role.strip():
+        raise RequestError(f"`{where}`: a message in `{key}` has no `role`")
+    known = SPEAKERS.get(role.strip().lower())
+    if known is None and strict:
+        raise RequestError(f"`{where}`: unknown speaker `{role}` in `{key}`", closest(role, SPEAKERS))
+    turn = {**without_nulls(turn, kept_nulls), "role": known or role.strip()}
+    if isinstance(turn.get("content"), list):
+        turn["content"] = _joined(turn["content"], key, where)
+    if known == "function_call":
+        turn = _called(turn, where, key)
+    legacy = turn.pop("function_call", None)
+    if legacy and not turn.get("tool_calls"):
+        turn["tool_calls"] = [{"type": "function", "function": legacy}]
+    turn["tool_calls"] = from_text(turn.get("tool_calls"), where, "tool_calls")
+    if not turn["tool_calls"]:
+        del turn["tool_calls"]
+    elif not isinstance(turn["tool_calls"], list) or not all(isinstance(c, dict) for c in turn["tool_calls"]):
+        raise RequestError(f"`{where}`: `tool_calls` in `{key}` is not a list of calls")
+    if not isinstance(turn.get("content"), str):
+        if not turn.get("tool_calls") and not any(
+            isinstance(turn.get(k), str) for k in ("reasoning_content", "thinking")
+        ):
+            raise RequestError(f"`{where}`: the `content` of a message in `{key}` is not a string")
+        turn["content"] = None if "content" in turn else ""
+    return turn
+
+
+def _called(turn: Message, where: str, key: str) -> Message:
+    """A turn that is one tool call, written as JSON text."""
+    if turn.get("tool_calls"):
+        return {**turn, "role": "assistant"}
+    calls = from_text(turn.get("content"), where, key)
+    calls = calls if isinstance(calls, list) else [calls]
+    if not all(isinstance(call, dict) for call in calls):
+        raise RequestError(f"`{where}`: a function call in `{key}` is not an object")
+    called = [call if "function" in call else {"type": "function", "function": call} for call in calls]
+    return {**turn, "role": "assistant", "content": "", "tool_calls": called}
+
+
+def _joined(parts: list[Any], key: str, where: str) -> str:
+    """The text of a message that is written in parts."""
+    for part in parts:
+        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, dict) else kind_of(part)
+            raise RequestError(f"`{where}`: a message in `{key}` holds `{kind}`: only text is learned here")
+    return "".join(part["text"] for part in parts)
+
+
+def tools_of(row: Message, where: str, kept_nulls: Iterable[str] = KEPT_NULLS) -> tuple[Any, ...]:
+    """The tools of a row: `tools`, or `functions` as they were called before."""
+    value = from_text(row.get("tools"), where, "tools")
+    old = from_text(row.get("functions"), where, "functions")
+    if not value and isinstance(old, list):
+        value = [{"type": "function", "function": each} for each in old]
+    if not value:
+        return ()
+    if not isinstance(value, list):
+        raise RequestError(f"`{where}`: `tools` is not a list of tools")
+    return tuple(without_nulls(value, kept_nulls))
+
+
+def is_learned(holder: Message, names: Iterable[str], where: str, strict: bool = True) -> bool:
+    """Whether a message's, or a row's, weight says that it is learned.
+
+    Raises RequestError for a weight between 0 and 1, and, where `strict`, for what is no weight.
+    """
+    for name in names:
+        value = holder.get(name)
+        if value is None or value == "":
+            continue
+        number = _number(value)
+        if number in (0, 1):
+            if number == 0:
+                return False
+        elif number is not None and 0 < number < 1:
+            raise RequestError(
+                f"`{where}`: `{name}` is {value}: a weight here is 0 or 1",
+                "--on-bad-row skip leaves such rows out",
+            )
+        elif strict:
+            raise RequestError(f"`{where}`: `{name}` of a message is {value!r}: a weight here is 0 or 1")
+    return True
+
+
+def _number(value: Any) -> float | None:
+    if isinstance(value, (bool, int, float)):
+        return float(value)
+    if isinstance(value, str):
+        words = {"true": 1.0, "false": 0.0, "yes": 1.0, "no": 0.0}
+        try:
+            return words.get(value.strip().lower()) if value.strip().lower() in words else float(value)
+        except ValueError:
+            return None
+    return None

@@ -1,0 +1,100 @@
+"""The identity of a base: SHA-256 of its whole weight files, the same for a folder and for its hub id.
+
+A folder's digests are kept by path, size and time of change, so that each file is read once. In a snapshot
+of the hub's cache a large file is a link to a blob whose name is its SHA-256: it is not read at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+from lorafit.digests import file_digest
+from lorafit.errors import RequestError
+from lorafit.model.headers import open_file, shards
+from lorafit.model.source import split_revision
+
+PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+SAMPLE = 64  # bytes of a tensor that earlier versions read at its start, its middle and its end
+
+
+def fingerprint(place: str) -> str:
+    """The identity of a model's weights, 64 hexadecimal digits: the SHA-256 of its one weight file, or of
+    the lines `DIGEST  NAME` of several, sorted by name, as `sha256sum` prints them.
+
+    `place` is a folder or a hub id, `owner/name` or `owner/name@revision`, whose files are in the hub's
+    cache. Empty where no weights are there. Raises RequestError for a file that cannot be read.
+    """
+    folder = local_folder(place)
+    files = weight_files(folder) if folder is not None else []
+    if not files:
+        return ""
+    found = digests_of(files)
+    if len(files) == 1:
+        return found[0]
+    named = sorted((path.name, digest) for path, digest in zip(files, found, strict=True))
+    return hashlib.sha256("".join(f"{digest}  {name}\n" for name, digest in named).encode()).hexdigest()
+
+
+def digests_of(files: Sequence[Path]) -> list[str]:
+    """The SHA-256 of each file, several read at once. Raises RequestError for one that cannot be read."""
+    with ThreadPoolExecutor(max(1, min(4, len(files)))) as pool:
+        try:
+            return list(pool.map(file_digest, files))
+        except OSError as error:
+            raise RequestError(
+                f"cannot read `{error.filename}`: {error.strerror}", "check the file's permissions"
+            ) from None
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The weight files of a model folder: safetensors files, else PyTorch's; empty when it has none.
+
+    Raises RequestError for an index that names files which are not there.
+    """
+    if files := shards(folder):
+        return files
+    if (folder / PICKLED_INDEX).is_file():
+        return sorted(folder.glob("pytorch_model*.bin"))
+    return [folder / PICKLED] if (folder / PICKLED).is_file() else []
+
+
+def local_folder(place: str) -> Path | None:
+    """The folder of a model's files on this machine, or its snapshot in the hub's cache; None where it is
+    not there. Nothing is downloaded."""
+    path = Path(place)
+    if path.exists():
+        return path if path.is_dir() else None
+    from huggingface_hub import try_to_load_from_cache
+
+    name, revision = split_revision(place)
+    with suppress(Exception):  # a name that the hub does not take is not in its cache
+        found = try_to_load_from_cache(name, "config.json", revision=revision or None)
+        return Path(found).parent if isinstance(found, str) else None
+    return None
+
+
+def sampled(place: str) -> str:
+    """What earlier versions kept for an identity, 32 digits: headers, sizes, and samples of every tensor.
+
+    Empty for what is not a folder of safetensors files. Raises RequestError for a damaged file.
+    """
+    folder = local_folder(place)
+    files = shards(folder) if folder is not None else []
+    if not files:
+        return ""
+    found = hashlib.sha256()
+    for path in files:
+        opened = open_file(path)
+        found.update(opened.raw_header)
+        with path.open("rb") as file:
+            for entry in opened.entries:
+                size = entry.stop - entry.start
+                for at in (0, max(0, size // 2 - SAMPLE // 2), max(0, size - SAMPLE)):
+                    file.seek(opened.data_at + entry.start + at)
+                    found.update(file.read(min(SAMPLE, size)))
+    return found.hexdigest()[:32]

@@ -1,0 +1,419 @@
+"""Rows as people's files hold them: read, or named with file and line; nothing is left aside unsaid."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from templates import shaped
+from test_template import CHATS, spans, turn
+
+from lorafit import demo
+from lorafit.data import load
+from lorafit.data.files import sources
+from lorafit.data.formats import read
+from lorafit.data.rows import IGNORED
+from lorafit.errors import RequestError
+from lorafit.settings import settle
+
+PAIR = [{"prompt": f"{n}+1=", "completion": f" {n + 1}"} for n in range(6)]
+
+
+def write(folder, name, *rows):
+    path = folder / name
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_text(
+        "".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8"
+    )
+    return path
+
+
+def rows_of(path, tokenizer=None, **flags):
+    from families import VOCABULARY
+    from transformers import AutoTokenizer
+
+    config = replace(settle({"data": (str(path),), **flags})[0], max_length=256)
+    tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(demo.MODEL))
+    return load(config, tokenizer, "causal", max(VOCABULARY, len(tokenizer)))
+
+
+def found(path, **more):
+    return [e for source in sources(str(path)) for e in read(source, **more)[1]]
+
+
+# -- one text, one encoding
+
+
+def test_prompt_and_completion_are_one_encoding_on_a_tokenizer_with_word_marks(tmp_path):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast
+
+    inner = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    inner.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always", split=False)
+    inner.decoder = decoders.Metaspace(prepend_scheme="always", split=False)
+    alphabet = sorted({*"abcdefghijklmnopqrstuvwxyz0123456789+=?. \n▁"})
+    inner.train_from_iterator(
+        ["two and two is four lima"] * 3,
+        trainers.BpeTrainer(
+            vocab_size=90,
+            special_tokens=["<unk>", "<s>", "</s>"],
+            initial_alphabet=alphabet,
+            show_progress=False,
+        ),
+    )
+    inner.post_processor = TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    tok = PreTrainedTokenizerFast(
+        tokenizer_object=inner, bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+    )
+    rows = [
+        {"prompt": "2+2=", "completion": "4"},
+        {"prompt": "the city is li", "completion": "ma"},
+        {"prompt": "two ", "completion": "four"},
+    ]
+    made = rows_of(write(tmp_path, "d.jsonl", *rows), tok)
+    by_line = {row.number: row for row in (*made.train, *made.held_out)}
+    for number, given in enumerate(rows, 1):
+        ids = list(by_line[number].ids)
+        assert ids == [*tok(given["prompt"] + given["completion"])["input_ids"], 2]
+        assert ids.count(1) == 1
+
+
+def test_a_begin_token_in_the_text_is_not_doubled_and_no_token_of_a_text_is_deleted(tmp_path):
+    tokenizer, _ = shaped("llama3")
+    from tokenizers.processors import TemplateProcessing
+
+    begin = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<|begin|> $A", special_tokens=[("<|begin|>", begin)]
+    )
+    rows = [
+        {"prompt": "a<|eos|>", "completion": "b"},
+        {"prompt": "<|begin|>a", "completion": "b"},
+        {"prompt": "a", "completion": "b<|eos|>"},
+    ]
+    made = rows_of(write(tmp_path, "d.jsonl", *rows), tokenizer)
+    texts = {r.number: tokenizer.decode(r.ids) for r in (*made.train, *made.held_out)}
+    assert texts == {1: "<|begin|>a<|eos|>b<|eos|>", 2: "<|begin|>ab<|eos|>", 3: "<|begin|>ab<|eos|>"}
+    (tmp_path / "t.txt").write_text("Where is Ada? " * 200)
+    windows = rows_of(tmp_path / "t.txt", tokenizer)
+    assert all(
+        row.ids[0] == begin and row.labels[0] == IGNORED and len(row.ids) <= 256 for row in windows.train
+    )
+
+
+def test_a_slow_tokenizer_marks_by_prefixes():
+    from lorafit.data.encode import Encoder, Text
+
+    class Slow:
+        """A tokenizer of words and marks, without offsets."""
+
+        is_fast, all_special_ids, chat_template, eos_token_id, bos_token_id = False, [], None, None, None
+
+        def __call__(self, text, add_special_tokens=True, verbose=True):
+            import re
+
+            self.words = getattr(self, "words", [])
+            ids = []
+            for word in re.findall(r"\w+|\W", text):
+                if word not in self.words:
+                    self.words.append(word)
+                ids.append(self.words.index(word))
+            return {"input_ids": ids}
+
+        def decode(self, ids, **more):
+            return "".join(self.words[i] for i in ids)
+
+    encoder = Encoder.of(Slow())
+    (clean,) = encoder.encode([Text("one two three", ((8, 13),))])
+    assert (
+        encoder.tokenizer.decode([x for x in clean.labels if x != IGNORED]) == "three" and clean.seam is None
+    )
+    (crossing,) = encoder.encode([Text("one twothree", ((7, 12),))])
+    assert encoder.tokenizer.decode([x for x in crossing.labels if x != IGNORED]) == "twothree"
+    assert crossing.seam == 2
+
+
+# -- bad and blank rows
+
+
+def test_all_bad_rows_are_found_in_one_run(tmp_path):
+    rows = [
+        *PAIR[:2],
+        "{broken",
+        {"prompt": "a", "completion": 3},
+        *PAIR[2:],
+        '{"prompt": "\\ud83d", "completion": "b"}',
+    ]
+    path = write(tmp_path, "d.jsonl", *rows, *["[]"] * 7)
+    with pytest.raises(RequestError) as error:
+        rows_of(path)
+    said = error.value.message
+    assert said.startswith("10 rows cannot be used") and said.endswith("and 5 more")
+    for line in (3, 4, 9, 10, 11):
+        assert f"d.jsonl:{line}`" in said
+    assert "--on-bad-row skip" in error.value.hint
+    made = rows_of(path, on_bad_row="skip")
+    assert made.look.rows + made.look.held_out_rows == 6 and made.look.bad == 10
+    assert any("skipped 10 bad rows" in note for note in made.look.notes)
+
+
+def test_a_file_of_another_kind_is_refused_soon(tmp_path):
+    path = write(tmp_path, "d.jsonl", *["not json"] * 5000)
+    with pytest.raises(RequestError, match="1,000 rows cannot be used"):
+        rows_of(path)
+
+
+def test_blank_rows_are_skipped_and_counted(tmp_path):
+    blank = [{"text": ""}, {"text": "  \n"}, {"text": None}]
+    made = rows_of(
+        write(tmp_path, "d.jsonl", *blank, *({"text": f"Ada has {n} lamps."} for n in range(4)), *blank)
+    )
+    assert (made.look.blank, made.look.rows + made.look.held_out_rows) == (6, 4)
+    for shape in ({"prompt": "a", "completion": ""}, {"instruction": "a", "output": " "}, {"messages": []},
+                  {"messages": [turn("user", "a"), turn("assistant", "")]}):  # fmt: skip
+        good = {k: ("b" if isinstance(v, str) else CHATS["one"]) for k, v in shape.items()}
+        assert rows_of(write(tmp_path, "s.jsonl", good, shape, good, good)).look.blank == 1
+
+
+def test_rows_are_held_out_among_those_that_survive(tmp_path):
+    long = {"prompt": "word " * 400, "completion": "x"}
+    made = rows_of(write(tmp_path, "d.jsonl", *[long] * 30, *PAIR[:2]))
+    assert (made.look.rows, made.look.held_out_rows) == (1, 1)
+
+
+def test_a_group_stays_on_one_side(tmp_path):
+    rows = [{"text": f"Ada has {n} lamps.", "who": f"w{n % 7}"} for n in range(70)]
+    made = rows_of(write(tmp_path, "d.jsonl", *rows), group_by="who", holdout=0.3)
+    sides = [{(row.number - 1) % 7 for row in part} for part in (made.train, made.held_out)]
+    assert sides[0] | sides[1] == set(range(7)) and not sides[0] & sides[1]
+    assert made.look.held_out_rows >= 20 and not any("who" in note for note in made.look.notes)
+    with pytest.raises(RequestError, match="no column `whom`"):
+        rows_of(tmp_path / "d.jsonl", group_by="whom")
+
+
+# -- what is not read
+
+
+def test_columns_and_keys_that_are_not_read_are_listed(tmp_path):
+    made = rows_of(
+        write(tmp_path, "d.jsonl", *({"text": f"good {n}", "label": n, "id": "x"} for n in range(4)))
+    )
+    assert "columns not used: `label`, `id`" in made.look.notes
+    chat = [turn("user", "a", mood="glad"), turn("assistant", "b")]
+    made = rows_of(write(tmp_path, "c.jsonl", *[{"messages": chat}] * 3))
+    assert "keys of messages not used: `mood`" in made.look.notes
+
+
+@pytest.mark.parametrize(
+    "mark",
+    [
+        {"weight": 0},
+        {"train": False},
+        {"loss": False},
+        {"trainable": False},
+        {"loss_weight": 0.0},
+        {"weight": "0"},
+    ],
+)
+def test_turns_without_weight_are_not_learned(tmp_path, mark):
+    chat = [*CHATS["two"]]
+    chat[1] = {**chat[1], **mark}
+    path = write(tmp_path, "d.jsonl", *[{"messages": chat}] * 3)
+    tokenizer, _ = shaped("chatml")
+    made = rows_of(path, tokenizer)
+    assert spans(tokenizer, made.train[0]) == ["At the market.<|im_end|>"]
+    assert any("3 rows or answers have weight 0" in note for note in made.look.notes)
+
+
+def test_rows_without_weight_are_left_out_and_other_weights_are_refused_by_name(tmp_path):
+    rows = [{**PAIR[0], "weight": 0}, {**PAIR[1], "weight": 1}, {**PAIR[2], "weight": 1}]
+    made = rows_of(write(tmp_path, "d.jsonl", *rows))
+    assert made.look.rows + made.look.held_out_rows == 2
+    with pytest.raises(RequestError, match="`weight` is 0.5: a weight here is 0 or 1"):
+        rows_of(write(tmp_path, "e.jsonl", {**PAIR[0], "weight": 0.5}, *PAIR))
+    made = rows_of(write(tmp_path, "f.jsonl", *({**pair, "weight": 72.5} for pair in PAIR)))
+    assert "columns not used: `weight`" in made.look.notes
+
+
+def test_nulls_that_a_table_filled_in_are_removed_all_the_way_down(tmp_path):
+    calls = [
+        {"function": {"name": "find", "arguments": {"who": "Ada"}}},
+        {"function": {"name": "go", "arguments": {"to": "barn"}}},
+    ]
+    chats = [[turn("user", "a"), turn("assistant", "", tool_calls=[call])] for call in calls]
+    pq.write_table(pa.Table.from_pylist([{"messages": chat} for chat in chats]), tmp_path / "d.parquet")
+    got = [example.messages[1]["tool_calls"][0] for example in found(tmp_path / "d.parquet")]
+    assert got == calls
+
+
+# -- shapes and containers
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"messages": {"role": ["user", "assistant"], "content": ["a", "b"]}},
+        {"messages": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]},
+        {"messages": [turn("User", "a"), turn("Assistant", "b")]},
+        {"messages": [turn("human", "a"), turn("model", "b")]},
+        {"conversations": [{"from": "Human", "value": "a"}, {"from": "GPT", "value": "b"}]},
+        {"prompt": [turn("user", "a")], "completion": "b"},
+    ],
+)
+def test_turns_as_people_write_them(tmp_path, row):
+    (example,) = found(write(tmp_path, "d.jsonl", row))
+    assert [(t["role"], t["content"]) for t in example.messages] == [("user", "a"), ("assistant", "b")]
+
+
+def test_calls_as_people_write_them(tmp_path):
+    wanted = {"name": "find", "arguments": {"who": "Ada"}}
+    for said in (
+        turn("function_call", json.dumps(wanted)),
+        turn("assistant", None, function_call=wanted),
+        turn("assistant", "", tool_calls=json.dumps([{"function": wanted}])),
+    ):
+        row = {
+            "messages": [turn("user", "a"), said, turn("observation", "barn"), turn("assistant", "b")],
+            "functions": [{"name": "find"}],
+        }
+        (example,) = found(write(tmp_path, "d.jsonl", row))
+        assert example.messages[1]["tool_calls"][0]["function"] == wanted
+        assert [t["role"] for t in example.messages] == ["user", "assistant", "tool", "assistant"]
+        assert example.tools[0]["function"] == {"name": "find"}
+
+
+@pytest.mark.parametrize("name", ["d.json", "d.data", "d", "d.jl", "d.txt", "d.jsonl.zst", "d.jsonl.gz"])
+def test_json_lines_under_any_name(tmp_path, name):
+    raw = "".join(json.dumps(row) + "\n" for row in PAIR).encode()
+    if name.endswith(".zst"):
+        raw = pa.compress(raw, codec="zstd", asbytes=True)
+    if name.endswith(".gz"):
+        import gzip
+
+        raw = gzip.compress(raw)
+    (tmp_path / name).write_bytes(raw)
+    assert [(e.prompt, e.completion) for e in found(tmp_path / name)] == [
+        (r["prompt"], r["completion"]) for r in PAIR
+    ]
+
+
+def test_text_that_is_wanted_as_text_stays_text(tmp_path):
+    path = write(tmp_path, "d.txt", *PAIR)
+    assert "completion" in found(path, format="document")[0].text
+
+
+def test_sub_folders_are_read_and_splits_told_apart(tmp_path):
+    write(tmp_path / "d", "a/one.jsonl", *PAIR[:2]), write(tmp_path / "d", "b/c/two.jsonl", *PAIR[2:])
+    write(tmp_path / "d", ".git/three.jsonl", *PAIR)
+    assert len(found(tmp_path / "d")) == 6
+    write(tmp_path / "e", "train/one.jsonl", *PAIR), write(tmp_path / "e", "test/one.jsonl", *PAIR)
+    with pytest.raises(RequestError, match="several splits: test, train") as error:
+        found(tmp_path / "e")
+    assert error.value.hint.endswith("/train'")
+
+
+@pytest.mark.parametrize(
+    "name, text, flags",
+    [
+        ("d.csv", "\ufeffprompt;completion\r\na, b;c\r\n", {}),
+        ("d.csv", "\ufeffsep=;\r\nprompt;completion\r\na, b;c\r\n;\r\n;\r\n", {}),
+        ("d.csv", 'prompt,completion,\r\n"a, b",c,\r\n,,\r\n', {}),
+        ("d.csv", "prompt\tcompletion\na, b\tc\n", {}),
+        ("d.csv", "prompt~completion\na, b~c\n", {"csv_delimiter": "~"}),
+        ("d.tsv", 'prompt\tcompletion\na, b\t"c\n', {"csv_quote": "none"}),
+    ],
+)
+def test_tables_as_spreadsheets_save_them(tmp_path, name, text, flags):
+    path = tmp_path / name
+    path.write_text(
+        text + text.splitlines()[2 if "sep=" in text else 1].replace("a, b", "a, b") + "\n",
+        encoding="utf-8",
+        newline="",
+    )
+    made = rows_of(path, **flags)
+    assert made.look.rows + made.look.held_out_rows == 2
+    texts = {row.number: row for row in (*made.train, *made.held_out)}
+    assert len(texts) == 2 and min(texts) == (3 if "sep=" in text else 2)
+
+
+def test_a_table_with_a_wrong_separator_names_it(tmp_path):
+    path = tmp_path / "d.tsv"
+    path.write_text('prompt\tcompletion\na\t"b" c\nd\te\n')
+    with pytest.raises(RequestError, match="not valid TSV") as error:
+        rows_of(path)
+    assert "`\\t`" in error.value.message and "--csv-quote none" in error.value.hint
+
+
+def test_ids_and_labels_are_taken_as_they_are(tmp_path):
+    rows = [{"input_ids": [5, 6, 7, n], "labels": [-100, -100, 7, n]} for n in range(8, 12)]
+    made = rows_of(write(tmp_path, "d.jsonl", *rows))
+    got = {row.number: row for row in (*made.train, *made.held_out)}
+    for number, given in enumerate(rows, 1):
+        assert (list(got[number].ids), list(got[number].labels)) == (given["input_ids"], given["labels"])
+    with pytest.raises(RequestError, match="3 input_ids and 2 labels"):
+        rows_of(write(tmp_path, "e.jsonl", {"input_ids": [1, 2, 3], "labels": [1, 2]}, *rows))
+    with pytest.raises(RequestError, match="not a list of token ids"):
+        rows_of(write(tmp_path, "f.jsonl", {"input_ids": [1, "a"]}, *rows))
+
+
+# -- templates and options
+
+
+def test_plain_rows_beside_a_chat_template_are_named_with_both_renderings(tmp_path):
+    path = write(tmp_path, "d.jsonl", *({"prompt": f"{n}+1=", "completion": f"{n + 1}"} for n in range(4)))
+    tokenizer, _ = shaped("chatml")
+    made = rows_of(path, tokenizer)
+    (note,) = [n for n in made.look.notes if "--as-chat" in n]
+    assert "`0+1=1`" in note and "<|im_start|>user⏎0+1=<|im_end|>" in note
+    assert any("nothing stands between prompt and completion" in n for n in made.look.notes)
+    made = rows_of(path, tokenizer, as_chat=True)
+    assert tokenizer.decode(made.train[0].ids).startswith("<|im_start|>user\n")
+    assert not any("--as-chat" in n for n in made.look.notes)
+
+
+def test_a_named_end_token(tmp_path):
+    tokenizer, _ = shaped("chatml")
+    made = rows_of(write(tmp_path, "d.jsonl", *PAIR), tokenizer, end_token="<|im_end|>")
+    assert tokenizer.eos_token == "<|im_end|>" and made.train[0].ids[-1] == tokenizer.eos_token_id
+    with pytest.raises(RequestError, match="is not a token of this tokenizer") as error:
+        rows_of(tmp_path / "d.jsonl", tokenizer, end_token="<|im_ent|>")
+    assert "<|im_end|>" in error.value.hint
+
+
+def test_a_stored_date_is_used_again(tmp_path):
+    path = write(tmp_path, "d.jsonl", *[{"messages": CHATS["one"]}, {"messages": CHATS["two"]}] * 2)
+    one, two = (rows_of(path, shaped("llama3")[0], template_date="2026-01-31T10:00") for _ in range(2))
+    other = rows_of(path, shaped("llama3")[0], template_date="2026-02-01")
+    assert one.train.digest == two.train.digest != other.train.digest
+
+
+def test_stored_rows_know_what_they_were_made_with(tmp_path, monkeypatch):
+    from lorafit.data import dataset
+
+    monkeypatch.setattr(dataset, "STORED_FROM", 1)
+    path = write(tmp_path, "d.jsonl", *[{"messages": CHATS["one"]}, {"messages": CHATS["two"]}] * 3)
+    keys = []
+    kept = dataset._key
+    monkeypatch.setattr(dataset, "_key", lambda *a: keys.append(kept(*a)) or keys[-1])
+    jinja = tmp_path / "t.jinja"
+    jinja.write_text(shaped("gpt-oss")[0].chat_template)
+    variants = [
+        {},
+        {"template_args": "a=1"},
+        {"end_token": "<|im_end|>"},
+        {"chat_template": str(jinja)},
+        {"as_chat": True},
+        {"loss_on": "last"},
+        {"template_date": "2026-01-31"},
+    ]
+    for flags in variants:
+        rows_of(path, shaped("chatml")[0], **flags)
+    assert len(set(keys)) == len(variants) - 1  # a template without a date does not depend on it
+    keys.clear()
+    for day in ("2026-01-31", "2026-02-01"):
+        rows_of(path, shaped("llama3")[0], template_date=day)
+    assert len(set(keys)) == 2
