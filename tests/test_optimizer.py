@@ -8,7 +8,8 @@ import torch
 from test_train import events_of, job_for
 
 from lorafit.errors import RequestError
-from lorafit.settings import OPTIMIZERS, settle
+from lorafit.events import Note
+from lorafit.settings import OPTIMIZERS, PACKAGES, settle
 from lorafit.train.optimizer import KINDS, make_optimizer
 
 
@@ -18,7 +19,7 @@ def parameters():
 
 
 def here(name):
-    return not KINDS[name].package or find_spec(KINDS[name].package) is not None
+    return name not in PACKAGES or find_spec(PACKAGES[name]) is not None
 
 
 def test_every_name_has_a_maker_and_a_size():
@@ -54,6 +55,8 @@ def test_a_package_that_is_missing_is_named_before_anything_is_loaded(name, run,
     done = run("train", tiny("llama"), "--data", pairs, "--optimizer", name, "-o", tmp_path / "r")
     assert done.code == 2 and f"--optimizer {name} needs `bitsandbytes`" in done.err
     assert "pip install bitsandbytes" in done.err and not list(tmp_path.iterdir())
+    done = run("plan", tiny("llama"), "--optimizer", name)
+    assert done.code == 2 and "which is not installed" in done.err
     with pytest.raises(RequestError, match="bitsandbytes"):
         make_optimizer(replace(settle({})[0], optimizer=name), parameters())
 
@@ -89,3 +92,28 @@ def test_the_estimate_asks_for_the_state(run, tiny):
     adamw, count = memory("adamw")
     sgd, _ = memory("sgd")
     assert (adamw, sgd) == (8 * count + 4 * count, 4 * count)
+
+
+def test_a_derived_rate_that_is_none_for_the_optimizer_is_noted(tiny, pairs, tmp_path):
+    flags = {"data": (str(pairs),), "max_steps": 1, "optimizer": "sgd"}
+    notes = [
+        e.text for e in events_of(job_for(tiny("llama"), tmp_path / "r", **flags)) if isinstance(e, Note)
+    ]
+    assert len(notes) == 1 and "is derived for AdamW; sgd needs a higher one" in notes[0]
+    flags["learning_rate"] = 1.0
+    assert not [e for e in events_of(job_for(tiny("llama"), tmp_path / "s", **flags)) if isinstance(e, Note)]
+
+
+@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if here(n)])
+def test_weights_decay_by_rate_times_decay(name):
+    """Where the gradient is 0 nothing else moves them."""
+    own = parameters()
+    before = [p.detach().clone() for p in own]
+    optimizer = make_optimizer(replace(settle({"optimizer": name})[0], weight_decay=0.2), own)
+    for group in optimizer.param_groups:
+        group["lr"] = 0.5
+    for parameter in own:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    for was, parameter in zip(before, own, strict=True):
+        torch.testing.assert_close(parameter.detach(), 0.9 * was)

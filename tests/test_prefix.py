@@ -3,12 +3,13 @@
 import json
 import os
 import resource
+import shutil
 import signal
 
 import pytest
 import torch
-from families import FAMILIES
-from safetensors.torch import load_file
+from families import FAMILIES, build_model
+from safetensors.torch import load_file, save_file
 from test_train import events_of, job_for, losses
 
 from lorafit import cache
@@ -152,6 +153,30 @@ def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, m
     trained(tiny, pairs, tmp_path / "c", prefix_cache="disk", layers="last:1")
     trained(tiny, pairs, tmp_path / "d", "qwen3", prefix_cache="disk")
     assert len(cache.kept()) == 4
+
+
+@pytest.mark.parametrize("weight", ["embed_tokens", "layers.0.mlp.down_proj", "layers.1.self_attn.q_proj"])
+def test_other_weights_below_the_cut_have_another_key(tmp_path, weight):
+    """Those above it do not count: they make none of the states."""
+    keys = []
+    for change in ("", weight, "layers.2.mlp.up_proj"):
+        model = build_model("llama")
+        if change:
+            model.model.get_submodule(change).weight.data *= 0.5
+        keys.append(prefix_store.states_key(model, "model.layers", 2, ["rows"]))
+    assert keys[0] != keys[1] and keys[0] == keys[2]
+
+
+def test_a_run_on_other_weights_takes_none_of_the_stored_states(tiny, pairs, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
+    other = shutil.copytree(tiny("llama"), tmp_path / "other")
+    weights = load_file(other / "model.safetensors")
+    weights["model.layers.0.mlp.up_proj.weight"] *= 0.5
+    save_file(weights, other / "model.safetensors", {"format": "pt"})
+    _, stored = trained(lambda name: other, pairs, tmp_path / "second", prefix_cache="disk")
+    _, plain = trained(lambda name: other, pairs, tmp_path / "third")
+    assert losses(stored) == losses(plain) and len(cache.kept()) == 2
 
 
 def test_a_flipped_bit_is_made_good_and_the_cache_removed(tiny, pairs, tmp_path, monkeypatch):

@@ -147,8 +147,11 @@ def test_only_one_process_is_supported():
         World(1, 2)
 
 
-def test_masks_differ_in_each_epoch_and_are_the_same_again(tiny, pairs, tmp_path):
-    job = job_for(tiny("bert"), tmp_path / "r", **settings(pairs))
+@pytest.mark.parametrize(
+    "size", [3, 64]
+)  # of 64 there is one batch: the order of the rows is always the same
+def test_masks_differ_in_each_epoch_and_are_the_same_again(tiny, pairs, tmp_path, size):
+    job = job_for(tiny("bert"), tmp_path / "r", **settings(pairs, batch_size=size))
 
     def masks(epoch):
         found = {}

@@ -265,3 +265,31 @@ def test_no_share_of_the_matrix_rate_is_above_one():
     assert efficiency(214.0, 100.0, 90.0) == 1.0
     assert efficiency(50.0, 20.0, 100.0) == 0.5, "the better of both measurements counts"
     assert efficiency(50.0, 0.0) is None
+
+
+@pytest.mark.parametrize("cache", ["off", "memory"])
+def test_the_share_of_the_matrix_rate_counts_forward_and_backward(tiny, pairs, tmp_path, monkeypatch, cache):
+    """Of what the pass computed, at a rate that is stated."""
+    from lorafit.estimate import Shape, flops_per_token
+    from lorafit.events import EpochDone
+    from lorafit.train.job import Job
+
+    monkeypatch.setattr(Job, "matrix_rate", lambda self, seconds=0.15: 1e15)
+    job = job_for(
+        tiny("llama"),
+        tmp_path / "r",
+        data=(str(pairs),),
+        epochs=2,
+        preset="ffn",
+        layers="2-",
+        prefix_cache=cache,
+    )
+    done = [e for e in events_of(job) if isinstance(e, EpochDone)]
+    assert [e.replayed for e in done] == [False, cache == "memory"]
+    for epoch in done:
+        shape = Shape(1, round(epoch.tokens / len(job.rows.train)))
+        share = epoch.supervised_tokens / epoch.tokens
+        flops = flops_per_token(job.plan, job.found, shape, replayed=epoch.replayed, supervised=share)
+        assert min(flops.forward, flops.backward) > 0.2 * (flops.forward + flops.backward)
+        wanted = epoch.tokens / epoch.seconds * (flops.forward + flops.backward) / 1e15
+        assert epoch.mfu == pytest.approx(wanted, rel=1e-6)

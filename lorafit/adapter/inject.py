@@ -86,7 +86,7 @@ def inject_plan(model: PreTrainedModel, plan: Plan, task: str) -> PeftModel:
             f"PEFT trains {trainable:,} parameters where {plan.trainable_params:,} were planned",
             "this is a fault of lorafit: please report it with the model's config",
         )
-    train_in_float32(peft_model)
+    train_in_float32(peft_model, peft_model.get_base_model())
     keep_start(peft_model)
     quicken(peft_model)
     return peft_model

@@ -83,10 +83,9 @@ def train(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, check_optimizer, claim
+        from lorafit.train import RunFolder, assemble, claim
 
     pick_device(settings.device)
-    check_optimizer(settings.optimizer)
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
@@ -174,12 +173,13 @@ def _watched(screen: Screen, job: Job) -> TrainReport:
     from lorafit.screen import TrainView
     from lorafit.train import recorded, records, run
 
-    view = TrainView(screen)
+    view, report = TrainView(screen), None
     try:
-        *_, report = recorded(job, run(job), [*records(job), view])
+        for event in recorded(job, run(job), [*records(job), view]):
+            report = event if isinstance(event, TrainReport) else report
     finally:
         view.close()
-    assert isinstance(report, TrainReport)
+    assert report is not None
     return report
 
 

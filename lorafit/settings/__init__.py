@@ -11,7 +11,9 @@ if TYPE_CHECKING:
     from lorafit.settings.bands import TILED_FROM as TILED_FROM
     from lorafit.settings.bands import LayerChoice as LayerChoice
     from lorafit.settings.optimizers import OPTIMIZERS as OPTIMIZERS
+    from lorafit.settings.optimizers import PACKAGES as PACKAGES
     from lorafit.settings.optimizers import STATE_BYTES as STATE_BYTES
+    from lorafit.settings.optimizers import check_optimizer as check_optimizer
     from lorafit.settings.options import DATA as DATA
     from lorafit.settings.options import OUTPUT as OUTPUT
     from lorafit.settings.options import WHAT as WHAT
@@ -37,7 +39,7 @@ __getattr__ = door(
     __name__,
     {
         "bands": "BANDS LayerChoice TILED_FROM",
-        "optimizers": "OPTIMIZERS STATE_BYTES",
+        "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
         "options": "DATA OUTPUT Option WHAT",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",

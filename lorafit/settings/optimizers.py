@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from importlib.util import find_spec
+
+from lorafit.errors import RequestError
 
 BLOCK = 256  # values that share one scale in bitsandbytes' 8-bit states
 
@@ -20,3 +23,16 @@ STATE_BYTES: dict[str, Callable[[int], int]] = {
 }
 
 OPTIMIZERS = tuple(STATE_BYTES)
+
+# The packages that bring those that are not always there.
+PACKAGES = {"adamw_8bit": "bitsandbytes", "lion": "bitsandbytes"}
+
+
+def check_optimizer(name: str) -> None:
+    """Raises RequestError when the package that brings an optimizer is not installed."""
+    package = PACKAGES.get(name)
+    if package and find_spec(package) is None:
+        raise RequestError(
+            f"--optimizer {name} needs `{package}`, which is not installed",
+            f"pip install {package}, or --optimizer adamw",
+        )

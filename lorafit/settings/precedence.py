@@ -16,6 +16,7 @@ from typing import Any
 
 from lorafit.errors import RequestError, closest
 from lorafit.model import ModelMap
+from lorafit.settings.optimizers import check_optimizer
 from lorafit.settings.preset import Preset, load_preset, read_yaml
 from lorafit.settings.run_config import OPTIONS, RunConfig
 from lorafit.units import figures
@@ -112,6 +113,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
         if values[name] is None:
             values[name] = getattr(preset.lora, setting)
             origin[name] = f"preset {preset.name}"
+    check_optimizer(values["optimizer"])
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     config = RunConfig(**values, origin=origin)

@@ -260,7 +260,7 @@ class RunConfig:
     optimizer: str = option(
         "adamw",
         one_of(*OPTIMIZERS),
-        "Optimizer; the derived learning rate is one for AdamW",
+        "Optimizer",
         TRAINING,
         training=True,
     )

@@ -14,7 +14,6 @@ if TYPE_CHECKING:
     from lorafit.train.loggers import recorded as recorded
     from lorafit.train.loggers import records as records
     from lorafit.train.loop import run as run
-    from lorafit.train.optimizer import check_optimizer as check_optimizer
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
 
@@ -25,7 +24,6 @@ __getattr__ = door(
         "job": "Job assemble",
         "loggers": "Listener recorded records",
         "loop": "run",
-        "optimizer": "check_optimizer",
         "run_folder": "RunFolder claim",
     },
 )

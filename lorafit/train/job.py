@@ -36,7 +36,6 @@ from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
 from lorafit.train.distributed import ALONE, World
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
-from lorafit.train.optimizer import check_optimizer
 from lorafit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -146,10 +145,8 @@ def assemble(
 ) -> Job:
     """Load the model and put the planned adapter in, checked to be what was planned.
 
-    `predicted` is the forecast of the run; it is reported beside what is measured. Raises RequestError when
-    the optimizer's package is not installed.
+    `predicted` is the forecast of the run; it is reported beside what is measured.
     """
-    check_optimizer(config.optimizer)
     device = pick_device(config.device)
     if device.type == "cpu":
         keep_freed()

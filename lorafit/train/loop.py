@@ -131,6 +131,11 @@ def _start(
         yield job.rows.look
     if job.predicted is not None:
         yield job.predicted
+    if job.config.optimizer in ("sgd", "lion") and job.config.why("learning_rate"):
+        yield Note(
+            f"learning rate {job.config.learning_rate:g} is derived for AdamW; {job.config.optimizer} needs "
+            f"{'a higher' if job.config.optimizer == 'sgd' else 'a lower'} one: set --learning-rate"
+        )
     if routes_for_loss(base_of(job.model)):
         yield Note(_router_note(forward))
     yield caching

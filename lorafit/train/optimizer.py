@@ -4,26 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
-from typing import Any
 
 import torch
 
-from lorafit.errors import RequestError
-from lorafit.settings import OPTIMIZERS, STATE_BYTES, RunConfig
+from lorafit.settings import OPTIMIZERS, STATE_BYTES, RunConfig, check_optimizer
 
 Parameters = Sequence[torch.nn.Parameter]
 
 
 @dataclass(frozen=True, slots=True)
 class OptimizerKind:
-    """An optimizer: how it is made over trained parameters, the bytes of its state for that many of them,
-    and the package that brings it; empty for those that are always there."""
+    """An optimizer: how it is made over trained parameters, and the bytes of its state for that many of them."""
 
     name: str
     make: Callable[[Parameters, RunConfig], torch.optim.Optimizer]
     state_bytes: Callable[[int], int]
-    package: str = ""
 
 
 def _adamw(parameters: Parameters, config: RunConfig) -> torch.optim.Optimizer:
@@ -62,33 +57,21 @@ def _lion(parameters: Parameters, config: RunConfig) -> torch.optim.Optimizer:
     return made
 
 
-_MAKERS: dict[str, tuple[Callable[..., Any], str]] = {
-    "adamw": (_adamw, ""),
-    "adamw_8bit": (_adamw_8bit, "bitsandbytes"),
-    "adafactor": (_adafactor, ""),
-    "sgd": (_sgd, ""),
-    "lion": (_lion, "bitsandbytes"),
+_MAKERS: dict[str, Callable[[Parameters, RunConfig], torch.optim.Optimizer]] = {
+    "adamw": _adamw,
+    "adamw_8bit": _adamw_8bit,
+    "adafactor": _adafactor,
+    "sgd": _sgd,
+    "lion": _lion,
 }
 
-KINDS = {
-    name: OptimizerKind(name, _MAKERS[name][0], STATE_BYTES[name], _MAKERS[name][1]) for name in OPTIMIZERS
-}
-
-
-def check_optimizer(name: str) -> None:
-    """Raises RequestError when the package that brings an optimizer is not installed."""
-    package = KINDS[name].package
-    if package and find_spec(package) is None:
-        raise RequestError(
-            f"--optimizer {name} needs `{package}`, which is not installed",
-            f"pip install {package}, or --optimizer adamw",
-        )
+KINDS = {name: OptimizerKind(name, _MAKERS[name], STATE_BYTES[name]) for name in OPTIMIZERS}
 
 
 def make_optimizer(config: RunConfig, parameters: Parameters) -> torch.optim.Optimizer:
     """The optimizer that the settings name. Its rate is set by each step.
 
-    Raises RequestError as `check_optimizer` does.
+    Raises RequestError when the package that brings it is not installed.
     """
     check_optimizer(config.optimizer)
     return KINDS[config.optimizer].make(parameters, config)
