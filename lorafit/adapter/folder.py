@@ -29,7 +29,7 @@ OLD_DIGITS = 32
 
 BASE_LAYER = ".base_layer.weight"  # a weight of the base that PEFT writes beside its embedding's adapter
 
-EMPTY = (None, False, 0, "", [], {}, ())  # values of a setting that change nothing
+EMPTY: tuple[Any, ...] = (None, False, 0, "", [], {}, ())  # values of a setting that change nothing
 
 # Settings that change what an adapter does, and that lorafit's passes do not do.
 NOT_HONOURED = {
@@ -61,7 +61,7 @@ def save_adapter(model: PeftModel, folder: Path) -> None:
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        model.save_pretrained(folder, save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False)
     path = folder / CONFIG
     data = json.loads(path.read_text(encoding="utf-8"))
     from lorafit.adapter.start import start_of, without_start

@@ -34,7 +34,8 @@ TASKS = {"causal": "CAUSAL_LM", "seq2seq": "SEQ_2_SEQ_LM"}  # a masked model has
 
 def lora_config(plan: Plan, task: str) -> LoraConfig:
     """The plan in PEFT's words."""
-    lora, target = plan.lora, plan.peft
+    lora: Any = plan.lora  # whose alpha may be a fraction: PEFT's annotations are narrower than what it takes
+    target = plan.peft
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,

@@ -35,7 +35,8 @@ def train_in_float32(model: torch.nn.Module, base: torch.nn.Module) -> None:
             parameter = module.get_parameter(name)
             parameter.data = parameter.data.float()
         scope.__dict__["rounded"] = rounded
-        scope.__class__ = _looking_up() if type(scope) is torch.nn.Embedding else _rounding(type(scope))
+        kind: Any = type(scope)
+        scope.__class__ = _looking_up() if kind is torch.nn.Embedding else _rounding(kind)
 
 
 def _block_of(path: str, modules: dict[str, torch.nn.Module]) -> torch.nn.Module | None:

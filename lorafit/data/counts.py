@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import Any
 
 from lorafit.errors import RequestError
 
@@ -42,7 +43,7 @@ class Counts:
     pair: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
     unused_keys: dict[str, int] = field(default_factory=dict)
-    left_out: dict[str, list] = field(default_factory=dict)
+    left_out: dict[str, list[Any]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
     def fault(self, error: RequestError) -> None:
@@ -106,7 +107,7 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
         yield f"skipped {blank:,} blank {_rows(blank)}, e.g. {at}"
     if weightless := sum(c.weightless for c in counts):
         yield f"{weightless:,} rows or answers have weight 0 and are not learned"
-    left: dict[str, list] = {}
+    left: dict[str, list[Any]] = {}
     for c in counts:
         for kind, (number, where, text) in c.left_out.items():
             left.setdefault(kind, [0, where, text])[0] += number

@@ -18,10 +18,12 @@ import numpy as np
 from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
 from lorafit.data.counts import Counts, faults
-from lorafit.data.files import DataSource, records, resembles_json, sources
-from lorafit.data.formats import Reading, parse_map, read
+from lorafit.data.example import Reading
+from lorafit.data.files import records, resembles_json, sources
+from lorafit.data.formats import parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
+from lorafit.data.source import DataSource
 from lorafit.data.split import ReadData, ReadFile, as_often, held_out_rows, nothing_left
 from lorafit.data.template import ChatTemplate, parse_args, special_texts
 from lorafit.data.tokenize import Tokens

@@ -38,7 +38,8 @@ def end_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
             end = template.end_behind(text, text.rindex(SENTINEL) + len(SENTINEL), len(text))
             token = template.last_special(text[:end]) if end else None
             if token is not None:
-                found.add(int(tokenizer.convert_tokens_to_ids(token)))
+                number: Any = tokenizer.convert_tokens_to_ids(token)
+                found.add(int(number))
     return tuple(sorted(found))
 
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lorafit.data.counts import Counts
-from lorafit.data.files import Fault, refuse
 from lorafit.data.messages import Message
+from lorafit.data.source import Fault, refuse
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,22 +12,16 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any
 
+from lorafit.data.source import KINDS, LONGEST_LINE, DataSource, Fault, Tick, kind_of, refuse
+from lorafit.data.tables import read_table
 from lorafit.errors import RequestError
 from lorafit.model import HUB_ID
 from lorafit.settings import RunConfig, weighted
-
-KINDS = {
-    ".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": "json", ".csv": "csv", ".tsv": "tsv", ".txt": "text",
-    ".md": "text", ".parquet": "parquet", ".arrow": "arrow",
-}  # fmt: skip
-
-LONGEST_LINE = 32_000_000  # bytes of one example: more is a file that was meant otherwise
 
 LARGEST_LIST = 512_000_000  # bytes of a .json file, which is read at once
 
@@ -35,54 +29,8 @@ SPLIT = re.compile(r"(?:^|[^a-z])(train|test|valid|validation|dev|eval)(?:[^a-z]
 
 ROW_KEYS = {"messages", "conversations", "conversation", "prompt", "instruction", "text", "input_ids"}
 
-PACKED = (".gz", ".zst")
 
 HALF = re.compile(r"\\u[dD][89a-fA-F]")  # a JSON escape of half a character, which may miss its other half
-
-Tick = Callable[[int], None]
-Fault = Callable[[RequestError], None]
-
-
-def refuse(error: RequestError) -> None:
-    """What is done with a bad row where nobody collects them."""
-    raise error
-
-
-@dataclass(frozen=True, slots=True)
-class DataSource:
-    """One file, or one hub set: where its rows are read."""
-
-    name: str
-    kind: str
-    path: Path | None = None
-    packed: str = ""  # `.gz` or `.zst`
-    delimiter: str = ""  # of a table's columns; empty: found in its first line
-    quote: str = '"'  # around a table's fields; empty: there are none
-
-    @property
-    def is_text(self) -> bool:
-        """Whether its name is that of a text file, whatever it is read as."""
-        return self.path is not None and _kind_of(self.path)[0] == "text"
-
-    @property
-    def is_table(self) -> bool:
-        """Whether its rows all have the same columns, filled with nulls."""
-        return self.kind in ("parquet", "arrow", "hub")
-
-    def as_kind(self, kind: str) -> DataSource:
-        """The same file, read as another kind."""
-        return replace(self, kind=kind)
-
-    @property
-    def bytes(self) -> int:
-        """The size of the file; 0 for a hub set."""
-        return self.path.stat().st_size if self.path else 0
-
-    def where(self, number: int) -> str:
-        """How a row is named: by line where a line is a row."""
-        if self.kind in ("jsonl", "csv", "tsv", "text"):
-            return f"{self.name}:{number}"
-        return f"{self.name}[{number}]"
 
 
 def sources(spec: str) -> list[DataSource]:
@@ -122,15 +70,7 @@ def _is_data(path: Path, top: Path) -> bool:
     """Whether a file of a folder holds data: not hidden, no description of the others."""
     hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
     described = path.suffix == ".md" or path.name in ("state.json", "dataset_info.json", "dataset_dict.json")
-    return not hidden and not described and bool(_kind_of(path)[0]) and path.is_file()
-
-
-def _kind_of(path: Path) -> tuple[str, str]:
-    """(the kind of file that a name says, its compression)."""
-    packed = path.suffix.lower() if path.suffix.lower() in PACKED else ""
-    name = path.with_suffix("") if packed else path
-    kind = KINDS.get(name.suffix.lower(), "")
-    return ("" if packed and kind in ("parquet", "arrow") else kind), packed
+    return not hidden and not described and bool(kind_of(path)[0]) and path.is_file()
 
 
 def _kinds() -> str:
@@ -138,7 +78,7 @@ def _kinds() -> str:
 
 
 def _source(path: Path, name: str) -> DataSource:
-    kind, packed = _kind_of(path)
+    kind, packed = kind_of(path)
     if not kind and resembles_json(DataSource(name, "jsonl", path, packed)):
         kind = "jsonl"
     if not kind:
@@ -168,7 +108,7 @@ def resembles_json(source: DataSource) -> bool:
 
 def _hub(spec: str) -> DataSource:
     name = spec.partition(":")[0]
-    if "/" in name and HUB_ID.fullmatch(name) and not _kind_of(Path(name))[0]:
+    if "/" in name and HUB_ID.fullmatch(name) and not kind_of(Path(name))[0]:
         return DataSource(spec, "hub")
     raise RequestError(
         f"there is no file `{spec}`", f"data are {_kinds()} files, folders of them, or a hub set"
@@ -191,8 +131,6 @@ def records(
             return
         with opened_file(source) as (file, raw):
             if source.kind in ("csv", "tsv"):
-                from lorafit.data.tables import read_table
-
                 found = read_table(source, lines_of(source, file), fault)
             else:
                 found = (_read_lines if source.kind == "jsonl" else _read_list)(source, file, fault)
@@ -224,7 +162,8 @@ def opened_file(source: DataSource) -> Iterator[tuple[IO[bytes], IO[bytes]]]:
             raise RequestError(f"`{source.name}` is UTF-16", "save the file as UTF-8")
         if source.packed == ".gz":
             with gzip.GzipFile(fileobj=raw) as file:
-                yield file, raw
+                unpacked: Any = file
+                yield unpacked, raw
         elif source.packed == ".zst":
             yield _zstandard(source, raw), raw
         else:

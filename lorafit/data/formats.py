@@ -21,15 +21,7 @@ from typing import Any
 
 from lorafit.data.counts import Counts
 from lorafit.data.example import Example, Reading
-from lorafit.data.files import (
-    DataSource,
-    Tick,
-    lines_of,
-    opened_file,
-    reading_errors,
-    records,
-    resembles_json,
-)
+from lorafit.data.files import lines_of, opened_file, reading_errors, records, resembles_json
 from lorafit.data.messages import (
     KEPT_NULLS,
     ROW_WEIGHTS,
@@ -41,6 +33,7 @@ from lorafit.data.messages import (
     messages_of,
     tools_of,
 )
+from lorafit.data.source import DataSource, Tick
 from lorafit.errors import RequestError, closest
 
 BLOCK = 4_000_000  # characters of a document that are read at once
@@ -169,8 +162,8 @@ def _rows(source: DataSource, reading: Reading, tick: Tick) -> tuple[str, Iterat
             if unknown:
                 raise unknown[0]
             return format, iter(())
-        for error in unknown:
-            reading.fault(error)
+        for fault in unknown:
+            reading.fault(fault)
     every = rows if first is None else _and_rest(first, rows)
     return format, _examples(every, source, format, reading)
 
@@ -216,7 +209,8 @@ def _is_blank(row: Message) -> bool:
 def _texts(source: DataSource, format: str, tick: Tick) -> Iterator[Example]:
     """A text file's lines, or the file itself in blocks that end where a line does."""
     with reading_errors(source), opened_file(source) as (file, raw):
-        block, size, start = [], 0, 1
+        block: list[str] = []
+        size, start = 0, 1
         for number, line in lines_of(source, file):
             if number % 256 == 0:
                 tick(raw.tell())

@@ -94,9 +94,10 @@ def _in_rows(value: Any) -> Any:
     return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def _message(turn: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Message:
-    if not isinstance(turn, dict):
+def _message(given: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Message:
+    if not isinstance(given, dict):
         raise RequestError(f"`{where}`: a message in `{key}` has no `role`")
+    turn: Message = given
     strict = "from" in turn and "role" not in turn
     if strict:
         said = turn.get("value")

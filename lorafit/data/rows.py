@@ -186,7 +186,7 @@ class RowSet(Sequence[Row]):
     """Rows of several stores, in an order, some more than once: `index` holds numbers over all stores."""
 
     stores: tuple[RowStore, ...]
-    index: np.ndarray = field(repr=False)
+    index: np.ndarray = field(repr=False)  # type: ignore[assignment]  # a sequence's own `index` is not used
 
     @staticmethod
     def of(rows: Iterable[Row]) -> RowSet:

@@ -6,7 +6,7 @@ import csv
 from collections.abc import Iterator
 from typing import Any
 
-from lorafit.data.files import LONGEST_LINE, DataSource, Fault
+from lorafit.data.source import LONGEST_LINE, DataSource, Fault
 from lorafit.errors import RequestError
 
 DELIMITERS = (",", ";", "\t", "|")
@@ -36,7 +36,7 @@ def read_table(
         yield first + "\n"
         yield from (line + "\n" for _, line in lines)
 
-    quoting = csv.QUOTE_MINIMAL if source.quote else csv.QUOTE_NONE
+    quoting: Any = csv.QUOTE_MINIMAL if source.quote else csv.QUOTE_NONE
     table = csv.reader(
         text(), delimiter=delimiter, quotechar=source.quote or None, quoting=quoting, strict=True
     )

@@ -45,7 +45,7 @@ class ChatTemplate:
     args: dict[str, Any] = field(default_factory=dict)
     moment: datetime = field(default_factory=datetime.now)
     _texts: dict[bool, str] = field(default_factory=dict)
-    _marks: re.Pattern | None = None
+    _marks: re.Pattern[str] | None = None
     _known: dict[Any, Any] = field(default_factory=dict)
 
     # rendering
@@ -108,7 +108,7 @@ class ChatTemplate:
     # special tokens
 
     @property
-    def marks(self) -> re.Pattern:
+    def marks(self) -> re.Pattern[str]:
         """One special token of the tokenizer, as a pattern; of its added tokens, not of a list in its files."""
         if self._marks is None:
             names = special_texts(self.tokenizer)
@@ -138,7 +138,7 @@ class ChatTemplate:
             said = opened[len(head) :] if head and opened and opened.startswith(head) else ""
             found = self.marks.match(said)
             self._known["opening"] = found[0] if found else "\0"
-        return self._known["opening"]
+        return str(self._known["opening"])
 
     def last_special(self, text: str) -> str | None:
         """The special token that a text ends with."""
@@ -189,13 +189,14 @@ class ChatTemplate:
         below 0, all of them where all turns are learned."""
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        (text,), (marks,) = render_jinja_template(
+        rendered: Any = render_jinja_template(
             [list(messages)],
             tools=list(tools) or None,
             chat_template=self.text(bool(tools)),
             return_assistant_tokens_mask=True,
             **{**self.tokenizer.special_tokens_map, **self.args},
         )
+        (text,), (marks,) = rendered
         every = [n for n, turn in enumerate(messages) if turn["role"] == "assistant"]
         if text != whole or not marks:
             return None
@@ -330,7 +331,7 @@ class ChatTemplate:
                 written = past[len(head) : past.index(SENTINEL)]
                 prompt = prompt[: _alike(prompt, written)]
             self._known["header"] = prompt
-        return self._known["header"]
+        return str(self._known["header"])
 
     @property
     def _turn_end(self) -> str:
@@ -342,7 +343,7 @@ class ChatTemplate:
                 at = text.rindex(SENTINEL) + len(SENTINEL)
                 end = self.end_behind(text, at, len(text))
                 self._known["end"] = text[at:end] if end else ""
-        return self._known["end"]
+        return str(self._known["end"])
 
 
 def parse_args(text: str | None) -> dict[str, Any]:

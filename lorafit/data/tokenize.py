@@ -17,10 +17,10 @@ from typing import TYPE_CHECKING, Any
 from lorafit.data.counts import Counts
 from lorafit.data.encode import Encoded, Encoder, Text
 from lorafit.data.example import Example
-from lorafit.data.files import Fault, refuse
 from lorafit.data.left_out import LeftOut, fit_arguments
 from lorafit.data.messages import REASONING
 from lorafit.data.rows import CUT, IGNORED, NO_END, Row
+from lorafit.data.source import Fault, refuse
 from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate
 from lorafit.errors import RequestError
 

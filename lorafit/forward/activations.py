@@ -10,7 +10,8 @@ import torch
 
 def base_of(model: torch.nn.Module) -> Any:
     """The model itself, without PEFT's wrapper."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    wrapped: Any = model
+    return wrapped.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Module] = ()) -> None:
@@ -27,7 +28,7 @@ def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Mod
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     for block in frozen:
         if hasattr(block, "gradient_checkpointing"):
-            block.gradient_checkpointing = False
+            setattr(block, "gradient_checkpointing", False)  # noqa: B010  # no tensor, as types have it
     if hasattr(base, "disable_input_require_grads"):
         try:
             base.disable_input_require_grads()

@@ -126,7 +126,9 @@ class Forward:
                 def head(hidden_CD: torch.Tensor) -> torch.Tensor:
                     return _logits(finish(hidden_CD))
 
-                loss: torch.Tensor = HeadLoss.apply(hidden_ND, batch.targets, head, self.chunk)
+                loss: torch.Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
+                    hidden_ND, batch.targets, head, self.chunk
+                )
                 if self.router:  # of the whole body's routers, whatever the chunk
                     loss = loss + self.router * batch.supervised * finish(hidden_ND[:1].detach()).aux_loss
             return loss

@@ -25,7 +25,17 @@ from safetensors import safe_open
 from lorafit.adapter import BASE_LAYER, CONFIG, WEIGHTS, pattern_value
 from lorafit.errors import LorafitError
 from lorafit.events import WeightProof
-from lorafit.model import FLOATS, ModelMap, TensorEntry, TensorFile, open_file, read_range, shards, spans
+from lorafit.model import (
+    FLOATS,
+    ModelMap,
+    TensorEntry,
+    TensorFile,
+    open_file,
+    read_range,
+    read_tensor,
+    shards,
+    spans,
+)
 
 PIECE = 2**20  # bytes of a tensor that are read at a time
 
@@ -271,7 +281,7 @@ def _compare(was: Side, now: Side, target: Target | None, streamed: bool) -> _Se
     """One tensor of the merged model with the base's, a few rows at a time."""
     seen = _Seen()
     if target is not None and not (streamed and target.plain):
-        base, new = was[0].read(was[1]), now[0].read(now[1])
+        base, new = read_tensor(*was), read_tensor(*now)
         see_whole(seen, base, new, target)
         return seen
     for base, new, first in _rows(was, now):

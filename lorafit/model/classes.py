@@ -20,7 +20,7 @@ def config_of(source: ModelSource) -> PreTrainedConfig:
     from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
     data = source.config
-    kind = data.get("model_type")
+    kind: Any = data.get("model_type")
     if kind not in CONFIG_MAPPING:
         raise _unknown_type(source, kind, list(CONFIG_MAPPING.keys()))
     try:
@@ -60,6 +60,14 @@ def _mappings() -> tuple[tuple[str, dict[str, Any]], ...]:
     )
 
 
+def _named(name: str) -> type[PreTrainedModel]:
+    """The class of that name in transformers."""
+    import transformers
+
+    found: type[PreTrainedModel] = getattr(transformers, name)
+    return found
+
+
 def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     """The class of the model: the config's `architectures` decide; without them the first of
     causal, seq2seq, masked that knows the type (masked first for an encoder that is no decoder).
@@ -87,7 +95,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     for task in order:
         if kind in mappings[task]:
             name = mappings[task][kind]
-            return getattr(transformers, name if isinstance(name, str) else name[0])
+            return _named(name if isinstance(name, str) else name[0])
     from transformers.models.auto import modeling_auto as auto
 
     for table in (
@@ -96,7 +104,7 @@ def model_class(config: PreTrainedConfig) -> type[PreTrainedModel]:
     ):
         if kind in table:
             name = table[kind]
-            return getattr(transformers, name if isinstance(name, str) else name[0])
+            return _named(name if isinstance(name, str) else name[0])
     raise RequestError(f"transformers has no language model of type `{kind}`")
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.classes import config_of, model_class
@@ -39,7 +39,8 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     import torch
 
     if name != "auto":
-        return getattr(torch, name)
+        asked: torch.dtype = getattr(torch, name)
+        return asked
     fast = device.type == "cuda" and torch.cuda.is_bf16_supported()
     return torch.bfloat16 if fast else torch.float32
 
@@ -73,11 +74,11 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     logging.set_verbosity_error()
     logging.disable_progress_bar()
     try:
-        model, info = cls.from_pretrained(
+        loaded: Any = cls.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
             ignore_mismatched_sizes=True, revision=revision or "main",
         )  # fmt: skip
-        model = model.to(device)
+        model, info = loaded[0].to(device), loaded[1]
     except torch.OutOfMemoryError:
         raise RunError(
             f"`{source.name}` does not fit on {device}", "a smaller dtype or model, or another --device"
@@ -101,7 +102,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             f"the weights of `{source.name}` do not fill a {cls.__name__}: `{lost[0]}`{more} missing",
             "a checkpoint of a bare encoder has no language-model head to train with",
         )
-    return model.requires_grad_(False).eval()
+    frozen: PreTrainedModel = model.requires_grad_(False).eval()
+    return frozen
 
 
 def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
@@ -136,7 +138,8 @@ def stored_dtype(source: ModelSource) -> torch.dtype:
     folder = local_folder(source.place)
     found = dtype_of(stored_tensors(folder).values()) if folder is not None else ""
     if found:
-        return getattr(torch, found)
+        stored: torch.dtype = getattr(torch, found)
+        return stored
     if folder is not None and (folder / PICKLED).is_file():
         with suppress(Exception):  # an old format that cannot be mapped, or a damaged file: loading names it
             tensors = torch.load(folder / PICKLED, map_location="cpu", mmap=True, weights_only=True).values()

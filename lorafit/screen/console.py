@@ -118,9 +118,9 @@ class Table:
         self.names, self.right, self.fold = names, right, fold
         self.rows: list[list[Text]] = []
 
-    def add_row(self, *cells: str) -> None:
-        """A row, as markup; cells at the end may be left out."""
-        texts = [Text.from_markup(cell) for cell in cells]
+    def add_row(self, *cells: str | Text) -> None:
+        """A row, as markup or as texts; cells at the end may be left out."""
+        texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in cells]
         self.rows.append([*texts, *(Text() for _ in self.names[len(texts) :])])
 
     def lines(self, console: Console) -> Iterator[Text]:

@@ -120,7 +120,8 @@ def last_whole(folder: RunFolder) -> tuple[Path | None, list[str]]:
 
 def state_of(folder: Path) -> dict[str, Any]:
     """The loop's own state in a checkpoint."""
-    return json.loads((folder / STATE).read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    return found
 
 
 def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:

@@ -34,7 +34,7 @@ class Divergence:
             self.recent += (loss - self.recent) / RECENT
         if math.isfinite(loss) and finite_gradient and self.recent <= self.most:
             if loss <= self.most:
-                torch._foreach_copy_(self.copies, self.job.parameters)
+                torch._foreach_copy_(self.copies, list(self.job.parameters))
                 self.step = step - 1
             return
         what = f"the loss rose to {loss:.3g}" if math.isfinite(loss) else f"the loss is {loss}"
@@ -42,7 +42,7 @@ class Divergence:
             what = "the gradient is not finite"
         kept = ""
         if self.step:
-            torch._foreach_copy_(self.job.parameters, self.copies)
+            torch._foreach_copy_(list(self.job.parameters), self.copies)
             folder = self.job.folder.work / LAST_GOOD
             save_adapter(self.job.model, folder)
             seal(folder)

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
+from operator import methodcaller
 from typing import Any, Protocol
 
 import yaml
@@ -130,7 +131,7 @@ def _pass_on(listeners: list[Listener], event: Event) -> list[Event]:
     """Give an event to all listeners, and a Note to the rest where one fails: all that they were given."""
     given: list[Event] = [event]
     for each in given:  # which grows with the notes
-        given += _tell(listeners, lambda listener, each=each: listener.on(each))
+        given += _tell(listeners, methodcaller("on", each))
     return given
 
 

@@ -173,7 +173,8 @@ def rewind(events: Path, step: int) -> None:
     """Cut a run's events to those up to its checkpoint of that step: the rest is done again."""
     if not events.is_file():
         return
-    kept, end = [], 0
+    kept: list[bytes] = []
+    end = 0
     for raw in events.read_bytes().splitlines(keepends=True):
         try:
             event = json.loads(raw)
