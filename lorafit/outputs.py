@@ -17,7 +17,7 @@ from lorafit.system import alive
 
 CARD, PAGE = "README.md", "report.html"
 
-EVENTS, RUN_FILE = "events.jsonl", "run.yaml"
+EVENTS, RUN_FILE, HELD_OUT = "events.jsonl", "run.yaml", "held-out.safetensors"
 
 EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE)  # what a person may edit, or lorafit adds to, later
 

@@ -262,8 +262,13 @@ def test_a_run_whose_data_are_gone_still_merges(trained, run, tmp_path):
     (copy / "run.yaml").write_text(
         yaml.safe_dump({**settings, "data": ["gone.jsonl"], "preset": "gone.yaml"})
     )
-    assert run("eval", copy).code == 2
+    stored = run("eval", copy, "--samples", 0, "--json").document
+    assert stored["rows"] and {**stored, "paths": [], "page": ""}["base"]
     assert run("merge", copy, "-o", tmp_path / "m").code == 0
+    (copy / "held-out.safetensors").unlink()  # as in runs of earlier versions
+    (copy / "digests.json").unlink()
+    assert run("eval", copy).code == 2
+    assert run("merge", copy, "-o", tmp_path / "n").code == 0
 
 
 def test_data_that_changed_since(trained, run, tmp_path):
@@ -280,6 +285,9 @@ def test_data_that_changed_since(trained, run, tmp_path):
     changed.write_text("\n".join(lines[:20]) + "\n")
     settings["data"] = [str(changed)]
     (copy / "run.yaml").write_text(yaml.safe_dump(settings))
+    assert run("eval", copy, "--samples", 0).code == 0, "the run has its held-out rows with it"
+    (copy / "held-out.safetensors").unlink()
+    (copy / "digests.json").unlink()
     result = run("eval", copy)
     assert result.code == 2 and "changed since" in result.err
 

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from lorafit.data.rows import IGNORED as IGNORED
     from lorafit.data.rows import Row as Row
     from lorafit.data.rows import RowSet as RowSet
+    from lorafit.data.rows import read_rows as read_rows
+    from lorafit.data.rows import save_rows as save_rows
     from lorafit.data.template import ChatTemplate as ChatTemplate
     from lorafit.data.tokens_shown import ShownRow as ShownRow
     from lorafit.data.tokens_shown import shown_tokens as shown_tokens
@@ -45,7 +47,7 @@ __getattr__ = door(
         "ends": "end_tokens write_generation_config",
         "files": "find_sources",
         "report": "rendered",
-        "rows": "IGNORED Row RowSet",
+        "rows": "IGNORED Row RowSet read_rows save_rows",
         "template": "ChatTemplate",
         "tokens_shown": "ShownRow shown_tokens write_rows",
     },

@@ -8,6 +8,7 @@ and flags (R) uint8.
 from __future__ import annotations
 
 import hashlib
+import json
 import shutil
 from array import array
 from collections.abc import Iterable, Iterator, Sequence
@@ -202,7 +203,8 @@ class RowSet(Sequence[Row]):
     def _bases(self) -> np.ndarray:
         return np.cumsum([0, *(len(store) for store in self.stores)])
 
-    def _found(self, number: int) -> tuple[RowStore, int]:
+    def found(self, number: int) -> tuple[RowStore, int]:
+        """The store of a row, and its number there."""
         place = int(np.searchsorted(self._bases, number, side="right")) - 1
         return self.stores[place], int(number - self._bases[place])
 
@@ -212,7 +214,7 @@ class RowSet(Sequence[Row]):
     def origins(self) -> Iterator[tuple[str, int]]:
         """(name of its source, its number there) of each row."""
         for number in self.index:
-            store, row = self._found(number)
+            store, row = self.found(number)
             yield store.name, int(store.arrays["numbers"][row])
 
     @overload
@@ -222,7 +224,7 @@ class RowSet(Sequence[Row]):
     def __getitem__(self, key: int | slice) -> Row | tuple[Row, ...]:
         if isinstance(key, slice):
             return tuple(self[n] for n in range(*key.indices(len(self))))
-        store, row = self._found(self.index[key])
+        store, row = self.found(self.index[key])
         return store.row(row)
 
     def __iter__(self) -> Iterator[Row]:
@@ -262,6 +264,48 @@ class RowSet(Sequence[Row]):
     def digest(self) -> str:
         """The same rows in the same order have the same one."""
         return hashlib.sha256(np.ascontiguousarray(self.contents).tobytes()).hexdigest()[:32]
+
+
+def save_rows(rows: RowSet, path: Path) -> None:
+    """Write rows into one safetensors file, to be read back by `read_rows`: their arrays, and by number the
+    source of each. Files are named by their full path. Raises OSError where the disk is full.
+    """
+    from safetensors.numpy import save_file
+
+    writer, sources, homes = Writer(), dict[tuple[str, bool], int](), array("q")
+    for number in rows.index:
+        store, row = rows.found(number)
+        place = Path(store.name).expanduser()
+        name = str(place.resolve()) if store.name and place.exists() else store.name
+        homes.append(sources.setdefault((name, store.by_line), len(sources)))
+        writer.add(store.row(row))
+    arrays = {name: np.asarray(made) for name, made in writer.finish().items()}
+    about = {"format": str(FORMAT), "sources": json.dumps(list(sources))}
+    beside = path.with_name(f".{path.name}")
+    save_file({**arrays, "homes": np.array(homes, dtype=np.int64)}, beside, about)
+    beside.replace(path)
+
+
+def read_rows(path: Path) -> RowSet:
+    """The rows that `save_rows` wrote. Raises ValueError, OSError or SafetensorError for what is not such a
+    file, or one of another version."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        about = file.metadata() or {}
+        if about.get("format") != str(FORMAT):
+            raise ValueError(f"its rows are of format {about.get('format')}, not {FORMAT}")
+        arrays = {name: file.get_tensor(name) for name in (*ARRAYS, "homes")}
+    homes, whole = arrays.pop("homes"), RowStore("", False, arrays)
+    stores, index, before = [], np.empty(len(homes), dtype=np.int64), 0
+    for home, (name, by_line) in enumerate(json.loads(about["sources"])):
+        own, writer = np.flatnonzero(homes == home), Writer()
+        for row in own:
+            writer.add(whole.row(int(row)))
+        stores.append(RowStore(name, by_line, {n: np.asarray(made) for n, made in writer.finish().items()}))
+        index[own] = np.arange(len(own)) + before
+        before += len(own)
+    return RowSet(tuple(stores), index)
 
 
 def _learned(store: RowStore) -> np.ndarray:

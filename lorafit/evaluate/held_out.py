@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
 from lorafit.adapter import run_of
-from lorafit.data import RowSet, load
+from lorafit.data import RowSet, load, read_rows
 from lorafit.errors import RequestError
 from lorafit.model import ModelMap
-from lorafit.outputs import RUN_FILE
+from lorafit.outputs import HELD_OUT, RUN_FILE
 from lorafit.report import read_back
 from lorafit.settings import RunConfig, as_recorded, derive_from_model, settle
 
@@ -28,19 +31,26 @@ def stored_settings(adapter: str, found: ModelMap) -> RunConfig:
 
 
 def held_out_rows(adapter: str, tokenizer: PreTrainedTokenizerBase, found: ModelMap) -> RowSet:
-    """The rows that a run held out, made again from its data and checked to be the same.
+    """The rows that a run held out: as they are stored in its folder, or in runs of earlier versions made
+    again from its data and checked to be the same.
 
-    Raises RequestError where it is not a run of lorafit, or its data have changed.
+    Raises RequestError where it is not a run of lorafit, or its stored rows are damaged and its data changed.
     """
     run = run_of(adapter)
     if not (run / RUN_FILE).is_file():
         raise RequestError(
             f"`{adapter}` was not trained by lorafit: it has no held-out rows", "name data with --data"
         )
-    rows = load(stored_settings(adapter, found), tokenizer, found.task, found.vocab_size)
-    if rows.held_out.digest != read_back(run).held_out_digest:
+    wanted = read_back(run).held_out_digest
+    if (run / HELD_OUT).is_file():
+        with suppress(ValueError, OSError, KeyError, SafetensorError):
+            stored = read_rows(run / HELD_OUT)
+            if stored.digest == wanted:
+                return stored
+    rows = load(stored_settings(adapter, found), tokenizer, found.task, found.vocab_size).held_out
+    if rows.digest != wanted:
         raise RequestError(
             f"the data of `{adapter}` changed since it was trained: the held-out rows differ",
             "name data with --data",
         )
-    return rows.held_out
+    return rows

@@ -63,7 +63,10 @@ def save_checkpoint(
             json.dumps({"step": step, "optimizer": scalars, **state}), encoding="utf-8"
         )
         seal(beside)
+        permissions = (beside / STATE).stat().st_mode & 0o777
         for path in (*beside.iterdir(), beside):
+            if path.suffix == ".safetensors":  # which safetensors 0.8 writes for the owner alone
+                path.chmod(permissions)
             sync(path)
         target = folder / f"checkpoint-{step}"
         put_in_place(beside, target)

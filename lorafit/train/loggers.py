@@ -12,8 +12,9 @@ from typing import Any, Protocol
 import yaml
 
 from lorafit.adapter import write_base
+from lorafit.data import save_rows
 from lorafit.events import Event, Note, Started, TrainReport, record
-from lorafit.outputs import CARD, EVENTS, PAGE, RUN_FILE, writing
+from lorafit.outputs import CARD, EVENTS, HELD_OUT, PAGE, RUN_FILE, writing
 from lorafit.report import adapter_card, make_page, read_back
 from lorafit.train.job import Job
 from lorafit.train.run_folder import rewind
@@ -115,6 +116,7 @@ def recorded(
             run_file = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
             (folder.work / RUN_FILE).write_text(run_file, encoding="utf-8")
             write_base(folder.work, job.found.model, job.fingerprint)
+            save_rows(job.rows.held_out, folder.work / HELD_OUT)
             notes = _tell(active, lambda listener: listener.start(first, settings))
             for event in chain([first], notes, events):
                 passed_on = _pass_on(active, event)
