@@ -9,7 +9,7 @@ from lorafit.errors import RequestError
 from lorafit.model.roles import Role
 from lorafit.settings.preset import load_preset, parse, preset_names
 
-OURS = Path(__file__).parent.parent / "presets"
+OURS = Path(__file__).parents[2] / "presets"
 
 
 def test_the_five_strategies():
