@@ -119,6 +119,7 @@ class Started:
     supervised_tokens: int
     held_out_digest: str = ""
     resumed_at: int = 0
+    environment: dict[str, str] = field(default_factory=dict)
     damaged: tuple[str, ...] = ()  # what was wrong with the checkpoints after that step
 
 

@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import gc
 import os
+import platform
+import shlex
 import shutil
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+from lorafit import __version__
 
 
 def free_memory() -> int:
@@ -39,6 +45,24 @@ def installed(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "none"
+
+
+PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
+
+
+def environment() -> dict[str, str]:
+    """What a run or a bug report should name: versions, the machine, the command and the date; no library is
+    imported for it."""
+    return {
+        "lorafit": __version__,
+        "python": platform.python_version(),
+        **{name: installed(name) for name in PACKAGES},
+        "platform": platform.platform(),
+        "processor": f"{platform.machine()}, {os.cpu_count()} cores",
+        "memory free": f"{free_memory() / 1e9:.1f} GB",
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+    }
 
 
 def alive(pid: int) -> bool:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from lorafit.data.rows import IGNORED
+
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -95,3 +97,28 @@ def shaped(name: str):
     """(a tokenizer with the template of that shape, what ends a turn)."""
     template, specials, eos, end = SHAPES[name]
     return bpe(specials, eos, template), end
+
+
+def turn(role, content, **more):
+    return {"role": role, "content": content, **more}
+
+
+def spans(tokenizer, row):
+    """The learned texts, one for each run of labels."""
+    runs, run = [], []
+    for label in (*row.labels, IGNORED):
+        if label == IGNORED and run:
+            runs.append(tokenizer.decode(run))
+            run = []
+        elif label != IGNORED:
+            run.append(label)
+    return runs
+
+
+CHATS = {
+    "one": [turn("user", "Where is Ada?"), turn("assistant", "In the barn.")],
+    "two": [turn("user", "Where is Ada?"), turn("assistant", "In the barn."), turn("user", "And Ben?"), turn("assistant", "At the market.")],
+    "short": [turn("user", "A or B?"), turn("assistant", "A"), turn("user", "a"), turn("assistant", "a")],
+    "alike": [turn("user", "yes"), turn("assistant", "yes"), turn("user", "yes"), turn("assistant", "yes")],
+    "names a role": [turn("user", "Say user."), turn("assistant", "user"), turn("user", "Say final."), turn("assistant", "final")],
+}  # fmt: skip

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from jobs import events_of, job_for
 from safetensors.torch import load_file, save_file
-from test_train import events_of, job_for
 
 from lorafit.adapter.folder import CONFIG, WEIGHTS
 from lorafit.errors import LorafitError, RequestError

@@ -17,7 +17,7 @@ RUN = """
 import json, sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-from test_train import job_for
+from jobs import job_for
 from lorafit.train.loggers import recorded
 from lorafit.train.loop import run
 from lorafit.train.measure import _status

@@ -28,6 +28,7 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
+from lorafit.system import environment
 from lorafit.train import schedule
 from lorafit.train.checkpoint import last_whole, restore, restore_random, save_checkpoint, state_of
 from lorafit.train.divergence import Divergence
@@ -126,6 +127,7 @@ def _start(
         supervised_tokens=job.rows.look.supervised_tokens,
         resumed_at=state.step,
         damaged=damaged,
+        environment={**environment(), "device": _device_name(job.device)},
     )
     if not state.step:
         yield job.rows.look
@@ -139,6 +141,13 @@ def _start(
     if routes_for_loss(base_of(job.model)):
         yield Note(_router_note(forward))
     yield caching
+
+
+def _device_name(device: torch.device) -> str:
+    """`cpu`, or a GPU by its name."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
 
 
 def _router_note(forward: Forward) -> str:

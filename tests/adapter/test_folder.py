@@ -6,11 +6,11 @@ import stat
 
 import pytest
 import torch
+from adapters import do_merge, make_adapter
 from families import build_model, tokenizer
+from hub_cache import hub, in_hub_cache  # noqa: F401
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from test_identity import hub, in_hub_cache  # noqa: F401
-from test_merge import do_merge, make_adapter
 from transformers import AutoModelForCausalLM
 
 from lorafit.adapter.folder import check_values, locate, read_config

@@ -3,8 +3,8 @@
 import pytest
 import torch
 from families import FAMILIES
+from jobs import events_of, job_for
 from safetensors.torch import load_file
-from test_train import events_of, job_for
 
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.events import Stepped

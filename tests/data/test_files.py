@@ -8,8 +8,7 @@ from dataclasses import replace
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from templates import shaped
-from test_template import CHATS, spans, turn
+from templates import CHATS, shaped, spans, turn
 
 from lorafit import demo
 from lorafit.data import load

@@ -8,7 +8,7 @@ from datetime import datetime
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from templates import CHATML, SHAPES, bpe, shaped
+from templates import CHATML, CHATS, SHAPES, bpe, shaped, spans, turn
 
 from lorafit.data.ends import end_tokens, write_generation_config
 from lorafit.data.formats import Example
@@ -20,36 +20,11 @@ from lorafit.errors import RequestError
 WHEN = datetime(2026, 1, 31)
 
 
-def turn(role, content, **more):
-    return {"role": role, "content": content, **more}
-
-
 def made(tokenizer, messages, tools=(), **more):
     """(the row, the counts) of a conversation."""
     maker = Tokens(tokenizer, "causal", 4096, 100_000, moment=WHEN, **more)
     (row,) = maker.rows([Example("f:1", messages=tuple(messages), tools=tuple(tools))], "messages")
     return row, maker.counts
-
-
-def spans(tokenizer, row):
-    """The learned texts, one for each run of labels."""
-    runs, run = [], []
-    for label in (*row.labels, IGNORED):
-        if label == IGNORED and run:
-            runs.append(tokenizer.decode(run))
-            run = []
-        elif label != IGNORED:
-            run.append(label)
-    return runs
-
-
-CHATS = {
-    "one": [turn("user", "Where is Ada?"), turn("assistant", "In the barn.")],
-    "two": [turn("user", "Where is Ada?"), turn("assistant", "In the barn."), turn("user", "And Ben?"), turn("assistant", "At the market.")],
-    "short": [turn("user", "A or B?"), turn("assistant", "A"), turn("user", "a"), turn("assistant", "a")],
-    "alike": [turn("user", "yes"), turn("assistant", "yes"), turn("user", "yes"), turn("assistant", "yes")],
-    "names a role": [turn("user", "Say user."), turn("assistant", "user"), turn("user", "Say final."), turn("assistant", "final")],
-}  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES)

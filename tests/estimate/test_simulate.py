@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 from families import FAMILIES, build_config
-from test_train import job_for
+from jobs import job_for
 
 from lorafit.adapter.plan import resolve
 from lorafit.estimate.simulate import _profile, meta_batch, simulate_step, track

@@ -5,9 +5,9 @@ import shutil
 
 import pytest
 import torch
+from adapters import do_merge, make_adapter
 from families import build_model, tokenizer
 from safetensors.torch import load_file
-from test_merge import do_merge, make_adapter
 
 from lorafit.adapter.tokenizer_files import save_tokenizer
 from lorafit.merge.carry import carry

@@ -176,7 +176,7 @@ def test_an_auto_map_alone_is_no_reason_to_refuse(tmp_path):
 def test_models_that_are_not_there(tmp_path):
     for name, word in (
         ("./none", "no model at"), (str(tmp_path), "no config.json"), ("a/b/c", "no model at"), ("what ever", "no model at"),
-        ("nobody/nothing-of-the-kind", "the hub did not give it"),
+        ("nobody/nothing-of-the-kind", "is not in the local cache"),
     ):  # fmt: skip
         with pytest.raises(RequestError, match=word):
             find(name)

@@ -159,7 +159,7 @@ def test_an_encoder_decoder_without_architectures_is_its_seq2seq_class(kind):
 
 
 def test_merge_names_a_quantised_base(run, folder, tiny, tmp_path):
-    from test_merge import make_adapter
+    from adapters import make_adapter
 
     make_adapter(tmp_path / "a", tiny("llama"))
     set_config(folder, quantization_config={"quant_method": "fp8"})

@@ -8,6 +8,7 @@ import subprocess
 
 import pytest
 import torch
+from hub_cache import in_hub_cache
 from safetensors.torch import load_file, save_file
 
 from lorafit import digests
@@ -17,33 +18,6 @@ from lorafit.forward.prefix_store import DiskStore, states_key
 from lorafit.model import identity
 from lorafit.model.identity import fingerprint, sampled
 from lorafit.model.source import find
-
-
-def in_hub_cache(folder, cache, name="ada/tiny", revision="a" * 40, linked=True, ref="main"):
-    """The files of a folder as huggingface_hub keeps a repository's."""
-    home = cache / f"models--{name.replace('/', '--')}"
-    (home / "blobs").mkdir(parents=True, exist_ok=True)
-    (home / "refs").mkdir(exist_ok=True)
-    (home / "refs" / ref).write_text(revision)
-    snapshot = home / "snapshots" / revision
-    snapshot.mkdir(parents=True)
-    for path in folder.iterdir():
-        if linked:
-            blob = home / "blobs" / hashlib.sha256(path.read_bytes()).hexdigest()
-            shutil.copyfile(path, blob)
-            (snapshot / path.name).symlink_to(os.path.relpath(blob, snapshot))
-        else:
-            shutil.copyfile(path, snapshot / path.name)
-    return home
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    cache = tmp_path / "hub"
-    cache.mkdir()
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(cache))
-    monkeypatch.setattr("huggingface_hub.file_download.HF_HUB_CACHE", str(cache), raising=False)
-    return cache
 
 
 def change(folder, name, row, file="model.safetensors"):

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from test_train import events_of, job_for
+from jobs import events_of, job_for
 
 from lorafit.errors import RunError
 from lorafit.events import Note, Started, Stepped, TrainReport

@@ -4,46 +4,21 @@ import math
 import pytest
 import torch
 from families import FAMILIES, build_model, tokenizer
+from jobs import events_of, job_for, losses
 from peft import PeftModel
 from safetensors.torch import load_file
 
 from lorafit.adapter.folder import CONFIG, WEIGHTS
 from lorafit.adapter.inject import attach
-from lorafit.adapter.plan import resolve
 from lorafit.data.collate import collate_rows
-from lorafit.data.dataset import load
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.events import Evaluated, Saved, Stepped, TrainReport
 from lorafit.forward.head import Forward
-from lorafit.model.chart import chart_of
-from lorafit.model.load import load_tokenizer, pick_device, pick_dtype
-from lorafit.model.source import find
-from lorafit.settings.precedence import derive_from_model, derive_from_rows, settle
-from lorafit.train.job import assemble
+from lorafit.model.load import pick_device, pick_dtype
 from lorafit.train.loggers import recorded
 from lorafit.train.loop import run
 from lorafit.train.measure import efficiency
 from lorafit.train.run_folder import RunFolder
-
-
-def job_for(model, output, stop=lambda: 0, **flags):
-    """A job as the command makes it."""
-    config, preset = settle({"model": str(model), **flags})
-    source = find(config.model)
-    found = chart_of(source)
-    config = derive_from_model(config, found)
-    exclude = ["feed-forward", "shared-experts"] if found.reinterpreted else []
-    plan = resolve(found, preset, config.layers, exclude=exclude)
-    found_tokenizer = load_tokenizer(source.place, source.name)
-    rows = load(config, found_tokenizer, found.task, found.vocab_size)
-    config = derive_from_rows(config, rows.look.mean, len(rows.train))
-    folder = RunFolder(output)
-    folder.open(config.overwrite, config.resume)
-    return assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
-
-
-def events_of(job):
-    return list(recorded(job, run(job)))
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -78,10 +53,6 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
         mine = forward.logits(attached.eval(), batch)
     torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-4)
     torch.testing.assert_close(mine, wanted, atol=1e-5, rtol=1e-4)
-
-
-def losses(events):
-    return [e.loss for e in events if isinstance(e, (Stepped, Evaluated))]
 
 
 def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny, pairs, tmp_path):

@@ -5,7 +5,7 @@ from importlib.util import find_spec
 
 import pytest
 import torch
-from test_train import events_of, job_for
+from jobs import events_of, job_for
 
 from lorafit.errors import RequestError
 from lorafit.events import Note

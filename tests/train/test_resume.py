@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from jobs import events_of, job_for
 from safetensors.torch import load_file
-from test_train import events_of, job_for
 
 from lorafit import digests
 from lorafit.adapter.folder import WEIGHTS, read_config
@@ -392,7 +392,7 @@ def test_a_full_disk_loses_nothing_that_was_saved(tiny, pairs, tmp_path):
     again = subprocess.run(
         [sys.executable, "-m", "lorafit", *arguments, "--resume"], capture_output=True, text=True
     )
-    assert again.returncode == 0 and "going on from step 4" in again.stderr
+    assert again.returncode == 0 and "continued from step 4" in again.stderr
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] == resource.RLIM_INFINITY
 
 
@@ -407,7 +407,7 @@ def test_memory_that_runs_out_says_what_would_fit(tiny, pairs, tmp_path, run, mo
     monkeypatch.setattr(Forward, "loss_sum", out)
     done = run("train", tiny("llama"), "--data", pairs, "--batch-size", 8, "-o", tmp_path / "r")
     assert done.code == 1 and "ran out of memory at micro-batches of 8 rows" in done.err
-    assert "by the plan" in done.err and not (tmp_path / "r.partial").exists()
+    assert "planned, instead of" in done.err and not (tmp_path / "r.partial").exists()
 
 
 def test_links_in_the_output_path(tiny, pairs, tmp_path):

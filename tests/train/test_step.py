@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 import transformers
 from families import FAMILIES, build_model, save_model
+from jobs import events_of, job_for
 from peft import LoraConfig, get_peft_model
-from test_train import events_of, job_for
 
 from lorafit.data.rows import IGNORED
 from lorafit.evaluate.score import Evaluator

@@ -1,0 +1,37 @@
+"""Training jobs as the command makes them."""
+
+from lorafit.adapter.plan import resolve
+from lorafit.data.dataset import load
+from lorafit.events import Evaluated, Stepped
+from lorafit.model.chart import chart_of
+from lorafit.model.load import load_tokenizer
+from lorafit.model.source import find
+from lorafit.settings.precedence import derive_from_model, derive_from_rows, settle
+from lorafit.train.job import assemble
+from lorafit.train.loggers import recorded
+from lorafit.train.loop import run
+from lorafit.train.run_folder import RunFolder
+
+
+def job_for(model, output, stop=lambda: 0, **flags):
+    """A job as the command makes it."""
+    config, preset = settle({"model": str(model), **flags})
+    source = find(config.model)
+    found = chart_of(source)
+    config = derive_from_model(config, found)
+    exclude = ["feed-forward", "shared-experts"] if found.reinterpreted else []
+    plan = resolve(found, preset, config.layers, exclude=exclude)
+    found_tokenizer = load_tokenizer(source.place, source.name)
+    rows = load(config, found_tokenizer, found.task, found.vocab_size)
+    config = derive_from_rows(config, rows.look.mean, len(rows.train))
+    folder = RunFolder(output)
+    folder.open(config.overwrite, config.resume)
+    return assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
+
+
+def events_of(job):
+    return list(recorded(job, run(job)))
+
+
+def losses(events):
+    return [e.loss for e in events if isinstance(e, (Stepped, Evaluated))]
