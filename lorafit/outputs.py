@@ -19,7 +19,8 @@ CARD, PAGE = "README.md", "report.html"
 
 EVENTS, RUN_FILE, HELD_OUT = "events.jsonl", "run.yaml", "held-out.safetensors"
 
-EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE)  # what a person may edit, or lorafit adds to, later
+# What has no digest: a person may edit it, lorafit adds to it later, or it stays here when a run is pushed.
+EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT)
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

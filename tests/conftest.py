@@ -15,6 +15,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach f
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
+from hub_cache import hub  # noqa: F401  # a fixture that several files use
+
+
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache folder of the session's own."""

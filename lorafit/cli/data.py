@@ -11,7 +11,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Debug, Json, run_options
 from lorafit.errors import RequestError
-from lorafit.settings import DATA, OPTIONS, OUTPUT, dated, derive_from_model, settle
+from lorafit.settings import DATA, OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
     from lorafit.data import RowSet
@@ -44,6 +44,8 @@ def show(
 
     Training rows first, then those held out. No weights are read.
     """
+    from lorafit.settings import dated, derive_from_model, settle
+
     settings, _ = settle(flags)
 
     from lorafit.model import chart_of, find, load_tokenizer

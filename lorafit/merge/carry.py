@@ -15,7 +15,7 @@ from typing import Any
 
 from lorafit.adapter import BASE, TEMPLATES, TOKENIZER, VOCABULARY, is_one
 from lorafit.digests import SEAL
-from lorafit.outputs import CARD, EVENTS, PAGE, RUN_FILE
+from lorafit.outputs import EDITABLE
 
 OF_THE_BASE = (
     "config.json", "generation_config.json", "preprocessor_config.json", "processor_config.json",
@@ -24,7 +24,7 @@ OF_THE_BASE = (
 
 GENERATION = "generation_config.json"
 
-RECORD = (BASE, SEAL, CARD, PAGE, EVENTS, RUN_FILE)  # what a run of lorafit has beside its adapter
+RECORD = (BASE, SEAL, *EDITABLE)  # what a run of lorafit has beside its adapter
 
 
 def carry(base: Path, adapter: Path, tokenizer: Path, work: Path) -> tuple[str, ...]:

@@ -18,6 +18,7 @@ import yaml
 from lorafit.errors import RequestError, closest
 from lorafit.model import Role
 from lorafit.settings.bands import BANDS, Band, LayerChoice
+from lorafit.settings.options import whole
 from lorafit.settings.run_config import OPTIONS
 
 HERE = Path(__file__).resolve().parent.parent
@@ -213,7 +214,7 @@ TOP: Schema = {
 }
 
 LORA: Schema = {
-    "r": (_whole, "a whole number above 0"),
+    "r": (whole(1).holds, "a whole number above 0"),
     "alpha": (_number, "a number above 0"),
     "dropout": (_share, "a number from 0 up to 1"),
     "use_rslora": (_flag, "true or false"),

@@ -184,7 +184,7 @@ def test_two_layers_have_no_band(maps):
     found = map_of(build_config("llama", num_hidden_layers=2))
     with pytest.raises(RequestError, match="a stack of 2 layers has no band `high`") as error:
         resolve(found, load_preset("ffn"), "high")
-    assert "`all`" in error.value.hint
+    assert error.value.hint == "--layers last:1"
     assert resolve(found, load_preset("ffn"), "1").indices == (1,)
 
 

@@ -346,7 +346,7 @@ WRONG = [
     (("train", "--learning-rate", "fast"), "--learning-rate"),
     (("train", "--data", "none.jsonl"), "there is no file `none.jsonl`"),
     (("train", "--device", "cuda:99"), "no device `cuda:99`"),
-    (("train", "--device", "toaster"), "no device `toaster`"),
+    (("train", "--device", "toaster"), "--device is `toaster`"),
     (("train", "--epochs", "0"), "--epochs is 0"),
     (("train", "--max-length", "1"), "--max-length is 1"),
     (("train", "--resume"), "name it with -o"),

@@ -106,7 +106,7 @@ def test_the_matrix_has_memory_and_time(run):
         (["--fit", "24XB"], "takes a size"),
         (["--batch-size", 0], "--batch-size is 0"),
         (["--max-length", 99999], "beyond the 512 positions"),
-        (["--device", "tpu"], "no device `tpu`"),
+        (["--device", "tpu"], "--device is `tpu`"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl"),
     ],
 )

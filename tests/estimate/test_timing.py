@@ -27,7 +27,7 @@ def test_the_probe_cuts_the_row_where_there_is_no_time_for_it(tiny):
     found = chart_of(source)
     plan = resolve(found, load_preset("ffn"), "last:1")
     timing = probing.probe(source, found, plan, Shape(4, 128), torch.device("cpu"), 0.0)
-    assert timing.length == probing.FEW and "1 × 64 tokens" in timing.source
+    assert timing.length == probing.FEW and "1 row of 64 tokens" in timing.source
 
 
 def test_blocks_that_do_not_fit_are_not_built(tiny, monkeypatch):
