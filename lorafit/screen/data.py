@@ -56,7 +56,7 @@ def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
     for row in look.samples:
         screen.line(
             "row",
-            f"{row.where}: {count(row.tokens)} tokens, {count(row.supervised_tokens)} learned (┃)",
+            f"{row.where}: {count(row.tokens)} tokens, {count(row.supervised_tokens)} in the loss (┃)",
             answer,
         )
         for text, learned in row.pieces:
@@ -108,7 +108,7 @@ def show_tokens(screen: Screen, look: DataReport, rows: Sequence[ShownRow], writ
         for number, token in enumerate((*row.tokens, *row.target), 1):
             if number > 1 and token.learned != before:
                 table.add_row(
-                    "", "", "", Text("╌╌╌ learned from here" if token.learned else "╌╌╌ read only", "dim")
+                    "", "", "", Text("╌╌╌ in the loss from here" if token.learned else "╌╌╌ read only", "dim")
                 )
             before = token.learned
             shown = token.piece.translate(CONTROLS).replace("\n", "⏎").replace(" ", "·")

@@ -205,6 +205,13 @@ def test_what_is_drawn_is_drawn_by_the_seed(runs, run):
     assert said() == said("--seed", "9") and len(said("--max-new-tokens", "2")) < len(said())
 
 
+def test_each_prompt_is_drawn_by_a_seed_of_its_own(runs, run):
+    """The same prompt twice is two draws, the same for base and any adapter of a later call."""
+    twice = ("--prompt", "Ada lent the lamp.", "--prompt", "Ada lent the lamp.", "--temperature", "1.5")
+    first, second = run("eval", runs[0], *twice, "--json").document["samples"]
+    assert first["prompt"] == second["prompt"] and first["base"] != second["base"]
+
+
 def test_a_masked_model_fills_a_prompt_of_one_s_own(tiny, run, tmp_path, pairs):
     base = tiny("bert")
     run("train", base, "--data", pairs, "--max-steps", "2", "-o", tmp_path / "m")

@@ -516,3 +516,11 @@ def test_a_copy_within_the_system_that_is_refused_is_done_by_hand(tiny, tmp_path
     do_merge(tmp_path / "a", source, found, tmp_path / "n", verify=False)
     one, other = (tmp_path / name / "model.safetensors" for name in ("m", "n"))
     assert one.read_bytes() == other.read_bytes()
+
+
+def test_the_tolerance_of_logits_is_no_wider_than_rounding():
+    """A spacing of each dtype, as a share of the largest logit, times what a deep model adds up: a float32
+    merge that is off by a thousandth of the logits must fail."""
+    for dtype, allowed in verify.TOLERANCE.items():
+        spacing = torch.finfo(dtype).eps
+        assert 2 * spacing < allowed <= (16 * spacing if dtype is not torch.float32 else 1e-3)
