@@ -23,6 +23,9 @@ from lorafit.system import alive
 
 KINDS = ("prefix", "rows")
 
+# Kinds that are many small files, and what these are.
+SMALL = {"maps": "models", "forecasts": "estimates", "digests": "weight files"}
+
 INDEX, FILLING = "index.json", ".filling-"
 
 
@@ -136,9 +139,20 @@ def kept() -> list[Stored]:
     return sorted(found, key=lambda entry: -entry.made)
 
 
+def small_kinds() -> list[Stored]:
+    """What is kept in many small files, an entry for each kind: its key is the kind."""
+    found = []
+    for kind, about in SMALL.items():
+        files = [path.stat() for path in folder(kind).glob("*.json")]
+        if files:
+            size, last = sum(file.st_size for file in files), max(file.st_mtime for file in files)
+            found.append(Stored(kind, kind, f"{len(files):,} {about}", 0, size, last, str(folder(kind))))
+    return found
+
+
 def remove(key: str) -> int:
     """Remove the entry whose key begins so; the bytes it held. Raises RequestError for none or several."""
-    found = [entry for entry in kept() if key and entry.key.startswith(key)]
+    found = [entry for entry in (*kept(), *small_kinds()) if key and entry.key.startswith(key)]
     if len(found) != 1:
         what = "no cache" if not found else f"{len(found)} caches"
         raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")

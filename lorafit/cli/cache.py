@@ -30,15 +30,15 @@ def cache(
 
     screen = Screen(json)
     folder = str(caches.cache_folder())
+    found = [*caches.kept(), *caches.small_kinds()]
     if remove:
-        keys = [entry.key for entry in caches.kept()] if remove == "all" else [remove]
+        keys = [entry.key for entry in found] if remove == "all" else [remove]
         freed = sum(caches.remove(key) for key in keys)
         if json:
             screen.document({"removed": len(keys), "bytes": freed})
         else:
             show_removed(screen, len(keys), freed)
         return
-    found = caches.kept()
     if json:
         screen.document({"folder": folder, "caches": found})
     else:

@@ -22,16 +22,16 @@ def show_caches(screen: Screen, folder: str, caches: Sequence[Any]) -> None:
     for kept in caches:
         made = time.strftime("%Y-%m-%d %H:%M", time.localtime(kept.made))
         table.add_row(
-            f"  {kept.key[:8]}",
+            f"  {kept.key[:9]}",
             kept.kind,
             escape(kept.about),
-            count(kept.tokens),
+            count(kept.tokens) if kept.tokens else "",
             bytes_text(kept.bytes),
             made,
         )
     screen.answer(table)
     screen.line("total", f"{bytes_text(sum(kept.bytes for kept in caches))} in {folder}", answer=True)
-    screen.command("next", f"lorafit cache --remove {caches[0].key[:8]}")
+    screen.command("next", f"lorafit cache --remove {caches[0].key[:9]}")
     screen.command("", "lorafit cache --remove all")
 
 

@@ -261,7 +261,10 @@ def test_caches_are_listed_and_removed(run, tiny, pairs, tmp_path, monkeypatch):
     assert "nothing in" in run("cache").out
     trained(tiny, pairs, tmp_path / "a", prefix_cache="disk")
     trained(tiny, pairs, tmp_path / "b", prefix_cache="disk", layers="last:1")
-    (one, two) = run("cache", "--json").document["caches"]
+    listed = run("cache", "--json").document["caches"]
+    (one, two) = [entry for entry in listed if entry["kind"] == "prefix"]
+    others = {entry["key"]: entry for entry in listed if entry["kind"] != "prefix"}
+    assert {"maps", "digests"} <= set(others) and all(entry["bytes"] > 0 for entry in others.values())
     assert one["bytes"] > 0 and os.path.isdir(one["path"])
     assert one["key"][:8] in run("cache").out
     assert run("cache", "--remove", "nothing").code == 2
@@ -269,6 +272,7 @@ def test_caches_are_listed_and_removed(run, tiny, pairs, tmp_path, monkeypatch):
         "removed": 1,
         "bytes": one["bytes"],
     }
+    assert run("cache", "--remove", "maps").code == 0 and not os.path.exists(others["maps"]["path"])
     assert run("cache", "--remove", "all").code == 0
     assert run("cache", "--json").document["caches"] == [] and two["bytes"]
 
