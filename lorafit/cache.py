@@ -161,7 +161,7 @@ def remove(key: str) -> int:
 
 
 def digest(raw: bytes | memoryview) -> str:
-    """The digest that a piece of an entry is held against before it is used."""
+    """The digest that a piece of an entry is compared with before it is used."""
     return hashlib.blake2b(raw, digest_size=16).hexdigest()
 
 

@@ -69,7 +69,7 @@ def load(
 ) -> Rows:
     """The rows of a run: read, tokenised, some held out, looked at. Without `data`, the demo's.
 
-    `tick` hears of the bytes read. Raises RequestError for anything wrong with the data, and when
+    `tick` is called with (bytes read, bytes in all). Raises RequestError for anything wrong with the data, and when
     nothing is left to learn.
     """
     if not config.data and config.model != "demo":

@@ -76,7 +76,7 @@ class Evaluator:
 
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, tick: Callable[[int], None] = lambda n: None) -> list[RowScore]:
-        """A score for each row, in the rows' order; `tick` hears of each batch's size."""
+        """A score for each row, in the rows' order; `tick` is called with each batch's size."""
         training = model.training
         model.eval()
         found: dict[int, RowScore] = {}

@@ -33,7 +33,7 @@ class Delta:
         return (into, out) if self.flip else (out, into)
 
     def rows(self, first: int, many: int) -> torch.Tensor:
-        """What is added to so many rows of the weight, from the first on; float32."""
+        """What is added to `many` rows of the weight, from row `first` on; float32."""
         last = first + many
         if self.flip:
             return ((self.up_OR @ self.down_RI[:, first:last]) * self.scaling).T

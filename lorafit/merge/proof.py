@@ -75,7 +75,7 @@ class Target:
         return self.kind in ("conv1d", "embedding")
 
     def added(self, first: int, many: int, kind: torch.dtype) -> torch.Tensor:
-        """What is added to so many rows of the weight, computed in that dtype."""
+        """What is added to `many` rows of the weight, computed in that dtype."""
         total = None
         for down_RI, up_OR, scaling in self.pairs:
             a, b = down_RI.to(kind), up_OR.to(kind)

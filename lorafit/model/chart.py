@@ -103,7 +103,7 @@ def _in_out(kind: str, shape: tuple[int, ...]) -> tuple[int, int]:
 
 @dataclass(slots=True)
 class _Draft:
-    """A slot in the making: with the container it stands in, to be held against its neighbours."""
+    """A slot in the making, with the container it stands in, to be compared with its neighbours."""
 
     slot: Slot
     container: str
@@ -178,7 +178,7 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
     used = {slot.stack for slot in (*slots, *placing.unplaced)}
     text = config.get_text_config()
     stacks = _stacks(tree, placing.lists, {s.stack for s in slots}, config)
-    # what could be adapted in a stack that holds no slot at all lies in no layer a person can choose
+    # a weight in a stack without any slot lies in no layer that can be chosen
     unplaced = [s for s in placing.unplaced if s.stack in {stack.path for stack in stacks} & used]
     return ModelMap(
         model=name,
@@ -292,7 +292,7 @@ def _gated(roles: tuple[Role, ...], name: str, siblings: set[str]) -> tuple[Role
 
 
 def _fusions(drafts: list[_Draft]) -> list[Slot]:
-    """The slots, each `up` held against the `down` nearest to it: in its container, else its block."""
+    """The slots, each `up` compared with the `down` nearest to it: in its container, else its block."""
     near: dict[tuple[str, int, str], int] = {}
     far: dict[tuple[str, int, Part], int] = {}
     for draft in drafts:

@@ -70,7 +70,7 @@ def load_kernels(device: torch.device, dtype: torch.dtype) -> None:
 
 
 def memory_before(device: torch.device) -> int:
-    """Bytes held now, before a model is loaded; on Linux the highest mark begins anew."""
+    """Bytes held now, before a model is loaded; on Linux the peak is reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return torch.cuda.memory_allocated(device)
