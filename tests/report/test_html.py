@@ -108,11 +108,15 @@ def test_the_verdict_is_a_sentence(low, high, words):
 
 def test_the_environment_is_shown_where_it_was_recorded(trained):
     run = read_back(trained)
-    assert "Environment" not in make_page("x", chart_of(find("demo")), {}, [run])
     first, *others = run.events
-    assert first["event"] == "started"
-    known = {**first, "environment": {"command_line": f"lorafit train {NASTY}", "device": "cpu"}}
-    text = make_page("x", chart_of(find("demo")), {}, [replace(run, events=(known, *others))])
+    assert first["event"] == "started" and first["environment"]["torch"]
+
+    def page(**started):
+        return make_page("x", chart_of(find("demo")), {}, [replace(run, events=({**first, **started}, *others))])
+
+    assert "Environment" in page() and first["environment"]["torch"] in page()
+    assert "Environment" not in page(environment=None)
+    text = page(environment={"command_line": f"lorafit train {NASTY}", "device": "cpu"})
     assert "command line" in text and "<script" not in text and "lorafit train &lt;script&gt;" in text
 
 
