@@ -58,6 +58,7 @@ class DataReport:
     training rows, `duplicates` are the same as another, `no_end` end with no end token; `overlap` of
     the held-out rows are training rows too. Of the rows read, `blank` hold no text and `bad` cannot be used:
     both are skipped. In `seams` rows a token holds the end of the prompt and the start of the answer.
+    `weight` is what the supervised tokens count in the loss: their number where the data gives no weights.
     """
 
     sources: tuple[ReadSource, ...]
@@ -81,6 +82,7 @@ class DataReport:
     blank: int = 0
     bad: int = 0
     seams: int = 0
+    weight: float = 0.0
     samples: tuple[Rendered, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -162,7 +164,8 @@ class Evaluated:
 
 @dataclass(frozen=True, slots=True)
 class Stepped:
-    """One optimizer step: its loss per supervised token, its tokens, its seconds."""
+    """One optimizer step: its loss per supervised token, its tokens, its seconds. `weight` is what its
+    supervised tokens count in the loss: their number where the data gives no weights."""
 
     step: int
     epoch: int
@@ -172,6 +175,7 @@ class Stepped:
     seconds: float
     learning_rate: float
     grad_norm: float
+    weight: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

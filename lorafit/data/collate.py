@@ -18,7 +18,8 @@ class Batch:
 
     `labels` are (B, T), for sequence-to-sequence the decoder's (B, S). The loss is taken at
     `places_N`, the positions in the flattened (B * T) whose next or own token is supervised, against
-    `targets_N`: known before the device is asked anything.
+    `targets_N`: known before the device is asked anything. `weights_N`, float32, are what each counts in the
+    loss, and `row_weights` their sum in each row; None and empty where each counts 1.
     """
 
     inputs: dict[str, torch.Tensor]
@@ -28,10 +29,17 @@ class Batch:
     counts: tuple[int, ...]  # supervised tokens of each row
     tokens: int
     key: str = ""  # names a micro-batch that comes again as it is; empty for one that does not
+    weights: torch.Tensor | None = None
+    row_weights: tuple[float, ...] = ()
 
     @property
     def supervised(self) -> int:
         return sum(self.counts)
+
+    @property
+    def weight(self) -> float:
+        """What the micro-batch counts in the loss: its supervised tokens, or their weights' sum."""
+        return float(sum(self.row_weights or self.counts))
 
     def to(self, device: torch.device) -> Batch:
         def moved(tensor: torch.Tensor) -> torch.Tensor:
@@ -45,6 +53,7 @@ class Batch:
             labels=moved(self.labels),
             places=moved(self.places),
             targets=moved(self.targets),
+            weights=None if self.weights is None else moved(self.weights),
         )
 
 
@@ -54,7 +63,14 @@ def collate_rows(rows: Sequence[Row], pad: int, task: str, key: str = "") -> Bat
     mask_BT = _padded([(1,) * len(row.ids) for row in rows], 0)
     labels = _padded([row.labels for row in rows], IGNORED)
     tokens = int(mask_BT.sum()) + (sum(len(r.labels) for r in rows) if task == "seq2seq" else 0)
-    return Batch({"input_ids": ids_BT, "attention_mask": mask_BT}, labels, *_aim(labels, task), tokens, key)
+    places, targets, counts = _aim(labels, task)
+    batch = Batch(
+        {"input_ids": ids_BT, "attention_mask": mask_BT}, labels, places, targets, counts, tokens, key
+    )
+    if not any(row.weights for row in rows):
+        return batch
+    weights_BT = _padded([row.weights or (1.0,) * len(row.labels) for row in rows], 1.0)
+    return _weighted(batch, weights_BT if task != "causal" else weights_BT.roll(-1, dims=1))
 
 
 def _aim(labels: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
@@ -68,11 +84,20 @@ def _aim(labels: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor, t
     return places, wanted.flatten()[places], tuple(chosen.sum(1).tolist())
 
 
-def _padded(sequences: Sequence[Sequence[int]], pad: int) -> torch.Tensor:
+def _weighted(batch: Batch, weights_BT: torch.Tensor) -> Batch:
+    """A batch with the weight of each place of its flattened (B * T)."""
+    weights_N = weights_BT.flatten()[batch.places]
+    sums = [float(part.double().sum()) for part in weights_N.split(batch.counts)]
+    return replace(batch, weights=weights_N, row_weights=tuple(sums))
+
+
+def _padded(sequences: Sequence[Sequence[float]], pad: float) -> torch.Tensor:
+    """(rows, longest): int64, or float32 where the padding is a float."""
     width = max(len(s) for s in sequences)
-    out = torch.full((len(sequences), width), pad, dtype=torch.long)
+    dtype = torch.float32 if isinstance(pad, float) else torch.long
+    out = torch.full((len(sequences), width), pad, dtype=dtype)
     for row, sequence in enumerate(sequences):
-        out[row, : len(sequence)] = torch.tensor(sequence, dtype=torch.long)
+        out[row, : len(sequence)] = torch.tensor(sequence, dtype=dtype)
     return out
 
 
@@ -97,6 +122,11 @@ def mask_tokens(
     labels_BT = torch.where(chosen_BT, labels_BT, IGNORED)
     inputs = {**batch.inputs, "input_ids": ids_BT}
     places, targets, counts = _aim(labels_BT, "masked")
-    return replace(
+    hidden = replace(
         batch, inputs=inputs, labels=labels_BT, places=places, targets=targets, counts=counts, key=""
     )
+    if batch.weights is None:
+        return hidden
+    weights_BT = torch.ones(labels_BT.shape)
+    weights_BT.view(-1)[batch.places] = batch.weights
+    return _weighted(hidden, weights_BT)

@@ -20,7 +20,8 @@ class Counts:
     hint]. `seams` are rows with a token that holds the end of the prompt and the start of the answer.
     `unused` counts rows by the column that is not read, `unused_keys` messages by such a key. `left_out` is
     what the chat template does not render: kind -> [count, where the first is, its text]. `weightless` are
-    rows and answers whose weight is 0. Of the rows of plain prompt and completion, `joined` have no white
+    rows and answers whose weight is 0; `weighted` are those of another weight than 1, from `lightest` to
+    `heaviest`. Of the rows of plain prompt and completion, `joined` have no white
     space between the two; `pair` are prompt and completion of the first such row, else of the first.
     """
 
@@ -39,6 +40,9 @@ class Counts:
     seam_at: str = ""
     seam: str = ""
     weightless: int = 0
+    weighted: int = 0
+    lightest: float = float("inf")
+    heaviest: float = 0.0
     joined: int = 0
     pair: list[str] = field(default_factory=list)
     unused: dict[str, int] = field(default_factory=dict)
@@ -72,6 +76,11 @@ class Counts:
         if not self.pair or (not apart and not self.joined):
             self.pair = [prompt, completion]
         self.joined += not apart
+
+    def weigh(self, weight: float) -> None:
+        """Count a row or an answer of another weight than 1."""
+        self.weighted += 1
+        self.lightest, self.heaviest = min(self.lightest, weight), max(self.heaviest, weight)
 
     def forget_keys(self, is_read: Callable[[str], bool]) -> None:
         """Of the messages' keys, keep those that are not read."""
@@ -107,6 +116,10 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
         yield f"skipped {blank:,} blank {_rows(blank)}, e.g. {at}"
     if weightless := sum(c.weightless for c in counts):
         yield f"{weightless:,} rows or answers have weight 0 and are not learned"
+    if weighted := sum(c.weighted for c in counts):
+        low, high = min(c.lightest for c in counts), max(c.heaviest for c in counts)
+        span = f"{low:g}" if low == high else f"{low:g} to {high:g}"
+        yield f"{weighted:,} rows or answers have a weight of their own in the loss: {span}"
     left: dict[str, list[Any]] = {}
     for c in counts:
         for kind, (number, where, text) in c.left_out.items():

@@ -308,7 +308,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         ) from None
     if entry is None:
         return ReadFile(RowStore(source.name, by_line, made), format, counts)  # type: ignore[arg-type]
-    tokens = writer.at[0]
+    tokens = writer.at["ids"]
     index = {
         "about": source.name, "tokens": tokens, "format": FORMAT, "digests": made, "format_read": format,
         "counts": asdict(counts),

@@ -18,23 +18,35 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A text to be encoded, and the characters of it that are learned; `whole` learns all of it. `exact`
-    keeps the white space that a tokenizer's normalizer would drop."""
+    """A text to be encoded, and the characters of it that are learned; `whole` learns all of it. `weights`
+    are what the spans count in the loss; empty where each counts 1. `exact` keeps
+    the white space that a tokenizer's normalizer would drop."""
 
     text: str
     spans: tuple[Span, ...] = ()
     whole: bool = False
     exact: bool = False
+    weights: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class Encoded:
     """ids, the labels (IGNORED where nothing is learned), and the token, if there is one, that holds the end
-    of what is read and the start of what is learned."""
+    of what is read and the start of what is learned. `weights` are what the labels count in the loss; empty
+    where each counts 1."""
 
     ids: list[int]
     labels: list[int]
     seam: int | None = None
+    weights: list[float] = field(default_factory=list)
+
+    def part(self, start: int, stop: int) -> Encoded:
+        """The tokens from `start` to before `stop`."""
+        return Encoded(self.ids[start:stop], self.labels[start:stop], None, self.weights[start:stop])
+
+    def __add__(self, other: Encoded) -> Encoded:
+        """One behind the other, both with weights or both without."""
+        return Encoded(self.ids + other.ids, self.labels + other.labels, None, self.weights + other.weights)
 
 
 @dataclass(slots=True)
@@ -118,22 +130,25 @@ class Encoder:
                 places = [encoding.token_to_chars(first)]
                 head, seam = self._head(ids, places, first, start)
                 labels[head:] = ids[head:]
-                return Encoded(ids, labels, seam)
+                return Encoded(ids, labels, seam, [w for w in text.weights for _ in ids])
         offsets = found.encodings[number].offsets
+        weights = [1.0] * len(ids) if text.weights else []
         at = 0
-        for start, stop in text.spans:
+        for n, (start, stop) in enumerate(text.spans):
             while at < len(ids) and offsets[at][1] <= start and offsets[at][0] < start:
                 at += 1
             first = at
             while at < len(ids) and offsets[at][0] < stop:
                 if offsets[at][1] > start:
                     labels[at] = ids[at]
+                    if weights:
+                        weights[at] = text.weights[n]
                 at += 1
             if first < len(ids) and labels[first] != IGNORED:
                 head, crossing = self._head(ids, [offsets[first]], first, start)
                 seam = crossing if seam is None else seam
                 labels[first:head] = [IGNORED] * (head - first)
-        return Encoded(ids, labels, seam)
+        return Encoded(ids, labels, seam, weights)
 
     def _head(self, ids: list[int], places: Sequence[Span], first: int, start: int) -> tuple[int, int | None]:
         """(the first token that is learned, the token across the seam): a special token that swallows the
@@ -153,7 +168,8 @@ class Encoder:
         if text.whole:
             return Encoded(ids, list(ids))
         labels, seam = [IGNORED] * len(ids), None
-        for start, stop in text.spans:
+        weights = [1.0] * len(ids) if text.weights else []
+        for n, (start, stop) in enumerate(text.spans):
             head, exact = self._boundary(ids, text.text[:start], ids_of)
             tail, closed = (
                 self._boundary(ids, text.text[:stop], ids_of) if stop < len(text.text) else (len(ids), True)
@@ -164,7 +180,9 @@ class Encoder:
                 seam = head if seam is None else seam
             tail += not closed
             labels[head:tail] = ids[head:tail]
-        return Encoded(ids, labels, seam)
+            if weights:
+                weights[head:tail] = [text.weights[n]] * len(ids[head:tail])
+        return Encoded(ids, labels, seam, weights)
 
     def _boundary(self, ids: list[int], before: str, ids_of: Any) -> tuple[int, bool]:
         """(how many tokens of the whole lie before the end of this text, whether they are just this text)."""

@@ -16,7 +16,8 @@ class Example:
     """One example as it was read: `messages`, or `prompt` and `completion`, or `text`, or `ids` and `labels`.
 
     `where` is its file and line, `number` its place in the file; `group` is what --group-by keeps together.
-    Of the messages, `skipped` are not learned though the assistant's.
+    Of the messages, `skipped` are not learned though the assistant's; `weights` are what others count in the
+    loss where that is not 1. `weight` is what the whole row counts, and `each` what each of its labels does.
     """
 
     where: str
@@ -31,6 +32,9 @@ class Example:
     labels: tuple[int, ...] = ()
     group: str = ""
     skipped: frozenset[int] = frozenset()
+    weight: float = 1.0
+    weights: Mapping[int, float] = field(default_factory=dict)
+    each: tuple[float, ...] = ()
 
     @property
     def kind(self) -> str:

@@ -17,6 +17,8 @@ Beside the turns a row may hold `system`, a text, and `tools`, a list for the ch
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from math import prod
 from typing import Any
 
 from lorafit.data.counts import Counts
@@ -24,14 +26,14 @@ from lorafit.data.example import Example, Reading
 from lorafit.data.files import lines_of, opened_file, reading_errors, records, resembles_json
 from lorafit.data.messages import (
     KEPT_NULLS,
-    ROW_WEIGHTS,
     WEIGHTS,
     Message,
     from_text,
-    is_learned,
     kind_of,
     messages_of,
+    row_weights,
     tools_of,
+    weight_of,
 )
 from lorafit.data.source import DataSource, Tick
 from lorafit.errors import RequestError, closest
@@ -49,7 +51,7 @@ READ = {
     "prompt-completion": ("prompt", "completion"),
     "instruction": ("instruction", "input", "output", "history"),
     "text": ("text",),
-    "tokens": ("input_ids", "labels", "attention_mask", "token_type_ids"),
+    "tokens": ("input_ids", "labels", "weights", "attention_mask", "token_type_ids"),
 }
 SAID = ("role", "content", "from", "value", "tool_calls", "function_call")  # keys of a message
 
@@ -179,10 +181,15 @@ def _examples(
         try:
             if _is_blank(row):
                 raise _Blank
-            if not is_learned(row, ROW_WEIGHTS, where, strict=False):
+            weights = row_weights(row, where)
+            weight = prod(weights.values())
+            if not weight:
                 counts.weightless += 1
                 continue
             example = _example(row, where, format, number, reading, kept_nulls)
+            if weight != 1:
+                counts.weigh(weight)
+                example = replace(example, weight=weight)
         except _Blank:
             counts.skip_blank(where)
             continue
@@ -191,14 +198,9 @@ def _examples(
             continue
         beside = BESIDE if example.messages else ()
         for column in row:
-            if column not in read_columns and column not in beside and not _is_weight(column, row):
+            if column not in read_columns and column not in beside and column not in weights:
                 counts.unused[str(column)] = counts.unused.get(str(column), 0) + 1
         yield example
-
-
-def _is_weight(column: str, row: Message) -> bool:
-    """Whether a column is the weight of a row, which is honoured."""
-    return column in ROW_WEIGHTS and row[column] in (0, 1, "0", "1", "true", "false", "True", "False")
 
 
 def _is_blank(row: Message) -> bool:
@@ -334,8 +336,8 @@ def _example(
                 return Example(where, prompt=prompt, completion=completion, number=number, group=group)
             turns = (_turn("user", prompt), _turn("assistant", completion))
         case "tokens":
-            ids, labels = _tokens(row, where)
-            return Example(where, ids=ids, labels=labels, number=number, group=group)
+            ids, labels, each = _tokens(row, where)
+            return Example(where, ids=ids, labels=labels, each=each, number=number, group=group)
         case _:
             return Example(where, text=_learned_string(row, "text", where), number=number, group=group)
     if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
@@ -366,11 +368,12 @@ def _conversation(
     kept_nulls: tuple[str, ...],
 ) -> Example:
     """An example of turns: which of the assistant's are not learned, and the turns without those marks."""
-    skipped, empty = set(), 0
+    skipped, weights, empty = set(), dict[int, float](), 0
     answers = [n for n, turn in enumerate(turns) if turn["role"] == "assistant" and n >= asked]
     for n in answers:
         said = turns[n]
-        if not is_learned(said, WEIGHTS, where):
+        weight = weight_of(said, where)
+        if not weight:
             skipped.add(n)
             counts.weightless += 1
         elif not said.get("tool_calls") and not any(
@@ -378,6 +381,9 @@ def _conversation(
         ):
             skipped.add(n)
             empty += 1
+        elif weight != 1:
+            weights[n] = weight
+            counts.weigh(weight)
     if empty == len(answers):
         raise _Blank
     if empty:
@@ -388,11 +394,14 @@ def _conversation(
                 counts.unused_keys[key] = counts.unused_keys.get(key, 0) + 1
     plain = tuple({k: v for k, v in turn.items() if k not in WEIGHTS} for turn in turns)
     tools = tools_of(row, where, kept_nulls)
-    return Example(where, plain, tools, asked, number=number, group=group, skipped=frozenset(skipped))
+    return Example(
+        where, plain, tools, asked, number=number, group=group, skipped=frozenset(skipped), weights=weights
+    )
 
 
-def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """(ids, labels) that are given as they are; without labels all are learned."""
+def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
+    """(ids, labels, weights of the labels) that are given as they are; without labels all are learned, and
+    without weights each counts 1."""
     ids = from_text(row.get("input_ids"), where, "input_ids")
     labels = from_text(row.get("labels"), where, "labels")
     labels = ids if labels is None else labels
@@ -402,7 +411,16 @@ def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...]]
             raise RequestError(f"`{where}`: `{name}` is not a list of token ids")
     if not ids:
         raise _Blank
-    return tuple(ids), tuple(labels)
+    weights = from_text(row.get("weights"), where, "weights") or ()
+    if weights and not (
+        isinstance(weights, (list, tuple))
+        and len(weights) == len(labels)
+        and all(type(w) in (int, float) and 0 <= w < float("inf") for w in weights)
+    ):
+        raise RequestError(f"`{where}`: `weights` is not a list of numbers from 0 on, one for each label")
+    if weights:  # a label of weight 0 is read, not learned
+        labels = [-100 if not weight else label for label, weight in zip(labels, weights, strict=True)]
+    return tuple(ids), tuple(labels), tuple(map(float, weights))
 
 
 def _instruction(row: Message, where: str) -> tuple[Message, ...]:

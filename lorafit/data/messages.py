@@ -27,7 +27,7 @@ WEIGHTS = (
     "loss",
     "loss_weight",
     "learn",
-)  # of a turn: 0 or false is not learned
+)  # of a turn: what it counts in the loss; false is 0
 ROW_WEIGHTS = ("loss_weight", "weight", "train", "trainable")
 KEPT_NULLS = (
     "default",
@@ -171,24 +171,42 @@ def tools_of(row: Message, where: str, kept_nulls: Iterable[str] = KEPT_NULLS) -
     return tuple(without_nulls(value, kept_nulls))
 
 
-def is_learned(holder: Message, names: Iterable[str], where: str, strict: bool = True) -> bool:
-    """Whether a message's, or a row's, weight says that it is learned.
+def weight_of(turn: Message, where: str) -> float:
+    """What a turn counts in the loss: the product of its weights; 1 where it has none.
 
-    Raises RequestError for a weight between 0 and 1, and, where `strict`, for what is no weight.
+    Raises RequestError for what is not a weight.
     """
-    for name in names:
-        value = holder.get(name)
+    weight = 1.0
+    for name in WEIGHTS:
+        value = turn.get(name)
         if value is None or value == "":
             continue
         number = _number(value)
-        if number in (0, 1):
-            if number == 0:
-                return False
-        elif number is not None and 0 < number < 1:
-            raise RequestError(f"`{where}`: `{name}` is {value}: a weight here is 0 or 1")
-        elif strict:
-            raise RequestError(f"`{where}`: `{name}` of a message is {value!r}: a weight here is 0 or 1")
-    return True
+        if number is None or not 0 <= number < float("inf"):
+            raise RequestError(
+                f"`{where}`: `{name}` of a message is {value!r}: a weight is true, false, or a number from 0 on"
+            )
+        weight *= number
+    return weight
+
+
+def row_weights(row: Message, where: str) -> dict[str, float]:
+    """The weights of a row by column. A column `weight` or `train` with other values than weights have, from 0
+    to 1, is not one: people have such columns. `loss_weight` is, and may be above 1.
+
+    Raises RequestError for a `loss_weight` that is not a number from 0 on.
+    """
+    found = {}
+    for name in ROW_WEIGHTS:
+        value = row.get(name)
+        if value is None or value == "":
+            continue
+        number = _number(value)
+        if number is not None and 0 <= number <= (float("inf") if name == "loss_weight" else 1):
+            found[name] = number
+        elif name == "loss_weight":
+            raise RequestError(f"`{where}`: `loss_weight` is {value!r}: a weight is a number from 0 on")
+    return found
 
 
 def _number(value: Any) -> float | None:

@@ -51,6 +51,7 @@ def look_of(
         rows=len(train),
         tokens=tokens,
         supervised_tokens=train.supervised,
+        weight=round(train.weight, 3),
         held_out_rows=len(kept),
         held_out_tokens=int(kept.lengths.sum()),
         held_out_name=name,

@@ -1,6 +1,7 @@
 """Token rows in flat arrays, in memory or mapped from disk: two million rows take no more than their ids.
 
-Arrays of a store of R rows: `ids` (sum of lengths) and `labels` int32, their starts (R + 1) int64,
+Arrays of a store of R rows: `ids` (sum of lengths) and `labels` int32, their starts (R + 1) int64, `weights`
+(the labels of rows whose labels do not all count 1) float32 and their starts (R + 1) int64,
 each row's place in its file and its example (R) int64, its group and a digest of its content (R) uint64,
 and flags (R) uint8.
 """
@@ -25,14 +26,15 @@ IGNORED = -100  # the label of a token that is read, not learned
 
 CUT, NO_END = 1, 2  # flags: the row was cut to length; what is learned of it ends with no end token
 
-FORMAT = 2
+FORMAT = 3
 
 ARRAYS = {
-    "ids": np.int32, "labels": np.int32, "starts": np.int64, "label_starts": np.int64, "numbers": np.int64,
-    "examples": np.int64, "groups": np.uint64, "contents": np.uint64, "flags": np.uint8,
+    "ids": np.int32, "labels": np.int32, "weights": np.float32, "starts": np.int64, "label_starts": np.int64,
+    "weight_starts": np.int64, "numbers": np.int64, "examples": np.int64, "groups": np.uint64,
+    "contents": np.uint64, "flags": np.uint8,
 }  # fmt: skip
 
-TYPES = {np.int32: "i", np.int64: "q", np.uint64: "Q", np.uint8: "B"}
+TYPES = {np.int32: "i", np.int64: "q", np.uint64: "Q", np.uint8: "B", np.float32: "f"}
 
 FLUSHED = 1 << 20  # items of an array that is written out bit by bit
 
@@ -45,7 +47,7 @@ class Row:
     sequence-to-sequence `ids` are the encoder's and `labels` the decoder's.
     `prompt` is the number of leading ids before the first that is learned; `number` and `example`
     say which row of the file it was read from, and which of its examples. Rows of one `group` are held out
-    together; 0 is none.
+    together; 0 is none. `weights` are what each label counts in the loss; empty where each counts 1.
     """
 
     ids: tuple[int, ...]
@@ -55,10 +57,18 @@ class Row:
     example: int = 0
     flags: int = 0
     group: int = 0
+    weights: tuple[float, ...] = ()
 
     @property
     def supervised(self) -> int:
         return sum(label != IGNORED for label in self.labels)
+
+    @property
+    def weight(self) -> float:
+        """What the row counts in the loss: the sum of its learned labels' weights."""
+        if not self.weights:
+            return self.supervised
+        return sum(w for w, label in zip(self.weights, self.labels, strict=True) if label != IGNORED)
 
     @property
     def prompt(self) -> int:
@@ -88,6 +98,10 @@ class RowStore:
         starts = self.arrays["label_starts"]
         return self.arrays["labels"][starts[row] : starts[row + 1]]
 
+    def weights(self, row: int) -> np.ndarray:
+        starts = self.arrays["weight_starts"]
+        return self.arrays["weights"][starts[row] : starts[row + 1]]
+
     def row(self, row: int) -> Row:
         return Row(
             tuple(self.ids(row).tolist()),
@@ -97,6 +111,7 @@ class RowStore:
             int(self.arrays["examples"][row]),
             int(self.arrays["flags"][row]),
             int(self.arrays["groups"][row]),
+            tuple(self.weights(row).tolist()),
         )
 
 
@@ -106,9 +121,10 @@ class Writer:
     def __init__(self, folder: Path | None = None) -> None:
         self.folder = folder
         self.parts = {name: array(TYPES[kind]) for name, kind in ARRAYS.items()}
-        self.parts["starts"].append(0)
-        self.parts["label_starts"].append(0)
-        self.at = [0, 0]
+        self.starts = {"ids": "starts", "labels": "label_starts", "weights": "weight_starts"}
+        for start in self.starts.values():
+            self.parts[start].append(0)
+        self.at = dict.fromkeys(self.starts, 0)
         self.digests = {name: hashlib.blake2b(digest_size=16) for name in ARRAYS}
         self.files: dict[str, BinaryIO] = {}
         if folder is not None:
@@ -117,18 +133,18 @@ class Writer:
     def add(self, row: Row) -> None:
         """Raises OSError where the disk is full."""
         parts = self.parts
-        ids, labels = array("i", row.ids), array("i", row.labels)
-        parts["ids"].extend(ids)
-        parts["labels"].extend(labels)
-        self.at[0] += len(ids)
-        self.at[1] += len(labels)
-        parts["starts"].append(self.at[0])
-        parts["label_starts"].append(self.at[1])
+        of_row: dict[str, array[Any]] = {
+            "ids": array("i", row.ids), "labels": array("i", row.labels), "weights": array("f", row.weights)
+        }  # fmt: skip
+        content = hashlib.blake2b(digest_size=8)
+        for name, values in of_row.items():
+            parts[name].extend(values)
+            self.at[name] += len(values)
+            parts[self.starts[name]].append(self.at[name])
+            content.update(values.tobytes())
         parts["numbers"].append(row.number)
         parts["examples"].append(row.example)
         parts["groups"].append(row.group)
-        content = hashlib.blake2b(ids.tobytes(), digest_size=8)
-        content.update(labels.tobytes())
         parts["contents"].append(int.from_bytes(content.digest(), "little"))
         parts["flags"].append(row.flags)
         if self.files and len(parts["ids"]) > FLUSHED:
@@ -250,9 +266,16 @@ class RowSet(Sequence[Row]):
         """Labels that are learned, over all rows."""
         return int(self._all(_learned).sum())
 
+    @cached_property
+    def weight(self) -> float:
+        """What the rows count in the loss: the sum of their learned labels' weights."""
+        weighted = self._all(lambda store: np.diff(store.arrays["weight_starts"]) > 0)
+        counted = self.supervised if not weighted.any() else sum(row.weight for row in self)
+        return float(counted)
+
     @property
     def contents(self) -> np.ndarray:
-        """(rows,) a digest of each row's ids and labels."""
+        """(rows,) a digest of each row's ids, labels and weights."""
         return self._all(lambda store: store.arrays["contents"])
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -150,8 +150,8 @@ class Tokens:
         text = example.prompt + example.completion
         return Text(text, ((len(example.prompt), len(text)),), exact=True)
 
-    def _pair(self, example: Example) -> tuple[Any, Any]:
-        """Prompt to the encoder, completion to the decoder."""
+    def _pair(self, example: Example) -> tuple[Any, Any] | None:
+        """Prompt to the encoder, completion to the decoder; None where the answer's weight is 0."""
         if example.kind == "text":
             raise RequestError(
                 f"`{example.where}` is plain text, and this model reads one text and writes another",
@@ -164,6 +164,8 @@ class Tokens:
         *before, last = example.messages
         if last["role"] != "assistant":
             raise RequestError(f"`{example.where}`: the last message is not the assistant's")
+        if len(before) in example.skipped:
+            return None
         if not (last.get("content") or "").strip():
             raise RequestError(f"`{example.where}`: the last message has no text")
         for turn in (*before, last):
@@ -193,8 +195,12 @@ class Tokens:
         for kind, text in self.left_out.find(messages, tools, whole, spans, where):
             self.counts.leave_out(kind, where, text)
         if self.loss_on == "all":
+            if example.skipped or example.weights:
+                self.counts.note("--loss-on all learns every token: weights of turns are not used")
             return Text(whole, whole=True)
-        return Text(whole, tuple(sorted(spans.values())))
+        marked = sorted((span, example.weights.get(n, 1.0)) for n, span in spans.items())
+        weights = tuple(weight for _, weight in marked) if example.weights else ()
+        return Text(whole, tuple(span for span, _ in marked), weights=weights)
 
     # ids
 
@@ -202,7 +208,7 @@ class Tokens:
         found = self.encoder.encode([text for _, text in made])
         for number, (example, _) in enumerate(made):
             if example.kind == "tokens":
-                found[number] = Encoded(list(example.ids), list(example.labels))
+                found[number] = Encoded(list(example.ids), list(example.labels), weights=list(example.each))
             elif example.kind != "messages":
                 if found[number].seam == 0 and not self.encoder.begin and self.task == "causal":
                     found[number] = self._apart(example)  # nothing would predict a first token
@@ -269,8 +275,8 @@ class Tokens:
 
         def window(part: list[int], at: Example) -> Iterator[Row]:
             if begin and part[: len(begin)] == begin:  # the document has it
-                return self._row(part, [IGNORED] * len(begin) + part[len(begin) :], at, 0)
-            return self._row(begin + part, [IGNORED] * len(begin) + part, at, 0)
+                part = part[len(begin) :]
+            return self._row(Encoded(begin + part, [IGNORED] * len(begin) + part), at, 0)
 
         for block in blocks:
             start = start or block
@@ -287,14 +293,13 @@ class Tokens:
 
     def _fitted(self, found: Encoded, example: Example) -> Iterator[Row]:
         """The rows that an example is: itself, cut, split, or none."""
-        ids, labels, counts = found.ids, found.labels, self.counts
-        if not _any_learned(labels):
+        found, counts, room = self._weighted(found, example), self.counts, self.room
+        if not _any_learned(found.labels):
             counts.skip_unsupervised(example.where)
             return
-        room = self.room
-        longest = max(len(ids), len(labels))
+        longest = max(len(found.ids), len(found.labels))
         if longest <= room:
-            yield from self._row(ids, labels, example, 0 if self._ended(labels) else NO_END)
+            yield from self._row(found, example, 0 if self._ended(found.labels) else NO_END)
             return
         if self.overflow == "error":
             raise _TooLong(
@@ -311,34 +316,49 @@ class Tokens:
                     "--overflow truncate or drop",
                 )
             counts.split += 1
-            parts = [(ids[at : at + room], labels[at : at + room]) for at in range(0, len(ids), room)]
+            parts = [found.part(at, at + room) for at in range(0, len(found.ids), room)]
         else:
             counts.cut += 1
-            if self.task == "masked" and labels[0] == IGNORED:  # what is learned goes before what is read
-                learned = next(n for n, label in enumerate(labels) if label != IGNORED)
-                spare = max(0, room - (len(ids) - learned))
-                ids, labels = ids[:spare] + ids[learned:], labels[:spare] + labels[learned:]
-            parts = [(ids[:room], labels[:room])]
+            if (
+                self.task == "masked" and found.labels[0] == IGNORED
+            ):  # what is learned goes before what is read
+                learned = next(n for n, label in enumerate(found.labels) if label != IGNORED)
+                spare = max(0, room - (len(found.ids) - learned))
+                found = found.part(0, spare) + found.part(learned, longest)
+            parts = [found.part(0, room)]
         kept = 0
-        for some_ids, some_labels in parts:
-            if _any_learned(some_labels[1:] if self.task == "causal" else some_labels):
+        for part in parts:
+            if _any_learned(part.labels[1:] if self.task == "causal" else part.labels):
                 kept += 1
-                yield from self._row(some_ids, some_labels, example, CUT)
+                yield from self._row(part, example, CUT)
         counts.cut_away += not kept
+
+    def _weighted(self, found: Encoded, example: Example) -> Encoded:
+        """With the weights that the row, and for sequence-to-sequence its one answer, has in the loss."""
+        weights, factor = found.weights, example.weight
+        if self.task == "seq2seq":
+            weights = list(example.each)
+            factor *= example.weights.get(len(example.messages) - 1, 1.0)
+        if factor != 1:
+            weights = [factor * weight for weight in weights or [1.0] * len(found.labels)]
+        return replace(found, weights=weights)
 
     def _ended(self, labels: list[int]) -> bool:
         """Whether what is learned ends with an end token; a masked model knows none."""
         last = next((label for label in reversed(labels) if label != IGNORED), IGNORED)
         return self.task == "masked" or last in self.ends
 
-    def _row(self, ids: list[int], labels: list[int], example: Example, flags: int) -> Iterator[Row]:
+    def _row(self, found: Encoded, example: Example, flags: int) -> Iterator[Row]:
         """A row in its frame, checked against the embedding; none when its one label has nothing before it."""
+        ids, labels, weights = found.ids, found.labels, found.weights
         before, behind = self.frame
         if before and tuple(ids[: len(before)]) == before:  # it is there already
             before = ()
         if behind and tuple(ids[-len(behind) :]) == behind:
             behind = ()
         ids, labels = [*before, *ids, *behind], [*[IGNORED] * len(before), *labels, *[IGNORED] * len(behind)]
+        if weights:
+            weights = [*[1.0] * len(before), *weights, *[1.0] * len(behind)]
         top = max((*ids, *labels), default=0)
         if self.vocab_size and top >= self.vocab_size:
             raise RequestError(
@@ -352,7 +372,8 @@ class Tokens:
                 self.counts.skip_unsupervised(example.where)
                 return
         number, group = self.counts.examples, group_key(example.group)
-        yield Row(tuple(ids), tuple(labels), example.where, example.number, number, flags, group)
+        where, line = example.where, example.number
+        yield Row(tuple(ids), tuple(labels), where, line, number, flags, group, tuple(weights))
 
 
 def _any_learned(labels: Sequence[int]) -> bool:

@@ -18,11 +18,12 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class ShownToken:
     """A token: the text it stands for (a part of a character as the tokenizer writes it), its id, whether it
-    is in the loss."""
+    is in the loss, and what it counts there."""
 
     piece: str
     id: int
     learned: bool
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,12 +44,20 @@ def shown_tokens(
 ) -> ShownRow:
     """A row of several sets, counted from 1 over all of them."""
     row, held_out = _row(sets, number)
+    weights = row.weights or (1.0,) * len(row.labels)
     if task == "seq2seq":
         source = tuple(_token(tokenizer, i, False) for i in row.ids)
-        target = tuple(_token(tokenizer, i, True) for i in row.labels if i != IGNORED)
+        target = tuple(
+            _token(tokenizer, i, True, weight)
+            for i, weight in zip(row.labels, weights, strict=True)
+            if i != IGNORED
+        )
         return ShownRow(number, row.where, held_out, len(row.ids), source, target)
     marks = [label != IGNORED for label in row.labels]
-    tokens = tuple(_token(tokenizer, i, learned) for i, learned in zip(row.ids, marks, strict=True))
+    tokens = tuple(
+        _token(tokenizer, i, learned, weight if learned else 1.0)
+        for i, learned, weight in zip(row.ids, marks, weights, strict=True)
+    )
     return ShownRow(number, row.where, held_out, row.prompt, tokens)
 
 
@@ -57,15 +66,15 @@ def _row(sets: Sequence[RowSet], number: int) -> tuple[Row, bool]:
     return (first[number - 1], False) if number <= len(first) else (sets[1][number - 1 - len(first)], True)
 
 
-def _token(tokenizer: PreTrainedTokenizerBase, number: int, learned: bool) -> ShownToken:
+def _token(tokenizer: PreTrainedTokenizerBase, number: int, learned: bool, weight: float = 1.0) -> ShownToken:
     piece = str(tokenizer.decode([number]))
     if "\ufffd" in piece or not piece:  # a part of a character, or a word mark
         piece = str(tokenizer.convert_ids_to_tokens(number))
-    return ShownToken(piece, number, learned)
+    return ShownToken(piece, number, learned, weight)
 
 
 def write_rows(path: Path, sets: Sequence[RowSet]) -> None:
-    """All rows as JSON lines of `input_ids` and `labels`, with where each was read and whether it is held out;
+    """All rows as JSON lines of `input_ids` and `labels` (and `weights`, where not all are 1), with where each was read and whether it is held out;
     `--format tokens` reads them as they are.
 
     Raises RequestError where the file cannot be written.
@@ -80,6 +89,7 @@ def write_rows(path: Path, sets: Sequence[RowSet]) -> None:
                         "labels": row.labels,
                         "where": row.where,
                         "held_out": bool(held_out),
+                        **({"weights": row.weights} if row.weights else {}),
                     }
                     file.write(json.dumps(line) + "\n")
         work.replace(path)

@@ -16,12 +16,19 @@ DRAWS, COVERED = 2000, 0.95  # resamplings of the rows behind an interval, and w
 @dataclass(frozen=True, slots=True)
 class RowScore:
     """One row: its summed loss in nats, its supervised tokens, how many of them were the most likely
-    one; `short` where it is a prompt with one answer of few tokens."""
+    one; `short` where it is a prompt with one answer of few tokens. In the loss the tokens count `weighted`:
+    None is 1 each, and then `loss_sum` holds no weights."""
 
     loss_sum: float
     tokens: int
     correct: int
     short: bool = False
+    weighted: float | None = None
+
+    @property
+    def weight(self) -> float:
+        """What the summed loss is divided by."""
+        return self.tokens if self.weighted is None else self.weighted
 
     @property
     def exact(self) -> bool:
@@ -33,7 +40,7 @@ class RowScore:
 def summed(scores: Sequence[RowScore]) -> Score:
     """The rows together: loss and perplexity per supervised token, accuracy, exact match."""
     tokens = sum(s.tokens for s in scores)
-    loss = Loss(sum(s.loss_sum for s in scores) / tokens, tokens)
+    loss = Loss(sum(s.loss_sum for s in scores) / sum(s.weight for s in scores), tokens)
     short = [s.exact for s in scores if s.short]
     accuracy = sum(s.correct for s in scores) / tokens
     return Score(loss.loss, loss.perplexity, accuracy, sum(short) / len(short) if short else None)
@@ -42,14 +49,14 @@ def summed(scores: Sequence[RowScore]) -> Score:
 def paired_score(path: str, base: Sequence[RowScore], adapter: Sequence[RowScore]) -> AdapterScore:
     """An adapter against the base over the same rows.
 
-    With d_i the difference of row i's summed loss and n_i its tokens, delta = sum d / sum n, a ratio;
+    With d_i the difference of row i's summed loss and n_i its tokens (or their weights' sum), delta = sum d / sum n, a ratio;
     its standard error is sqrt(R/(R-1) * sum (d_i - delta*n_i)^2) / sum n over R rows (Cochran,
     Sampling Techniques, 3rd ed., sec. 6.4). 0 where there is one row. The interval is the percentile
     bootstrap's (Efron and Tibshirani, An Introduction to the Bootstrap, ch. 13): rows are drawn with
     their pair of losses, so what makes a row hard for both does not widen it.
     """
     rows = len(base)
-    tokens = np.array([s.tokens for s in base], dtype=np.float64)
+    tokens = np.array([s.weight for s in base], dtype=np.float64)
     differences = np.array([a.loss_sum - b.loss_sum for a, b in zip(adapter, base, strict=True)])
     delta = float(differences.sum() / tokens.sum())
     spread = float(((differences - delta * tokens) ** 2).sum())

@@ -83,10 +83,14 @@ class Evaluator:
         for numbers, batch in self.batches():
             with self.prefix.around(batch):
                 loss_N, right_N = self.forward.scores(model, batch)
-            losses, rights = loss_N.double().split(batch.counts), right_N.split(batch.counts)
-            for number, tokens, loss, right in zip(numbers, batch.counts, losses, rights, strict=True):
+            loss_N = loss_N.double() if batch.weights is None else loss_N.double() * batch.weights
+            losses, rights = loss_N.split(batch.counts), right_N.split(batch.counts)
+            weights = batch.row_weights or (None,) * len(batch.counts)
+            for number, tokens, loss, right, weight in zip(
+                numbers, batch.counts, losses, rights, weights, strict=True
+            ):
                 short = self.forward.task != "masked" and short_answer(self.rows[number], self.forward.task)
-                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short)
+                found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short, weight)
             tick(len(numbers))
         model.train(training)
         return [found[n] for n in range(len(self.rows))]
@@ -95,7 +99,7 @@ class Evaluator:
         """The mean loss per supervised token."""
         scores = self.scores(model)
         tokens = sum(s.tokens for s in scores)
-        return Loss(sum(s.loss_sum for s in scores) / tokens, tokens)
+        return Loss(sum(s.loss_sum for s in scores) / sum(s.weight for s in scores), tokens)
 
 
 def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:

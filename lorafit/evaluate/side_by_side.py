@@ -228,16 +228,20 @@ def _extremes(
     request: EvalRequest, evaluator: Evaluator, base: Sequence[RowScore], own: Sequence[RowScore]
 ) -> tuple[tuple[RowChange, ...], tuple[RowChange, ...]]:
     """The rows that gained the most a token, and those that gained the least; none is in both."""
-    gains = [(o.loss_sum - b.loss_sum) / b.tokens for o, b in zip(own, base, strict=True)]
+    gains = [(o.loss_sum - b.loss_sum) / b.weight for o, b in zip(own, base, strict=True)]
     order = sorted(range(len(gains)), key=gains.__getitem__)
     many = min(request.extremes, len(order) // 2)
 
     def change(number: int) -> RowChange:
-        row, tokens = evaluator.rows[number], base[number].tokens
+        row, weight = evaluator.rows[number], base[number].weight
         shown = rendered(row, evaluator.tokenizer, evaluator.forward.task)
         text = "".join(piece for piece, _ in shown.pieces)
         return RowChange(
-            shown.where, text, tokens, base[number].loss_sum / tokens, own[number].loss_sum / tokens
+            shown.where,
+            text,
+            base[number].tokens,
+            base[number].loss_sum / weight,
+            own[number].loss_sum / weight,
         )
 
     return tuple(map(change, order[:many])), tuple(map(change, order[::-1][:many]))

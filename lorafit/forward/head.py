@@ -13,11 +13,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 
 from lorafit.data import IGNORED, Batch
 from lorafit.forward.activations import base_of
-from lorafit.forward.loss import HeadLoss, chunk_for, rounding, scored
+from lorafit.forward.loss import HeadLoss, chunk_for, rounding, scored, summed_loss
 from lorafit.forward.stand_in import Fixed, Last, Reached, in_place
 
 
@@ -31,7 +30,7 @@ class Forward:
     between), the supervised tokens are picked at the input of its output layer; else it is run whole.
 
     A mixture whose config sets `output_router_logits` is trained with its router's auxiliary loss, times
-    `router_aux_loss_coef`, as transformers does. Each micro-batch's counts as its supervised tokens do.
+    `router_aux_loss_coef`, as transformers does. Each micro-batch's counts as much as its supervised tokens.
     """
 
     task: str
@@ -117,7 +116,7 @@ class Forward:
             yield _logits(base(**arguments))[batch.places]
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-        """The loss summed over the supervised tokens, in nats, float32, a scalar."""
+        """The loss summed over the supervised tokens, each times its weight, in nats, float32, a scalar."""
         base, arguments = base_of(model), self.arguments(model, batch)
         if self.head == "apart":
             with self._head(model, arguments, batch.places) as (hidden_ND, finish):
@@ -127,17 +126,17 @@ class Forward:
                     return _logits(finish(hidden_CD))
 
                 loss: torch.Tensor = HeadLoss.apply(  # type: ignore[no-untyped-call]
-                    hidden_ND, batch.targets, head, self.chunk
+                    hidden_ND, batch.targets, head, self.chunk, batch.weights
                 )
                 if self.router:  # of the whole body's routers, whatever the chunk
-                    loss = loss + self.router * batch.supervised * finish(hidden_ND[:1].detach()).aux_loss
+                    loss = loss + self.router * batch.weight * finish(hidden_ND[:1].detach()).aux_loss
             return loss
         inside = self.head == "inside"
         output = self._picked(base, arguments, batch) if inside else base(**arguments)
         logits_NV = _logits(output) if inside else _logits(output)[batch.places]
         self.mark("head")
-        loss = F.cross_entropy(logits_NV.float(), batch.targets, reduction="sum")
-        return loss + self.router * batch.supervised * output.aux_loss if self.router else loss
+        loss = summed_loss(logits_NV, batch.targets, batch.weights)
+        return loss + self.router * batch.weight * output.aux_loss if self.router else loss
 
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,6 +6,7 @@ C tokens of a chunk, N supervised tokens, D hidden size, V vocabulary
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import repeat
 from typing import Any
 
 import torch
@@ -30,15 +31,19 @@ class HeadLoss(torch.autograd.Function):
         targets_N: torch.Tensor,
         head: Callable[[torch.Tensor], torch.Tensor],
         chunk: int,
+        weights_N: torch.Tensor | None = None,
     ) -> torch.Tensor:
+        """The sum of the tokens' losses, each times its weight: float32, a scalar."""
         wanted = ctx.needs_input_grad[0]
         gradients: list[torch.Tensor] = []
         loss = hidden_ND.new_zeros((), dtype=torch.float32)
-        for part_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+        weights = repeat(None) if weights_N is None else weights_N.split(chunk)
+        parts = zip(hidden_ND.split(chunk), targets_N.split(chunk), weights, strict=False)
+        for part_CD, targets_C, weights_C in parts:
             part_CD = part_CD.detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 logits_CV = head(part_CD)
-            loss += _softmax_loss(logits_CV, targets_C, gradients, part_CD if wanted else None)
+            loss += _softmax_loss(logits_CV, targets_C, weights_C, gradients, part_CD if wanted else None)
         if wanted:
             ctx.save_for_backward(torch.cat(gradients))
         return loss
@@ -46,12 +51,13 @@ class HeadLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         (hidden_ND,) = ctx.saved_tensors
-        return hidden_ND * gradients[0].to(hidden_ND.dtype), None, None, None
+        return hidden_ND * gradients[0].to(hidden_ND.dtype), None, None, None, None
 
 
 def _softmax_loss(
     logits_CV: torch.Tensor,
     targets_C: torch.Tensor,
+    weights_C: torch.Tensor | None,
     gradients: list[torch.Tensor],
     hidden_CD: torch.Tensor | None,
 ) -> torch.Tensor:
@@ -66,13 +72,26 @@ def _softmax_loss(
     chosen_C1 = softmax_CV.gather(1, targets_C1)
     if scores_CV.is_cuda or bool((chosen_C1 < torch.finfo(torch.float32).tiny).any()):
         sums_C1 = scores_CV.amax(-1, keepdim=True).float() - softmax_CV.amax(-1, keepdim=True).log_()
-        loss = (sums_C1 - scores_CV.gather(1, targets_C1).float()).sum()
+        loss_C1 = sums_C1 - scores_CV.gather(1, targets_C1).float()
     else:
-        loss = -chosen_C1.log_().sum()
+        loss_C1 = -chosen_C1.log_()
+    if weights_C is not None:
+        loss_C1 = loss_C1 * weights_C[:, None]
     if hidden_CD is not None:
         softmax_CV.scatter_add_(1, targets_C1, softmax_CV.new_full(targets_C1.shape, -1.0))
+        if weights_C is not None:
+            softmax_CV *= weights_C[:, None]
         gradients += torch.autograd.grad(logits_CV, hidden_CD, softmax_CV.to(logits_CV.dtype))
-    return loss
+    return loss_C1.sum()
+
+
+def summed_loss(
+    logits_NV: torch.Tensor, targets_N: torch.Tensor, weights_N: torch.Tensor | None
+) -> torch.Tensor:
+    """The sum of the tokens' cross-entropies, each times its weight where it has one."""
+    if weights_N is None:
+        return F.cross_entropy(logits_NV.float(), targets_N, reduction="sum")
+    return (F.cross_entropy(logits_NV.float(), targets_N, reduction="none") * weights_N).sum()
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -113,7 +113,9 @@ def show_tokens(screen: Screen, look: DataReport, rows: Sequence[ShownRow], writ
             before = token.learned
             shown = token.piece.translate(CONTROLS).replace("\n", "⏎").replace(" ", "·")
             style = "bold" if token.learned else "dim"
-            table.add_row(f"  {number}", str(token.id), "┃" if token.learned else "│", Text(shown, style))
+            weight = f" ×{token.weight:g}" if token.weight != 1 else ""
+            bar = "┃" if token.learned else "│"
+            table.add_row(f"  {number}", str(token.id), bar + weight, Text(shown, style))
         screen.answer(table)
     if written:
         screen.line("written", written, answer=True)

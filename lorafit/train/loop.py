@@ -189,6 +189,7 @@ def _steps(
             seconds=time.perf_counter() - started,
             learning_rate=rate,
             grad_norm=result.grad_norm,
+            weight=result.weight,
         )
         state.add(stepped)
         started = time.perf_counter()

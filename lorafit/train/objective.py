@@ -15,7 +15,7 @@ class Objective(Protocol):
     """A loss of micro-batches. A step's loss is the sum of `loss_sum` over the sum of `weight`: it does not
     depend on how the rows were split, which a mean of means does."""
 
-    def weight(self, batch: Batch) -> int:
+    def weight(self, batch: Batch) -> float:
         """What a micro-batch counts in the step's mean."""
         ...
 
@@ -26,15 +26,15 @@ class Objective(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
-    """Cross-entropy in nats, summed over the supervised tokens, each of which counts once; with a router's
+    """Cross-entropy in nats, summed over the supervised tokens, each times its weight in the data; with a router's
     auxiliary loss where the model has one in training. The frozen layers are replayed where they were seen."""
 
     forward: Forward
     prefix: Prefix
 
-    def weight(self, batch: Batch) -> int:
-        """The supervised tokens."""
-        return batch.supervised
+    def weight(self, batch: Batch) -> float:
+        """The supervised tokens, or their weights' sum."""
+        return batch.weight
 
     def loss_sum(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         with self.prefix.around(batch):

@@ -32,6 +32,7 @@ class State:
     epochs: list[EpochDone] = field(default_factory=list)
     epoch_loss: float = 0.0
     epoch_supervised: int = 0
+    epoch_weight: float = 0.0
     epoch_tokens: int = 0
     epoch_seconds: float = 0.0
     scaler: dict[str, Any] = field(default_factory=dict)
@@ -46,7 +47,8 @@ class State:
         self.tokens += done.tokens
         self.supervised += done.supervised_tokens
         self.seconds += done.seconds
-        self.epoch_loss += done.loss * done.supervised_tokens
+        self.epoch_loss += done.loss * done.weight
+        self.epoch_weight += done.weight
         self.epoch_supervised += done.supervised_tokens
         self.epoch_tokens += done.tokens
         self.epoch_seconds += done.seconds
@@ -73,7 +75,7 @@ class State:
         )
         done = EpochDone(
             epoch,
-            self.epoch_loss / max(1, self.epoch_supervised),
+            self.epoch_loss / self.epoch_weight if self.epoch_weight else 0.0,
             self.epoch_tokens,
             self.epoch_seconds,
             speed,
@@ -82,7 +84,7 @@ class State:
             replayed,
         )
         self.epochs.append(done)
-        self.epoch_loss = self.epoch_seconds = 0.0
+        self.epoch_loss = self.epoch_weight = self.epoch_seconds = 0.0
         self.epoch_supervised = self.epoch_tokens = 0
         return done
 
@@ -108,6 +110,7 @@ class State:
         for name in self.__slots__:
             if name in saved:
                 setattr(self, name, saved[name])
+        self.epoch_weight = saved.get("epoch_weight", self.epoch_supervised)
         self.before, self.best = (Loss(**v) if v else None for v in (saved["before"], saved["best"]))
         self.epochs = [EpochDone(**row) for row in saved["epochs"]]
 

@@ -15,12 +15,13 @@ from lorafit.train.objective import Objective
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One optimizer step: its loss per unit of weight (for tokens: nats per supervised token), the norm of
-    its gradient before clipping, its tokens and supervised tokens."""
+    its gradient before clipping, its tokens and supervised tokens, and its weight."""
 
     loss: float
     grad_norm: float
     tokens: int
     supervised_tokens: int
+    weight: float
 
 
 def unchecked(loss: float, finite_gradient: bool, number: int, rate: float) -> None:
@@ -70,5 +71,5 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(
-            mean, float(norm), sum(b.tokens for b in batches), sum(b.supervised for b in batches)
+            mean, float(norm), sum(b.tokens for b in batches), sum(b.supervised for b in batches), weight
         )

@@ -14,7 +14,8 @@ from lorafit import demo
 from lorafit.data import load
 from lorafit.data.files import sources
 from lorafit.data.formats import read
-from lorafit.data.rows import IGNORED
+from lorafit.data.rows import IGNORED, read_rows, save_rows
+from lorafit.data.tokens_shown import write_rows
 from lorafit.errors import RequestError
 from lorafit.settings import settle
 
@@ -34,7 +35,7 @@ def rows_of(path, tokenizer=None, **flags):
     from families import VOCABULARY
     from transformers import AutoTokenizer
 
-    config = replace(settle({"data": (str(path),), **flags})[0], max_length=256)
+    config = settle({"data": (str(path),), "max_length": 256, **flags})[0]
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(str(demo.MODEL))
     return load(config, tokenizer, "causal", max(VOCABULARY, len(tokenizer)))
 
@@ -228,14 +229,102 @@ def test_turns_without_weight_are_not_learned(tmp_path, mark):
     assert any("3 rows or answers have weight 0" in note for note in made.look.notes)
 
 
-def test_rows_without_weight_are_left_out_and_other_weights_are_refused_by_name(tmp_path):
+def test_rows_without_weight_are_left_out_and_a_column_of_other_numbers_is_no_weight(tmp_path):
     rows = [{**PAIR[0], "weight": 0}, {**PAIR[1], "weight": 1}, {**PAIR[2], "weight": 1}]
     made = rows_of(write(tmp_path, "d.jsonl", *rows))
     assert made.look.rows + made.look.held_out_rows == 2
-    with pytest.raises(RequestError, match=r"`weight` is 0\.5: a weight here is 0 or 1"):
-        rows_of(write(tmp_path, "e.jsonl", {**PAIR[0], "weight": 0.5}, *PAIR))
     made = rows_of(write(tmp_path, "f.jsonl", *({**pair, "weight": 72.5} for pair in PAIR)))
-    assert "columns not used: `weight`" in made.look.notes
+    assert "columns not used: `weight`" in made.look.notes and made.look.weight == made.look.supervised_tokens
+
+
+def by_number(made):
+    return {row.number: row for row in (*made.train, *made.held_out)}
+
+
+@pytest.mark.parametrize("overflow", ["truncate", "split"])
+def test_weights_of_rows_and_turns_are_those_of_their_tokens(tmp_path, overflow):
+    """A turn's weight is that of its tokens alone, times the row's; through the rows' file and back."""
+    chat = [*CHATS["two"], turn("user", "And then?"), turn("assistant", "Home.")]
+    first, second, third = (n for n, said in enumerate(chat) if said["role"] == "assistant")
+    chat[first] = {**chat[first], "weight": 0.25}
+    chat[third] = {**chat[third], "train": False}
+    plain = [{k: v for k, v in said.items() if k not in ("weight", "train")} for said in chat]
+    tokenizer, _ = shaped("chatml")
+    path = write(tmp_path, "d.jsonl", {"messages": chat, "loss_weight": 3}, *[{"messages": plain}] * 2)
+    made = rows_of(path, tokenizer)
+    row = by_number(made)[1]
+    spoken = {0.75: plain[first]["content"], 3.0: plain[second]["content"]}
+    for weight, text in spoken.items():
+        ids = [
+            label
+            for label, w in zip(row.labels, row.weights, strict=True)
+            if w == weight and label != IGNORED
+        ]
+        assert tokenizer.decode(ids) == f"{text}<|im_end|>"
+    assert {w for w, label in zip(row.weights, row.labels, strict=True) if label != IGNORED} == {*spoken}
+    assert not by_number(made)[2].weights
+    assert "2 rows or answers have a weight of their own in the loss: 0.25 to 3" in made.look.notes
+    whole = sum(r.weight for r in made.train)
+    assert made.look.weight == pytest.approx(whole)
+
+    stored = tmp_path / "rows.safetensors"
+    save_rows(made.train, stored)
+    assert [r.weights for r in read_rows(stored)] == [r.weights for r in made.train]
+    out = tmp_path / "out.jsonl"
+    write_rows(out, (made.train, made.held_out))
+    again = rows_of(out, tokenizer, format="tokens")
+    assert sorted(r.weights for r in (*again.train, *again.held_out)) == sorted(
+        r.weights for r in (*made.train, *made.held_out)
+    )
+    short = rows_of(path, tokenizer, overflow=overflow, max_length=24)
+    pieces = [r for r in (*short.train, *short.held_out) if r.number == 1]
+    assert len(pieces) > 1 or overflow == "truncate"
+    at = 0
+    for piece in pieces:  # each label keeps its weight
+        start = next(n for n in range(at, len(row.ids)) if row.ids[n : n + len(piece.ids)] == piece.ids)
+        assert piece.weights == row.weights[start : start + len(piece.ids)]
+        at = start + 1
+
+
+def test_a_rows_weight_is_that_of_all_its_labels_and_changes_what_the_row_is(tmp_path):
+    path = write(tmp_path, "d.jsonl", {**PAIR[0], "weight": 0.5}, {**PAIR[0], "weight": "0.5"}, *PAIR)
+    made = rows_of(path)
+    rows = by_number(made)
+    assert set(rows[1].weights) == {0.5} and rows[1].weight == 0.5 * rows[1].supervised
+    assert rows[1].weights == rows[2].weights and not rows[3].weights
+    assert rows[1].ids == rows[3].ids
+    contents = dict(zip([r.number for r in made.train], made.train.contents.tolist(), strict=True))
+    same = [contents[n] for n in (1, 2, 3) if n in contents]
+    assert len(set(same)) == len({n == 3 for n in (1, 2, 3) if n in contents})
+
+
+@pytest.mark.parametrize(
+    "mark", [{"weight": -1}, {"weight": "much"}, {"loss_weight": "nan"}, {"train": "maybe"}]
+)
+def test_what_is_not_a_weight_of_a_turn_is_a_bad_row(tmp_path, mark):
+    chat = [turn("user", "a"), {**turn("assistant", "b"), **mark}]
+    with pytest.raises(RequestError, match=r"d.jsonl:1`.*a weight is true, false, or a number from 0 on"):
+        rows_of(write(tmp_path, "d.jsonl", {"messages": chat}))
+    with pytest.raises(RequestError, match="`loss_weight` is -1"):
+        rows_of(write(tmp_path, "e.jsonl", {**PAIR[0], "loss_weight": -1}))
+
+
+def test_weights_of_turns_reach_a_model_that_reads_one_text_and_writes_another(tmp_path):
+    from families import VOCABULARY
+    from transformers import AutoTokenizer
+
+    def chat(**mark):
+        return {"messages": [turn("user", "a lamp"), {**turn("assistant", "is light"), **mark}]}
+
+    config = settle(
+        {"data": (str(write(tmp_path, "d.jsonl", chat(weight=0), chat(weight=0.5), chat(), chat())),)}
+    )[0]
+    tokenizer = AutoTokenizer.from_pretrained(str(demo.MODEL))
+    rows = by_number(
+        load(replace(config, max_length=64), tokenizer, "seq2seq", max(VOCABULARY, len(tokenizer)))
+    )
+    assert 1 not in rows and set(rows[2].weights) == {0.5} and not rows[3].weights
+    assert len(rows[2].weights) == len(rows[2].labels)
 
 
 def test_nulls_that_a_table_filled_in_are_removed_all_the_way_down(tmp_path):

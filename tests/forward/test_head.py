@@ -74,6 +74,41 @@ def test_loss_and_gradient_are_those_of_the_plain_way(name):
                 torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.parametrize("name", ["llama", "t5", "bert", "cohere"])
+def test_each_token_counts_its_weight_in_loss_and_gradient(name):
+    """Against a cross-entropy of whole logits, each term times its label's weight; also where the head is run
+    whole. Held-out losses count the weights alike."""
+    from dataclasses import replace
+
+    model, task, parameters = model_of(name)
+    rows = [replace(r, weights=tuple((0.25, 1.0, 2.5)[n % 3] for n in range(len(r.labels)))) for r in ROWS]
+    evaluator = Evaluator(
+        RowSet.of(rows), Forward.of(model, task), 4, tokenizer(True), 896, torch.device("cpu")
+    )
+    batch = collate_rows(
+        [evaluator.masked(n) if task == "masked" else r for n, r in enumerate(rows)], 0, task
+    )
+    skip = int(task == "causal")
+    forward = Forward.of(model, task, 3)
+    logits = model(**forward.arguments(model, batch)).logits
+    labels = batch.labels[:, skip:]
+    logits = logits[:, : labels.shape[1]]
+    loss_BT = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=IGNORED, reduction="none")
+    weights_BT = torch.tensor([0.25, 1.0, 2.5]).repeat(labels.shape[1])[skip : labels.shape[1] + skip]
+    wanted = (loss_BT * weights_BT).sum()
+    assert batch.weight == pytest.approx(float(((labels != IGNORED) * weights_BT).sum()), rel=1e-6)
+    slopes = torch.autograd.grad(wanted, parameters, allow_unused=True)
+    for way in (forward, replace(forward, head="whole")):
+        loss = way.loss_sum(model, batch)
+        torch.testing.assert_close(loss, wanted.detach(), atol=1e-4, rtol=1e-6)
+        for got, right in zip(torch.autograd.grad(loss, parameters, allow_unused=True), slopes, strict=True):
+            if right is not None:
+                torch.testing.assert_close(got, right, atol=1e-5, rtol=1e-4)
+    mean = evaluator.loss(model)
+    assert mean.loss == pytest.approx(wanted.item() / batch.weight, rel=1e-5)
+    assert mean.tokens == batch.supervised
+
+
 @pytest.mark.parametrize("name", ["llama", "t5", "bert", "opt", "cohere"])
 def test_the_head_sees_supervised_tokens_only_and_no_more_than_a_chunk(name):
     model, task, _ = model_of(name)
@@ -134,6 +169,6 @@ def test_a_target_that_the_model_rules_out_costs_what_it_costs():
     wanted = F.cross_entropy(hidden @ weight, targets, reduction="sum")
     (slope,) = torch.autograd.grad(wanted, hidden)
     gradients = []
-    found = _softmax_loss(hidden @ weight, targets, gradients, hidden)
+    found = _softmax_loss(hidden @ weight, targets, None, gradients, hidden)
     assert found.item() == pytest.approx(wanted.item(), rel=1e-6) and wanted > 800
     assert torch.allclose(gradients[0], slope, rtol=1e-5)

@@ -112,7 +112,9 @@ def test_the_environment_is_shown_where_it_was_recorded(trained):
     assert first["event"] == "started" and first["environment"]["torch"]
 
     def page(**started):
-        return make_page("x", chart_of(find("demo")), {}, [replace(run, events=({**first, **started}, *others))])
+        return make_page(
+            "x", chart_of(find("demo")), {}, [replace(run, events=({**first, **started}, *others))]
+        )
 
     assert "Environment" in page() and first["environment"]["torch"] in page()
     assert "Environment" not in page(environment=None)

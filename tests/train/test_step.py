@@ -1,5 +1,7 @@
 """A run beside a plain one: PEFT, torch's AdamW, transformers' schedule, and a mean over the supervised tokens."""
 
+import json
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from peft import LoraConfig, get_peft_model
 
 from lorafit.data.rows import IGNORED
 from lorafit.evaluate.score import Evaluator
-from lorafit.events import Note, Stepped
+from lorafit.events import EpochDone, Note, Stepped
 from lorafit.forward.head import Forward
 from lorafit.forward.prefix import Prefix
 from lorafit.train.checkpoint import trainable
@@ -50,17 +52,19 @@ def plainly_trained(family, job, folder, steps, warmup=2):
     schedule = transformers.get_scheduler("cosine", optimizer, warmup, len(steps))
     losses, norms = [], []
     for batches in steps:
-        total, parts = sum((b.labels[..., skip(job.task) :] != IGNORED).sum() for b in batches), []
+        total, parts = sum(weights_of(b, job.task).sum() for b in batches), []
         for batch in batches:
             labels = batch.labels
             inputs = dict(batch.inputs, labels=labels) if job.task == "seq2seq" else batch.inputs
             output = model(**inputs)
             logits, labels = output.logits[:, : labels.shape[1] - skip(job.task)], labels[:, skip(job.task) :]
-            loss = F.cross_entropy(
-                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="sum"
+            weights_BT = weights_of(batch, job.task)
+            loss_N = F.cross_entropy(
+                logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none"
             )
+            loss = (loss_N * weights_BT.flatten()).sum()
             if family == "mixtral":  # counted as the tokens are
-                loss = loss + 0.5 * output.aux_loss * (labels != IGNORED).sum()
+                loss = loss + 0.5 * output.aux_loss * weights_BT.sum()
             (loss / total).backward()
             parts.append(loss.detach() / total)
         norms.append(float(torch.nn.utils.clip_grad_norm_(own.values(), CLIP)))
@@ -71,12 +75,29 @@ def plainly_trained(family, job, folder, steps, warmup=2):
     return losses, norms, own
 
 
+def weights_of(batch, task):
+    """What each place counts, of a batch whose rows each have one weight."""
+    learned_BT = batch.labels[..., skip(task) :] != IGNORED
+    if not batch.row_weights:
+        return learned_BT.float()
+    each = torch.tensor(batch.row_weights) / learned_BT.sum(1)
+    return learned_BT * each[:, None]
+
+
 def skip(task):
     return 1 if task == "causal" else 0
 
 
+@pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("family", ["llama", "gpt2", "bert", "t5", "mixtral"])
-def test_a_run_is_what_peft_adamw_and_transformers_make_of_the_same_batches(tmp_path, pairs, family):
+def test_a_run_is_what_peft_adamw_and_transformers_make_of_the_same_batches(
+    tmp_path, pairs, family, weighted
+):
+    if weighted:
+        rows = [json.loads(line) for line in pairs.read_text().splitlines()]
+        pairs = tmp_path / "weighted.jsonl"
+        lines = (json.dumps({**row, "loss_weight": (0.2, 1, 3)[n % 3]}) + "\n" for n, row in enumerate(rows))
+        pairs.write_text("".join(lines))
     folder = save_model(family, tmp_path / "m", **NO_NOISE.get(family, {}))
     job = job_for(folder, tmp_path / "r", **settings(pairs))
     steps = [batches for _, _, batches in job.optimizer_steps(0)]
@@ -89,8 +110,13 @@ def test_a_run_is_what_peft_adamw_and_transformers_make_of_the_same_batches(tmp_
     events = events_of(job)
     ours = [e for e in events if isinstance(e, Stepped)]
     assert [e.loss for e in ours] == pytest.approx(losses, rel=1e-5)
-    assert [e.grad_norm for e in ours] == pytest.approx(norms, rel=1e-4)
+    assert [e.grad_norm for e in ours] == pytest.approx(norms, rel=5e-4)
     assert max(norms) > CLIP, "clipping is active"
+    epochs = [e for e in events if isinstance(e, EpochDone)]
+    for number, epoch in enumerate(epochs, 1):
+        own = [e for e in ours if e.epoch == number]
+        assert epoch.loss == pytest.approx(sum(e.loss * e.weight for e in own) / sum(e.weight for e in own))
+        assert weighted == (abs(sum(e.weight for e in own) - epoch.supervised_tokens) > 1)
     for name, parameter in trainable(job.model).items():
         torch.testing.assert_close(parameter.detach(), plain[name].detach(), atol=1e-5, rtol=0, msg=name)
     assert any(isinstance(e, Note) and "auxiliary loss" in e.text for e in events) == (family == "mixtral")
