@@ -122,6 +122,7 @@ class Started:
     held_out_digest: str = ""
     resumed_at: int = 0
     environment: dict[str, str] = field(default_factory=dict)
+    processes: int = 1
     damaged: tuple[str, ...] = ()  # what was wrong with the checkpoints after that step
 
 

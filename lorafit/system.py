@@ -18,7 +18,12 @@ from lorafit import __version__
 
 
 def free_memory() -> int:
-    """Bytes of the host's memory that are free for use."""
+    """Bytes of the host's memory that are free for this process: its share where a launcher started several."""
+    here = os.environ.get("LOCAL_WORLD_SIZE", "")
+    return _free_on_host() // max(1, int(here) if here.isdecimal() else 1)
+
+
+def _free_on_host() -> int:
     with suppress(OSError, IndexError, ValueError):
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

@@ -2,6 +2,7 @@
 
 from lorafit.adapter.plan import resolve
 from lorafit.data.dataset import load
+from lorafit.distributed import ALONE
 from lorafit.events import Evaluated, Stepped
 from lorafit.model.chart import chart_of
 from lorafit.model.load import load_tokenizer
@@ -13,7 +14,7 @@ from lorafit.train.loop import run
 from lorafit.train.run_folder import RunFolder
 
 
-def job_for(model, output, stop=lambda: 0, **flags):
+def job_for(model, output, stop=lambda: 0, world=ALONE, **flags):
     """A job as the command makes it."""
     config, preset = settle({"model": str(model), **flags})
     source = find(config.model)
@@ -25,12 +26,13 @@ def job_for(model, output, stop=lambda: 0, **flags):
     rows = load(config, found_tokenizer, found.task, found.vocab_size)
     config = derive_from_rows(config, rows.look.mean, len(rows.train))
     folder = RunFolder(output)
-    folder.open(config.overwrite, config.resume)
-    return assemble(source, found, config, plan, rows, found_tokenizer, folder, stop)
+    if world.first:
+        folder.open(config.overwrite, config.resume)
+    return assemble(source, found, config, plan, rows, found_tokenizer, folder, stop, world=world)
 
 
 def events_of(job):
-    return list(recorded(job, run(job)))
+    return list(recorded(job, run(job)) if job.world.first else run(job))
 
 
 def losses(events):

@@ -12,7 +12,7 @@ HOUSE = ROOT / "lorafit"
 # From the top down; a row imports only from rows above it. Folders and files of one row know nothing of each other.
 ROWS = [
     ["errors", "units", "jsonio", "system", "lazy"],
-    ["cache"],
+    ["cache", "distributed"],
     ["digests", "events", "demo"],
     ["outputs", "model"],
     ["settings"],

@@ -14,7 +14,8 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, RequestError
+from lorafit.distributed import launched, only_train
+from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -46,9 +47,12 @@ class Boundary(TyperGroup):
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
+            only_train(args)
             code = super().main(args, standalone_mode=False, **extra)
         except LorafitError as error:
-            code = _report(error)
+            # the first process shows an error of all; what only this one can know it shows itself
+            shown = launched().first or isinstance(error, OutOfMemory)
+            code = _report(error) if shown else error.exit_code
         except _CLICK_ERROR as error:
             code = _report(_usage(error, list(sys.argv[1:] if args is None else args)))
         except (KeyboardInterrupt, typer.Abort):
@@ -115,8 +119,9 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
 
 
 @contextmanager
-def stopping() -> Iterator[Callable[[], int]]:
-    """The first Ctrl-C or SIGTERM ends a run after its step, the second one at once.
+def stopping(repeated: bool = False) -> Iterator[Callable[[], int]]:
+    """The first Ctrl-C or SIGTERM ends a run after its step, the second one at once. Where a signal is
+    `repeated`, as a launcher does before it kills after 30 s, later ones do nothing.
 
     Yields a function that returns the signal's number, or 0.
     """
@@ -124,7 +129,7 @@ def stopping() -> Iterator[Callable[[], int]]:
 
     def on_signal(number: int, frame: Any) -> None:
         nonlocal received
-        if received:
+        if received and not repeated:
             raise KeyboardInterrupt if number == signal.SIGINT else Terminated
         received = number
 
@@ -144,6 +149,8 @@ def run_to_the_end(app: typer.Typer) -> NoReturn:
     from lorafit.screen import allow_ascii
 
     code: Any = DONE
+    if not launched().first:  # the first process answers
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):  # closed by the caller, `>&-`: Python has None there
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115

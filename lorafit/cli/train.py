@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -19,12 +20,17 @@ from lorafit.outputs import check_target
 from lorafit.settings import OUTPUT
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from lorafit.adapter import Plan
+    from lorafit.data import Rows
+    from lorafit.distributed import World
     from lorafit.estimate import Estimate, Forecast
     from lorafit.events import TrainReport
+    from lorafit.model import ModelMap, ModelSource
     from lorafit.screen import Screen
     from lorafit.settings import Preset, RunConfig
-    from lorafit.train import Job
+    from lorafit.train import Job, RunFolder
 
 
 @app.command()
@@ -50,66 +56,137 @@ def train(
 
     Without a model and data, the embedded demo is used.
     """
+    from lorafit.distributed import connect
+    from lorafit.screen import Screen, show_train_report
+
+    world, screen = connect(), Screen(json, quiet)
+    if push_to_hub:
+        from lorafit import hub
+
+        hub.check(push_to_hub)
+    with world.one_error():
+        prepared = _prepared(world, screen, flags, config, force)
+    if isinstance(prepared, Path):  # of a finished run
+        if push_to_hub and world.first:
+            push_folder(screen, str(prepared), push_to_hub)
+        return
+    report = _trained(world, screen, prepared)
+    world.close()
+    if json:
+        screen.document(report)
+    else:
+        show_train_report(screen, report)
+    if push_to_hub and world.first:
+        push_folder(screen, report.output, push_to_hub)
+
+
+@dataclass(frozen=True, slots=True)
+class _Prepared:
+    """A run before its model is loaded: what it will do, its rows, its folder, what it will cost."""
+
+    settings: RunConfig
+    source: ModelSource
+    found: ModelMap
+    chosen: Preset
+    plan: Plan
+    rows: Rows
+    tokenizer: PreTrainedTokenizerBase
+    folder: RunFolder
+    ahead: Forecast
+    cost: Estimate
+
+
+def _prepared(
+    world: World, screen: Screen, flags: Mapping[str, Any], config: str | None, force: bool
+) -> _Prepared | Path:
+    """Everything before the model is loaded; the run's folder where --resume names a finished one.
+
+    The first of several processes opens the folder and times the device; all read the rows.
+    """
     from lorafit.settings import dated, derive_from_model, settle
 
     settings, chosen = settle(flags, config)
 
     from lorafit.adapter import planned
     from lorafit.data import find_sources
-    from lorafit.estimate import predicted, prepare
+    from lorafit.estimate import prepare
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
-    from lorafit.screen import Screen, show_data, show_header, show_train_report
+    from lorafit.screen import show_data, show_header
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
 
-    screen = Screen(json, quiet)
-    if push_to_hub:
-        from lorafit import hub
-
-        hub.check(push_to_hub)
     source = find(settings.model, settings.revision)
     find_sources(settings)
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
-    target = _target(settings, reads)
-    if target is not None and settings.resume and target.exists() and not settings.overwrite:
-        _show_finished(screen, settings, target)
-        if push_to_hub:
-            push_folder(screen, str(target), push_to_hub)
-        return
+    target = _target(settings, reads) if world.first else None
+    resumed = target is not None and settings.resume and not settings.overwrite
+    finished = str(target) if target is not None and resumed and target.exists() else ""
+    if finished := world.told(finished):
+        if world.first:
+            _show_finished(screen, settings, Path(finished))
+        return Path(finished)
     found = chart_of(source)
-    settings = dated(derive_from_model(settings, found))
+    settings = derive_from_model(settings, found)
+    settings = dated(settings, world.told(dated(settings).template_date or ""))
     made = planned(found, chosen, settings)
     show_header(screen, made, found, settings)
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, assemble, claim
+        from lorafit.train import RunFolder, claim
 
     pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
-    ahead, settings = prepare(settings, source, found, look=rows.look, seconds=1.0)
+    _same_rows(world, rows)
+    ahead, settings = prepare(settings, source, found, look=rows.look, seconds=1.0, probing=world.first)
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
-    _check_memory(screen, ahead, made, chosen, cost, force)
-    folder = claim(_stem(found.model, made)) if target is None else RunFolder(target)
+    if world.first:
+        _check_memory(screen, ahead, made, chosen, cost, force)
+    folder = RunFolder(Path()) if target is None else RunFolder(target)
     if target is not None:
         folder.open(settings.overwrite, settings.resume, reads)
-    with _explained(ahead, made, chosen, cost), stopping() as stop:
+    elif world.first:
+        folder = claim(_stem(found.model, made))
+    folder.target = Path(world.told(str(folder.target)))
+    return _Prepared(settings, source, found, chosen, made, rows, tokenizer, folder, ahead, cost)
+
+
+def _trained(world: World, screen: Screen, run: _Prepared) -> TrainReport:
+    """The model loaded and trained, shown and recorded by the first process."""
+    from lorafit.estimate import predicted
+    from lorafit.train import assemble
+
+    with _explained(run.ahead, run.plan, run.chosen, run.cost), stopping(not world.alone) as stop:
         try:
-            job = assemble(
-                source, found, settings, made, rows, tokenizer, folder, stop, predicted(cost, made)
-            )
-            report = _watched(screen, job)
+            with world.one_error():
+                job = assemble(
+                    run.source,
+                    run.found,
+                    run.settings,
+                    run.plan,
+                    run.rows,
+                    run.tokenizer,
+                    run.folder,
+                    stop,
+                    predicted(run.cost, run.plan),
+                    world,
+                )
+            return _watched(screen, job)
         finally:
-            folder.abandon()
-    if json:
-        screen.document(report)
-    else:
-        show_train_report(screen, report)
-    if push_to_hub:
-        push_folder(screen, report.output, push_to_hub)
+            if world.first:
+                run.folder.abandon()
+
+
+def _same_rows(world: World, rows: Rows) -> None:
+    """Raises RequestError when the first process read other rows than this one."""
+    digests = [rows.train.digest, rows.held_out.digest]
+    if world.told(digests) != digests:
+        raise RequestError(
+            "the rows differ from those of the first process", "the same data files on each machine"
+        )
 
 
 def _target(settings: RunConfig, reads: Sequence[Path]) -> Path | None:
@@ -174,8 +251,11 @@ def _watched(screen: Screen, job: Job) -> TrainReport:
     from lorafit.train import recorded, records, run
 
     view, report = TrainView(screen), None
+    events = run(job)
+    if job.world.first:
+        events = recorded(job, events, [*records(job), view])
     try:
-        for event in recorded(job, run(job), [*records(job), view]):
+        for event in events:
             report = event if isinstance(event, TrainReport) else report
     finally:
         view.close()

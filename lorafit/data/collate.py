@@ -58,7 +58,10 @@ class Batch:
 
 
 def collate_rows(rows: Sequence[Row], pad: int, task: str, key: str = "") -> Batch:
-    """The rows padded on the right to the longest of them: int64 (B, T)."""
+    """The rows padded on the right to the longest of them: int64 (B, T); without rows a batch of none."""
+    if not rows:
+        none = torch.empty(0, dtype=torch.long)
+        return Batch({}, none, none, none, (), 0, key)
     ids_BT = _padded([row.ids for row in rows], pad)
     mask_BT = _padded([(1,) * len(row.ids) for row in rows], 0)
     labels = _padded([row.labels for row in rows], IGNORED)
@@ -99,6 +102,14 @@ def _padded(sequences: Sequence[Sequence[float]], pad: float) -> torch.Tensor:
     for row, sequence in enumerate(sequences):
         out[row, : len(sequence)] = torch.tensor(sequence, dtype=dtype)
     return out
+
+
+def mask_row(row: Row, pad: int, mask_id: int, vocab_size: int, seed: int) -> Row:
+    """A row with tokens hidden for a masked model (see `mask_tokens`), by a seed of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    alone = mask_tokens(collate_rows([row], pad, "masked"), mask_id, vocab_size, generator)
+    ids, labels = alone.inputs["input_ids"][0].tolist(), alone.labels[0].tolist()
+    return replace(row, ids=tuple(ids), labels=tuple(labels))
 
 
 def mask_tokens(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 
-from lorafit.data import IGNORED, Batch, MicroBatch, Row, RowSet, collate_rows, in_order, mask_tokens
+from lorafit.data import IGNORED, Batch, MicroBatch, Row, RowSet, collate_rows, in_order, mask_row
+from lorafit.distributed import ALONE, World
 from lorafit.errors import RequestError
 from lorafit.evaluate.paired import RowScore
 from lorafit.events import Loss
@@ -42,6 +43,7 @@ class Evaluator:
     device: torch.device
     prefix: Around = field(default_factory=Prefix)
     name: str = "held-out"  # in the keys of its micro-batches
+    world: World = ALONE
 
     @property
     def parts(self) -> list[MicroBatch]:
@@ -50,33 +52,31 @@ class Evaluator:
 
     @property
     def keys(self) -> list[str]:
-        """The keys of its micro-batches."""
-        return [f"{self.name} {number}" for number in range(len(self.parts))]
+        """The keys of its micro-batches that this process runs."""
+        return list(self.world.share([f"{self.name} {number}" for number in range(len(self.parts))]))
 
     @property
     def processed(self) -> int:
-        """Tokens that a pass over the rows runs, padding with them."""
+        """Tokens that this process's pass over the rows runs, padding with them."""
         lengths = self.rows.lengths
-        return int(sum(len(part) * lengths[list(part)].max() for part in self.parts))
+        return int(sum(len(part) * lengths[list(part)].max() for part in self.world.share(self.parts)))
 
     def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
-        """(row numbers, batch) in one fixed order, on the device."""
+        """(row numbers, batch) of this process's share in one fixed order, on the device."""
         task = self.forward.task
-        for numbers, key in zip(self.parts, self.keys, strict=True):
+        for numbers, key in zip(self.world.share(self.parts), self.keys, strict=True):
             rows = [self.masked(n) if task == "masked" else self.rows[n] for n in numbers]
             yield numbers, collate_rows(rows, self.tokenizer.pad_token_id or 0, task, key).to(self.device)
 
     def masked(self, number: int) -> Row:
         """A row with its masks, which depend on nothing but its number."""
-        generator = torch.Generator().manual_seed(MASK_SEED + number)
-        alone = collate_rows([self.rows[number]], self.tokenizer.pad_token_id or 0, "masked")
-        alone = mask_tokens(alone, mask_id(self.tokenizer), self.vocab_size, generator)
-        ids, labels = alone.inputs["input_ids"][0].tolist(), alone.labels[0].tolist()
-        return replace(self.rows[number], ids=tuple(ids), labels=tuple(labels))
+        pad = self.tokenizer.pad_token_id or 0
+        return mask_row(self.rows[number], pad, mask_id(self.tokenizer), self.vocab_size, MASK_SEED + number)
 
     @torch.no_grad()
     def scores(self, model: torch.nn.Module, tick: Callable[[int], None] = lambda n: None) -> list[RowScore]:
-        """A score for each row, in the rows' order; `tick` is called with each batch's size."""
+        """A score for each row of this process's share, in the rows' order; `tick` is called with each batch's
+        size."""
         training = model.training
         model.eval()
         found: dict[int, RowScore] = {}
@@ -93,13 +93,18 @@ class Evaluator:
                 found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short, weight)
             tick(len(numbers))
         model.train(training)
-        return [found[n] for n in range(len(self.rows))]
+        return [found[n] for n in sorted(found)]
 
     def loss(self, model: torch.nn.Module) -> Loss:
-        """The mean loss per supervised token."""
+        """The mean loss per supervised token, over the rows of all processes."""
         scores = self.scores(model)
-        tokens = sum(s.tokens for s in scores)
-        return Loss(sum(s.loss_sum for s in scores) / sum(s.weight for s in scores), tokens)
+        sums = torch.tensor(
+            [sum(s.loss_sum for s in scores), sum(s.weight for s in scores), sum(s.tokens for s in scores)],
+            dtype=torch.float64,
+        )
+        self.world.sums([sums])
+        total, weight, tokens = sums.tolist()
+        return Loss(total / weight, int(tokens))
 
 
 def mask_id(tokenizer: PreTrainedTokenizerBase) -> int:

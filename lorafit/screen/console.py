@@ -19,6 +19,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
+from lorafit.distributed import launched
 from lorafit.errors import LorafitError
 from lorafit.jsonio import jsonable
 from lorafit.screen.ascii import allow_ascii, is_unicode
@@ -37,7 +38,7 @@ class Screen:
 
     def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
         self.as_json = as_json
-        self.quiet = quiet
+        self.quiet = quiet or not launched().first
         self.out = _console(sys.stdout)
         self.talk = _console(sys.stderr)
 

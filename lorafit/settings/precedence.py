@@ -49,8 +49,11 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     return values, {str(name): text for name, text in origin.items()}
 
 
-def dated(settings: RunConfig) -> RunConfig:
-    """The settings with the date that chat templates write: that of the run that is resumed, else now."""
+def dated(settings: RunConfig, date: str = "") -> RunConfig:
+    """The settings with the date that chat templates write: `date`, or that of the run that is resumed, else
+    now."""
+    if date:
+        return settings.derived("template_date", date, "the start of the run")
     if settings.resume and settings.output is not None:
         target = Path(settings.output).expanduser()
         path = target.with_name(f"{target.name}.partial") / "run.yaml"

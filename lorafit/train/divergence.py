@@ -44,8 +44,9 @@ class Divergence:
         if self.step:
             torch._foreach_copy_(list(self.job.parameters), self.copies)
             folder = self.job.folder.work / LAST_GOOD
-            save_adapter(self.job.model, folder)
-            seal(folder)
+            if self.job.world.first:
+                save_adapter(self.job.model, folder)
+                seal(folder)
             kept = f"; the adapter after step {self.step} is saved in `{folder}`"
         raise RunError(
             f"{what} at step {step}, learning rate {rate:.2g}{kept}",

@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafit.adapter import Plan, inject_plan
-from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_tokens
+from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row
+from lorafit.distributed import ALONE, World
 from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
 from lorafit.evaluate import Evaluator, mask_id
 from lorafit.events import Predicted, PrefixCache
 from lorafit.forward import (
+    Choice,
     DiskStore,
     Forward,
     Prefix,
@@ -34,7 +36,6 @@ from lorafit.model import ModelMap, ModelSource, fingerprint, load_model, pick_d
 from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
-from lorafit.train.distributed import ALONE, World
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
 from lorafit.train.run_folder import RunFolder
 
@@ -104,32 +105,47 @@ class Job:
 
     def micro_batches(self, epoch: int) -> Iterator[list[Batch]]:
         """The optimizer steps of one epoch, each as its micro-batches."""
-        generator = torch.Generator().manual_seed(self.config.seed * 1_000_003 + epoch)
         order = in_epoch(len(self.batches), self.config.seed, epoch)
         for at in range(0, len(order), self.config.accumulate):
             group = []
             for number in order[at : at + self.config.accumulate]:
                 for part in range(len(self.batches[number])):
-                    batch = self.micro_batch(number, part)
-                    if self.task == "masked":
-                        batch = mask_tokens(batch, mask_id(self.tokenizer), self.found.vocab_size, generator)
-                    group.append(batch)
+                    group.append(self.micro_batch(number, part, epoch))
             yield group
 
-    def micro_batch(self, number: int, part: int) -> Batch:
-        """One part of one batch: the same rows whenever it is asked for."""
-        rows = [self.rows.train[row] for row in self.world.share(self.batches[number][part])]
-        return collate_rows(rows, self.tokenizer.pad_token_id or 0, self.task, f"train {number}.{part}")
+    def micro_batch(self, number: int, part: int, epoch: int = 1) -> Batch:
+        """This process's share of one part of one batch: the same rows whenever it is asked for, those of a
+        masked model with the masks of that epoch. It may hold no row."""
+        numbers = self.world.share(self.batches[number][part])
+        pad = self.tokenizer.pad_token_id or 0
+        if self.task == "masked":  # each row by a seed of its own, whichever process has it
+            seeds = {n: ((self.config.seed * 1_000_003 + epoch) << 32) + n for n in numbers}
+            mask, vocab = mask_id(self.tokenizer), self.found.vocab_size
+            rows = [mask_row(self.rows.train[n], pad, mask, vocab, seeds[n]) for n in numbers]
+            return collate_rows(rows, pad, self.task)
+        return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, f"train {number}.{part}")
+
+    def first_batch(self) -> Batch | None:
+        """The first micro-batch in which this process has a row; None where it never has one."""
+        parts = ((n, part) for n, batch in enumerate(self.batches) for part in range(len(batch)))
+        found = (self.micro_batch(n, part) for n, part in parts if self.world.share(self.batches[n][part]))
+        return next(found, None)
 
     def matrix_rate(self, seconds: float = 0.15) -> float:
-        """FLOPs a second of this device's matrix products at the model's own shapes, measured now."""
+        """FLOPs a second of the devices' matrix products at the model's own shapes, measured now on this one."""
         dtype = next(self.model.parameters()).dtype
-        return matrix_rate(self.found.hidden_size, self.found.intermediate_size, dtype, self.device, seconds)
+        hidden, inner = self.found.hidden_size, self.found.intermediate_size
+        return self.world.size * matrix_rate(hidden, inner, dtype, self.device, seconds)
 
     @property
     def keys(self) -> list[str]:
-        """The keys of all micro-batches of training."""
-        return [f"train {n}.{part}" for n, batch in enumerate(self.batches) for part in range(len(batch))]
+        """The keys of all micro-batches of training in which this process has rows."""
+        return [
+            f"train {n}.{part}"
+            for n, batch in enumerate(self.batches)
+            for part, rows in enumerate(batch)
+            if self.world.share(rows)
+        ]
 
 
 def assemble(
@@ -142,12 +158,16 @@ def assemble(
     folder: RunFolder,
     stop: Callable[[], int] = lambda: 0,
     predicted: Predicted | None = None,
+    world: World = ALONE,
 ) -> Job:
     """Load the model and put the planned adapter in, checked to be what was planned.
 
     `predicted` is the forecast of the run; it is reported beside what is measured.
     """
     device = pick_device(config.device)
+    if device.type == "cuda" and not world.alone:
+        device = torch.device("cuda", world.local_rank)
+        torch.cuda.set_device(device)
     if device.type == "cpu":
         keep_freed()
     dtype = pick_dtype(config.dtype, device)
@@ -172,6 +192,7 @@ def assemble(
         predicted,
         fingerprint(source.place),
         before,
+        world,
     )
 
 
@@ -195,24 +216,34 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         return refused(reason)
     ((stack, cut),) = job.plan.cut.items()
     lengths = job.rows.train.lengths
-    processed = sum(len(part) * int(lengths[list(part)].max()) for b in job.batches for part in b)
+    shares = [rows for batch in job.batches for part in batch if (rows := job.world.share(part))]
+    processed = sum(len(rows) * int(lengths[list(rows)].max()) for rows in shares)
     dtype = next(job.model.parameters()).dtype
     size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
     composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
+    if not job.world.alone:
+        composition.append(f"process {job.world.rank} of {job.world.size}")
     place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
     passes = job.steps / job.steps_per_epoch
     free, on_disk = free_memory(), free_disk(states_folder())
-    choice = job.world.told(choose(asked, passes, size, free, on_disk, place.exists()))
+    choice = choose(asked, passes, size, free, on_disk, place.exists())
+    where, reason = job.world.told([choice.where, choice.reason])
+    choice = Choice(where, reason, size)
     if choice.where == "off":
         return Prefix(), PrefixCache("off", choice.reason)
     prefix = Prefix.below(base, stack, cut)
-    first = job.micro_batch(0, 0).to(job.device)
     job.model.eval()
-    if reason := prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0]):
-        return refused(reason)
+    first = job.first_batch()
+    reason = ""
+    if first is not None:
+        first = first.to(job.device)
+        reason = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
+    if job.world.agreed(bool(reason)):
+        return refused(reason or "another process found a replay to differ from a whole pass")
     if choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-        prefix.prove(first, lambda batch: forward.scores(job.model, batch))
+        if first is not None:
+            prefix.prove(first, lambda batch: forward.scores(job.model, batch))
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from signal import SIGTERM
 
 import torch
 
@@ -73,12 +74,17 @@ def _run(job: Job) -> Iterator[Event]:
     scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
     forward = Forward.of(model, job.task, config.head_chunk or 0)
     held_out = Evaluator(
-        job.rows.held_out, forward, job.batch_size, job.tokenizer, job.found.vocab_size, job.device
+        job.rows.held_out,
+        forward,
+        job.batch_size,
+        job.tokenizer,
+        job.found.vocab_size,
+        job.device,
+        world=job.world,
     )
     state = State(rate=job.matrix_rate())
-    last, damaged = last_whole(job.folder) if config.resume else (None, [])
-    if last is not None:
-        _restore(last, job, state, optimizer, scaler)
+    with job.world.one_error():
+        last, damaged = _resumed(job, state, optimizer, scaler)
     prefix, caching = prepare_prefix(job, forward, held_out)
     held_out = replace(held_out, prefix=prefix)
     stepper = Stepper(
@@ -90,6 +96,7 @@ def _run(job: Job) -> Iterator[Event]:
         job.device,
         config.max_grad_norm,
         world=job.world,
+        stop=job.stop,
     )
     if last is not None:
         restore_random(last)
@@ -98,19 +105,27 @@ def _run(job: Job) -> Iterator[Event]:
         yield from _steps(job, state, stepper, held_out, prefix, caching)
 
 
-def _restore(
-    last: Path, job: Job, state: State, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
-) -> None:
-    """Take over a checkpoint; those after it are damaged and go: what they held is done again.
+def _resumed(
+    job: Job, state: State, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler
+) -> tuple[Path | None, list[str]]:
+    """(the checkpoint that was taken over, what was wrong with later ones). Those after it go: what they held
+    is done again. The first process reads it and sends it to the others.
 
     Raises RequestError when it is of another run; then nothing is touched.
     """
-    state.load(state_of(last), job)
-    restore(last, job.model, optimizer)
+    if not job.config.resume:
+        return None, []
+    last, damaged = last_whole(job.folder) if job.world.first else (None, [])
+    if not job.world.agreed(last is not None):
+        return None, damaged
+    with job.world.sent(last) as folder:
+        state.load(state_of(folder), job)
+        restore(folder, job.model, optimizer)
     scaler.load_state_dict(state.scaler)
-    for path in job.folder.checkpoints:
+    for path in job.folder.checkpoints if job.world.first else ():
         if int(path.name.rpartition("-")[2]) > state.step:
             shutil.rmtree(path)
+    return last, damaged
 
 
 def _start(
@@ -127,6 +142,7 @@ def _start(
         supervised_tokens=job.rows.look.supervised_tokens,
         resumed_at=state.step,
         damaged=damaged,
+        processes=job.world.size,
         environment={**environment(), "device": _device_name(job.device)},
     )
     if not state.step:
@@ -179,6 +195,7 @@ def _steps(
     saved_at = started = time.perf_counter()
     for number, epoch, batches in job.optimizer_steps(state.step):
         rate, last = rates(number), number == job.steps
+        job.world.seed(config.seed, number)
         result = step(batches, number, rate)
         stepped = Stepped(
             step=number,
@@ -202,11 +219,11 @@ def _steps(
             found = _held_out_loss(job, held_out)
             yield Evaluated(number, found.loss, found.tokens)
             best, started = state.is_best(found), time.perf_counter()
-        signal = job.stop()
-        stop = job.world.agreed(bool(signal)) and not last
+        signal = job.stop() if job.world.alone else result.stop and (job.stop() or SIGTERM)
+        stop = bool(signal) and not last
         due = bool(config.save_steps and number % config.save_steps == 0)
         due = due or time.perf_counter() - saved_at >= 60 * config.save_minutes
-        if (due or best or stop) and not last:
+        if (due or best or stop) and not last and job.world.first:
             yield _save(job, state, step, best)
             saved_at = started = time.perf_counter()
         if stop:
@@ -231,9 +248,10 @@ def _save(job: Job, state: State, step: Stepper, best: bool) -> Saved:
 
 def _end(job: Job, state: State, held_out: Evaluator, caching: PrefixCache) -> Iterator[Event]:
     """The adapter saved, before anything else can fail; the held-out loss; the report."""
-    save_adapter(job.model, job.folder.work)
-    save_tokenizer(job.tokenizer, job.folder.work)
-    write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
+    if job.world.first:
+        save_adapter(job.model, job.folder.work)
+        save_tokenizer(job.tokenizer, job.folder.work)
+        write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
     after = _held_out_loss(job, held_out)
     yield Evaluated(state.step, after.loss, after.tokens)
     if state.best is not None and after.loss <= state.best.loss:

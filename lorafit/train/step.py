@@ -8,20 +8,22 @@ from dataclasses import dataclass
 import torch
 
 from lorafit.data import Batch
-from lorafit.train.distributed import ALONE, World
+from lorafit.distributed import ALONE, World
 from lorafit.train.objective import Objective
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     """One optimizer step: its loss per unit of weight (for tokens: nats per supervised token), the norm of
-    its gradient before clipping, its tokens and supervised tokens, and its weight."""
+    its gradient before clipping, its tokens and supervised tokens, and its weight: of all processes. `stop`
+    is whether one of them is to end."""
 
     loss: float
     grad_norm: float
     tokens: int
     supervised_tokens: int
     weight: float
+    stop: bool
 
 
 def unchecked(loss: float, finite_gradient: bool, number: int, rate: float) -> None:
@@ -33,7 +35,8 @@ class Stepper:
     """Takes optimizer steps on a model whose trained parameters are `parameters`.
 
     `check` is called before each update, with the loss, whether the gradient is finite, the step's number
-    and its rate; what it raises ends the step before anything has changed.
+    and its rate; what it raises ends the step before anything has changed. `stop` tells whether this process
+    is to end; one of several asks it once, after the step's passes.
     """
 
     model: torch.nn.Module
@@ -45,23 +48,33 @@ class Stepper:
     max_grad_norm: float
     check: Callable[[float, bool, int, float], None] = unchecked
     world: World = ALONE
+    stop: Callable[[], int] = lambda: 0
 
     def __call__(self, batches: Sequence[Batch], number: int, rate: float) -> StepResult:
-        """Step `number`, with learning rate `rate`, over its micro-batches, which need not be on the device.
+        """Step `number`, with learning rate `rate`, over this process's micro-batches, which need not be on the
+        device and may hold no row.
 
         Each micro-batch's sum is divided by the weight of all of them, so that the gradient is that of one
-        large batch. Raises what `check` raises.
+        large batch: before backward where this process is alone, else after the one reduction, which sums the
+        weight too. Raises what `check` raises.
         """
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
+        batches = [batch for batch in batches if batch.counts]
         weight = sum(self.objective.weight(batch) for batch in batches)
-        losses = []
+        divisor = weight if self.world.alone else 1.0
+        losses = [torch.zeros((), device=self.device)] if not batches else []
         for batch in batches:
-            loss = self.objective.loss_sum(self.model, batch.to(self.device)) / weight
+            loss = self.objective.loss_sum(self.model, batch.to(self.device)) / divisor
             self.scaler.scale(loss).backward()
             losses.append(loss.detach())
         total = torch.stack(losses).sum()
-        self.world.sums([total, *(p.grad for p in self.parameters if p.grad is not None)])
+        tokens, supervised = sum(b.tokens for b in batches), sum(b.supervised for b in batches)
+        counts = [weight, float(tokens), float(supervised), 0.0]
+        if not self.world.alone:
+            counts[-1] = float(self.stop() > 0)
+            total, counts = self._reduced(total, counts)
+        weight, tokens, supervised, stop = counts[0], int(counts[1]), int(counts[2]), counts[3] > 0
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
         mean = float(total)  # the one wait for the device in a step
@@ -70,6 +83,20 @@ class Stepper:
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(
-            mean, float(norm), sum(b.tokens for b in batches), sum(b.supervised for b in batches), weight
-        )
+        return StepResult(mean, float(norm), tokens, supervised, weight, stop)
+
+    def _reduced(self, loss: torch.Tensor, counts: list[float]) -> tuple[torch.Tensor, list[float]]:
+        """(mean loss, counts) of all processes, and the mean gradient in every parameter: one reduction.
+
+        `counts` begin with the weight that is divided by. A parameter without a gradient on every process has
+        none afterwards.
+        """
+        own = [p.grad for p in self.parameters]
+        numbers = [loss, *(loss.new_tensor(float(n)) for n in (*counts, *(g is not None for g in own)))]
+        slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, own, strict=True)]
+        self.world.sums([*numbers, *slopes])
+        found = [float(n) for n in numbers]
+        weight = found[1]
+        for parameter, slope, there in zip(self.parameters, slopes, found[1 + len(counts) :], strict=True):
+            parameter.grad = slope.div_(weight) if there else None
+        return numbers[0] / weight, found[1 : 1 + len(counts)]

@@ -16,7 +16,6 @@ from lorafit.events import EpochDone, Note, Stepped
 from lorafit.forward.head import Forward
 from lorafit.forward.prefix import Prefix
 from lorafit.train.checkpoint import trainable
-from lorafit.train.distributed import World
 from lorafit.train.objective import TokenLoss
 from lorafit.train.step import Stepper
 
@@ -166,11 +165,6 @@ def test_a_stepper_takes_one_step_and_a_check_that_raises_takes_none(tmp_path, p
     assert result.grad_norm == pytest.approx(float(torch.stack([s.norm() for s in slopes]).norm()))
     for was, slope, now in zip(before, slopes, job.parameters, strict=True):
         torch.testing.assert_close(now.detach(), was - 0.5 * slope)
-
-
-def test_only_one_process_is_supported():
-    with pytest.raises(ValueError, match="only one process"):
-        World(1, 2)
 
 
 @pytest.mark.parametrize(

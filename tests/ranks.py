@@ -1,0 +1,68 @@
+"""One of several processes that a launcher started: it trains the jobs of a JSON file, one after the other.
+
+`torchrun --nproc-per-node 2 tests/ranks.py JOBS RESULTS`; JOBS holds {name: {"model", "output", flags...}}.
+The first process writes {name: {"losses", "norms", "tokens", "where", "adapter digests of all"}}.
+"""
+
+import hashlib
+import json
+import signal
+import sys
+from pathlib import Path
+
+import torch
+from jobs import events_of, job_for, losses
+
+from lorafit.distributed import connect
+from lorafit.errors import LorafitError
+from lorafit.events import PrefixCache, Stepped
+from lorafit.train.checkpoint import trainable
+
+
+def stop_after(job, step):
+    """A signal that the last process alone gets, once that step is done."""
+    seen = []
+
+    def asked():
+        seen.append(0)
+        return signal.SIGTERM if job.world.rank == job.world.size - 1 and len(seen) >= step else 0
+
+    return asked
+
+
+def train(world, given):
+    flags = {name: tuple(value) if name == "data" else value for name, value in given.items()}
+    stop_at, other_data = flags.pop("stop_at", 0), flags.pop("data_of_the_last", None)
+    if other_data and world.rank == world.size - 1:
+        flags["data"] = (other_data,)
+    try:
+        with world.one_error():
+            job = job_for(flags.pop("model"), flags.pop("output"), world=world, **flags)
+        if stop_at:
+            job.stop = stop_after(job, stop_at)
+        events = events_of(job)
+    except LorafitError as error:
+        return {"error": error.message, "code": error.exit_code}
+    whole = hashlib.sha256(
+        b"".join(p.detach().numpy().tobytes() for p in trainable(job.model).values())
+    ).hexdigest()
+    same = world.told(whole) == whole
+    return {
+        "losses": losses(events),
+        "norms": [e.grad_norm for e in events if isinstance(e, Stepped)],
+        "tokens": [e.tokens for e in events if isinstance(e, Stepped)],
+        "cache": next((e.where for e in events if isinstance(e, PrefixCache)), ""),
+        "same": not world.agreed(not same),
+    }
+
+
+def main():
+    torch.set_num_threads(1)
+    world = connect()
+    jobs = json.loads(Path(sys.argv[1]).read_text())
+    found = {name: train(world, given) for name, given in jobs.items()}
+    Path(f"{sys.argv[2]}.{world.rank}").write_text(json.dumps(found))
+    world.close()
+
+
+main()

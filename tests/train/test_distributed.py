@@ -1,0 +1,236 @@
+"""Several processes do the run that one does: torchrun on this machine, gloo."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from jobs import events_of, job_for, losses
+from safetensors.torch import load_file
+
+from lorafit.adapter.folder import WEIGHTS
+from lorafit.distributed import World, only_train, refuse_plugins
+from lorafit.errors import LorafitError, RequestError
+from lorafit.events import Stepped
+
+TESTS = Path(__file__).parent.parent
+LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+
+
+def environment(**more):
+    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "80", **more}
+
+
+def launched(*arguments, **more):
+    """A command in two processes."""
+    return subprocess.run(
+        [*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment(**more), timeout=300
+    )
+
+
+BASE = {"preset": "attention", "layers": "last:2", "max_length": 100, "learning_rate": 5e-3}
+CASES = {
+    "accumulation, a partial last group": ("llama", {"batch_size": 7, "accumulate": 2, "epochs": 2}),
+    "one row a batch": ("llama", {"batch_size": 1, "max_steps": 20}),
+    "prefix in memory": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "memory"}),
+    "prefix on disk": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "disk"}),
+    "activation checkpointing": ("llama", {"batch_size": 8, "epochs": 2, "gradient_checkpointing": True}),
+    "masked LM": ("bert", {"batch_size": 6, "epochs": 2}),
+    "sequence to sequence": ("t5", {"batch_size": 6, "epochs": 2}),
+    "a mixture": ("mixtral", {"batch_size": 6, "epochs": 2}),
+    "decay, cosine, clipping": (
+        "gpt2",
+        {"batch_size": 5, "epochs": 2, "weight_decay": 0.3, "scheduler": "cosine", "max_grad_norm": 0.1},
+    ),
+}
+NO_NOISE = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "t5": {"dropout_rate": 0.0},
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    from families import save_model
+
+    room = tmp_path_factory.mktemp("models")
+    return {
+        family: save_model(family, room / family, **NO_NOISE.get(family, {}))
+        for family in {family for family, _ in CASES.values()}
+    }
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory, models, pairs):
+    """All cases in two processes: {name: result}, and where their folders lie."""
+    room = tmp_path_factory.mktemp("two")
+    jobs = {
+        name: {
+            "model": str(models[family]),
+            "output": str(room / name),
+            "data": [str(pairs)],
+            **BASE,
+            **flags,
+        }
+        for name, (family, flags) in CASES.items()
+    }
+    more = {"model": str(models["llama"]), "data": [str(pairs)], **BASE, "batch_size": 6}
+    jobs["stopped"] = {**more, "output": str(room / "stopped"), "epochs": 2, "stop_at": 3}
+    jobs["resumed in two"] = {**more, "output": str(room / "1 to 2"), "epochs": 2, "resume": True}
+    jobs["not finite"] = {**more, "output": str(room / "odd"), "epochs": 2, "learning_rate": 1e30}
+    jobs["no such layer"] = {**more, "output": str(room / "no"), "layers": "99"}
+    one_of_two = {**more, "output": str(room / "1 to 2"), "epochs": 2}
+    stopped_in_one(one_of_two)
+    (room / "jobs.json").write_text(json.dumps(jobs))
+    done = launched(TESTS / "ranks.py", room / "jobs.json", room / "found.json", XDG_CACHE_HOME=str(room))
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((room / f"found.json.{rank}").read_text()) for rank in range(2))
+    return first, second, room
+
+
+def stopped_in_one(flags):
+    """A run in one process, stopped after its third step."""
+    flags = {**flags, "data": tuple(flags["data"])}
+    calls = []
+
+    def stop():
+        calls.append(0)
+        return signal.SIGTERM if len(calls) == 3 else 0
+
+    with pytest.raises(LorafitError, match="interrupted after step 3"):
+        events_of(job_for(flags.pop("model"), flags.pop("output"), stop=stop, **flags))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_processes_take_the_steps_of_one(name, two, models, pairs, tmp_path):
+    family, flags = CASES[name]
+    first, second, room = two
+    job = job_for(models[family], tmp_path / "r", data=(str(pairs),), **BASE, **flags)
+    events = events_of(job)
+    found = first[name]
+    assert found["losses"] == pytest.approx(losses(events), rel=1e-6, abs=1e-6)
+    assert found["tokens"] == [e.tokens for e in events if isinstance(e, Stepped)]
+    assert found["norms"] == pytest.approx([e.grad_norm for e in events if isinstance(e, Stepped)], rel=1e-3)
+    assert found["losses"] == second[name]["losses"] and found["same"], "both hold the same adapter"
+    if "prefix_cache" in flags:
+        assert found["cache"] == flags["prefix_cache"]
+    same_adapter(room / name, tmp_path / "r")
+
+
+def same_adapter(one, other):
+    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
+    assert a.keys() == b.keys()
+    for key, tensor in a.items():
+        torch.testing.assert_close(tensor, b[key], atol=1e-5, rtol=0, msg=key)
+
+
+def test_a_run_goes_on_with_another_number_of_processes(two, models, pairs, tmp_path):
+    first, second, room = two
+    flags = {"data": (str(pairs),), **BASE, "batch_size": 6, "epochs": 2}
+    whole = events_of(job_for(models["llama"], tmp_path / "whole", **flags))
+    assert "interrupted after step 3" in first["stopped"]["error"]
+    assert first["stopped"]["code"] == second["stopped"]["code"] == 128 + signal.SIGTERM
+    events_of(job_for(models["llama"], room / "stopped", resume=True, **flags))
+    same_adapter(room / "stopped", tmp_path / "whole")
+    assert first["resumed in two"]["losses"][-1] == pytest.approx(losses(whole)[-1], rel=1e-6)
+    assert first["resumed in two"]["same"]
+    same_adapter(room / "1 to 2", tmp_path / "whole")
+
+
+def test_what_ends_one_process_ends_both_with_one_code(two):
+    first, second, _ = two
+    for name, words in (("not finite", "step"), ("no such layer", "99")):
+        assert first[name]["code"] == second[name]["code"] and words in first[name]["error"], name
+
+
+def lines_of(text):
+    return [line for line in text.splitlines() if line.startswith(("error:", "hint:"))]
+
+
+def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(tmp_path):
+    train = ("-m", "lorafit", "train", "--preset", "ffn", "--layers", "high", "--max-steps", "6")
+    done = launched(*train, "--epochs", "2", "-o", tmp_path / "r", "--json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["steps"] == 6 and done.stderr.count("learning rate") == 1
+    assert {p.name for p in tmp_path.iterdir()} == {"r"}
+    events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
+    assert events[0]["processes"] == 2 and [e["step"] for e in events if e["event"] == "step"] == [
+        *range(1, 7)
+    ]
+
+    refused = launched(*train, "-o", tmp_path / "r")
+    assert refused.returncode != 0 and len(lines_of(refused.stderr)) == 2, refused.stderr
+    other = launched("-m", "lorafit", "plan", "demo")
+    assert other.returncode != 0 and "runs in one process, and 2 were launched" in other.stderr
+    assert len(lines_of(other.stderr)) == 2
+
+
+def workers_of(launcher):
+    """The processes that the launcher started."""
+    children = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    return [int(pid) for pid in children]
+
+
+@pytest.mark.parametrize("how", ["a worker is killed", "the launcher is told to end"])
+def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
+    command = [
+        *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "4000", "--save-steps", "1",
+        "-o", str(tmp_path / "r"),
+    ]  # fmt: skip
+    with (tmp_path / "err").open("w") as errors:
+        run = subprocess.Popen(command, env=environment(), stderr=errors, stdout=errors)
+        deadline = time.monotonic() + 120
+        while not list(tmp_path.glob("r.partial/checkpoint-*")):
+            assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
+            time.sleep(0.2)
+        if how == "a worker is killed":
+            os.kill(workers_of(run)[1], signal.SIGKILL)
+        else:
+            run.send_signal(signal.SIGTERM)
+        assert run.wait(timeout=60) != 0
+    text = (tmp_path / "err").read_text()
+    if how == "a worker is killed":
+        assert lines_of(text)[0] == "error: another process of the run ended", text
+    else:
+        assert re.fullmatch(r"error: interrupted after step \d+ of 4000; .*", lines_of(text)[0]), text
+    assert len(lines_of(text)) == 2, text
+    last = max(int(p.name.split("-")[1]) for p in (tmp_path / "r.partial").glob("checkpoint-*"))
+    gone_on = subprocess.run(
+        [sys.executable, *command[len(LAUNCH) :], "--max-steps", str(last + 2), "--resume"],
+        capture_output=True, text=True, env=environment(), timeout=120,
+    )  # fmt: skip
+    # the number of steps decides the learning rates: it may not change
+    assert gone_on.returncode == 2 and "max_steps" in gone_on.stderr
+
+
+@pytest.mark.parametrize(
+    "environment, words",
+    [
+        ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "tensor and pipeline"),
+        ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision `bf16`"),
+    ],
+)
+def test_what_a_launcher_asks_for_and_would_not_get_is_refused(environment, words):
+    with pytest.raises(RequestError, match=words):
+        refuse_plugins(environment)
+    refuse_plugins({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+
+
+def test_one_process_is_alone(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    only_train(["eval", "x"])
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    only_train(["train"])
+    with pytest.raises(RequestError, match="`lorafit eval` runs in one process"):
+        only_train(["eval", "x"])
+    assert [list(World(rank, 3).share(range(5))) for rank in range(3)] == [[0, 3], [1, 4], [2]]
