@@ -37,7 +37,7 @@ def train(world, given):
         flags["data"] = (other_data,)
     try:
         with world.one_error():
-            job = job_for(flags.pop("model"), flags.pop("output"), world=world, **flags)
+            job = job_for(flags.pop("model"), Path(flags.pop("output")), world=world, **flags)
         if stop_at:
             job.stop = stop_after(job, stop_at)
         events = events_of(job)
