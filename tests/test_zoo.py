@@ -20,6 +20,11 @@ from lorafit.model.map import ModelMap, sum_params
 from lorafit.model.roles import DEFAULT_PARTS, Part, Role
 from lorafit.settings.preset import load_preset, preset_names
 
+# Hundreds of classes warn of their own defaults, and of one another's names.
+pytestmark = pytest.mark.filterwarnings(
+    *(f"ignore::{kind}" for kind in ("UserWarning", "FutureWarning", "DeprecationWarning"))
+)
+
 CLASSES = zoo.classes()
 BANDS = ("low", "mid", "high", "all")
 # Some of each kind; the families with traps of their own are in families.py.

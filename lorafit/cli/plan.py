@@ -11,6 +11,7 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, run_options
+from lorafit.errors import RequestError
 from lorafit.settings import OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
@@ -30,8 +31,19 @@ def plan(
         Optional[str],
         typer.Option(
             "--fit",
-            help="Plan for another device with this much free memory, e.g. `24GB`.",
+            help="Plan for another device with this much free memory, e.g. `24GB`; `4x24GB` for four.",
             metavar="SIZE",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
+    processes: Annotated[
+        Optional[int],
+        typer.Option(
+            "--processes",
+            help="Plan for so many processes, launched by torchrun or accelerate.",
+            metavar="N",
+            min=1,
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -86,20 +98,25 @@ def plan(
 
     from lorafit.adapter import planned
     from lorafit.data import find_sources
-    from lorafit.estimate import free_on, parse_size, prepare
+    from lorafit.estimate import free_on, parse_room, prepare
     from lorafit.model import chart_of, find
     from lorafit.screen import Screen, show_plan
     from lorafit.settings import derive_from_model
     from lorafit.units import bytes_text
 
     screen = Screen(json)
-    room = parse_size(fit) if fit is not None else None
+    several, room = parse_room(fit) if fit is not None else (None, None)
+    if several is not None and processes not in (None, several):
+        raise RequestError(
+            f"--fit {fit} is {several} processes, and --processes is {processes}", "leave one of them out"
+        )
+    several = several or processes or 1
     source = find(settings.model, settings.revision)
     find_sources(settings)
     found = chart_of(source)
     settings = derive_from_model(settings, found)
     made = None if matrix else planned(found, chosen, settings)
-    command = train_command(flags, settings, config)
+    command = train_command(flags, settings, config, several)
     if made is not None and not estimate:
         if json:
             screen.document({**made.as_json(), "data": None, "estimate": None, "fit": None})
@@ -108,7 +125,14 @@ def plan(
         return
     with screen.bar("reading", bytes_text) as tick:
         ahead, settings = prepare(
-            settings, source, found, probing=probe, elsewhere=room is not None, fresh=fresh, tick=tick
+            settings,
+            source,
+            found,
+            probing=probe,
+            elsewhere=room is not None,
+            fresh=fresh,
+            processes=several,
+            tick=tick,
         )
     free = free_on(ahead.device) if room is None else room
     if made is None:
@@ -146,9 +170,10 @@ def _matrix(screen: Screen, ahead: Forecast, settings: RunConfig, free: int) -> 
         show_matrix(screen, ahead.found.model, cells, free)
 
 
-def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None) -> str:
+def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None, processes: int = 1) -> str:
     """The command that trains what was planned."""
-    words = ["lorafit", "train"]
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*launcher, "lorafit", "train"]
     if file is not None:
         words += ["--config", file]
     if "model" in flags and settings.model != "demo":

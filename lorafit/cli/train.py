@@ -140,7 +140,9 @@ def _prepared(
     with screen.bar("reading", bytes_text) as tick:
         rows = load(settings, tokenizer, found.task, found.vocab_size, tick)
     _same_rows(world, rows)
-    ahead, settings = prepare(settings, source, found, look=rows.look, seconds=1.0, probing=world.first)
+    ahead, settings = prepare(
+        settings, source, found, look=rows.look, seconds=1.0, probing=world.first, processes=world.size
+    )
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
     if world.first:

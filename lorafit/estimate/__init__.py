@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from lorafit.estimate.forecast import Fit as Fit
     from lorafit.estimate.forecast import Forecast as Forecast
     from lorafit.estimate.forecast import free_on as free_on
-    from lorafit.estimate.forecast import parse_size as parse_size
+    from lorafit.estimate.forecast import parse_room as parse_room
     from lorafit.estimate.forecast import predicted as predicted
     from lorafit.estimate.forecast import prepare as prepare
     from lorafit.estimate.formulas import flops_per_token as flops_per_token
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "forecast": "Fit Forecast free_on parse_size predicted prepare",
+        "forecast": "Fit Forecast free_on parse_room predicted prepare",
         "formulas": "flops_per_token",
         "glibc_heap": "keep_freed start_over",
         "memory_trace": "MemoryTrace",

@@ -7,7 +7,7 @@ simulated; seconds from a probe (a `Timing`), or from an assumed rate.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from lorafit.adapter import Plan
@@ -16,11 +16,15 @@ from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, S
 from lorafit.forward import Choice, choose
 from lorafit.model import ModelMap
 from lorafit.settings import STATE_BYTES
-from lorafit.units import percent, scaled
+from lorafit.units import bytes_text, percent, scaled
 
 # Bytes that PyTorch's libraries keep once a step has run: on CUDA, cuBLAS has a workspace of 2 blocks of
 # 4 MiB and 8 of 16 KiB. On the CPU they are loaded before a run's memory is counted (`train.load_kernels`).
 LIBRARIES = {"cuda": 8_519_680}
+
+# Bytes a second at which processes are assumed to reduce their gradients: PCIe 4.0 with 16 lanes and protocol,
+# a third of the loopback device on a CPU.
+LINK_RATE = {"cuda": 2e10, "cpu": 3e8}
 
 # FLOP/s that are assumed where nothing is timed.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
@@ -38,6 +42,7 @@ def estimate(
     replay: bool = True,
     prefix_cache: str = "auto",
     optimizer: str = "adamw",
+    processes: int = 1,
     free: int = 0,
     free_on_disk: int = 0,
     notes: Sequence[str] = (),
@@ -46,7 +51,9 @@ def estimate(
 
     Without a profile the formulas are used, without a timing the device's ASSUMED_RATE. `replay` says that
     the frozen layers' output can be reused exactly; then `prefix_cache`, `free` memory (bytes) and
-    `free_on_disk` (bytes) decide where it is kept.
+    `free_on_disk` (bytes) decide where it is kept. Of several `processes`, `shape` and `free` are those of
+    one; they share the work, and a ring sends 2 (W - 1) / W of the gradients' bytes a step (Patarasuk and
+    Yuan, Bandwidth optimal all-reduce algorithms, 2009).
     """
     item = ITEMSIZE.get(shape.dtype, 4)
     profile = profile or by_formula(plan, model_map, shape)
@@ -59,13 +66,16 @@ def estimate(
         else "the number of rows is unknown",
     )
     if work and replay:
-        size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens)
+        size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens) // processes
         cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
     rate = ASSUMED_RATE.get(device, 1e11)
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    whole, replayed, total = _seconds(timing, work, replay, cache.where != "off")
+    sent = 2 * (processes - 1) / processes * adapter
+    link = LINK_RATE.get(device, 3e8)
+    timing = replace(timing, step=timing.step + sent / link)
+    whole, replayed, total = _seconds(timing, work, processes, replay, cache.where != "off")
     return Estimate(
         shape=shape,
         memory=Memory(
@@ -87,21 +97,33 @@ def estimate(
         seconds_per_epoch=whole,
         seconds_per_epoch_replayed=replayed,
         seconds=total,
-        tokens_per_second=1 / timing.token if timing.token else 0.0,
+        tokens_per_second=processes / timing.token if timing.token else 0.0,
         prefix_cache=replace(cache, bytes=size),
-        assumptions=(*_assumptions(shape, profile, timing, device, rate, optimizer), *notes),
+        assumptions=(
+            *_assumptions(shape, profile, timing, device, rate, optimizer),
+            *(_shared(processes, sent, link) if processes > 1 else ()),
+            *notes,
+        ),
+        processes=processes,
     )
 
 
+def _shared(processes: int, sent: float, link: float) -> Iterator[str]:
+    """What is assumed of several processes, in words."""
+    yield f"{processes} processes, each with its share of every micro-batch; memory is that of one"
+    yield f"a process sends {bytes_text(round(sent))} of gradients a step, at {bytes_text(round(link))}/s assumed"
+
+
 def _seconds(
-    timing: Timing, work: Work | None, replay: bool, cached: bool
+    timing: Timing, work: Work | None, processes: int, replay: bool, cached: bool
 ) -> tuple[float | None, float | None, float | None]:
     """Seconds of an epoch, of one with the prefix replayed, and of the whole run; None where unknown."""
     if work is None:
         return None, None, None
     steps = work.epoch_steps * timing.step
-    whole = work.tokens * timing.token + steps
-    replayed = work.tokens * timing.token_replayed + steps if replay else None
+    tokens = work.tokens / processes
+    whole = tokens * timing.token + steps
+    replayed = tokens * timing.token_replayed + steps if replay else None
     later = replayed if replayed is not None and cached else whole
     return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
 
@@ -120,7 +142,7 @@ def _assumptions(
     if timing.source and not timing.sure:
         seconds = f"the machine is busy: timings differ by {agree}, so the predicted time is too high"
     return (
-        f"micro-batch of {shape.batch} rows of {shape.length} tokens, "
+        f"micro-batch of {shape.batch} row{'s' * (shape.batch > 1)} of {shape.length} tokens, "
         f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
         f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
         memory,

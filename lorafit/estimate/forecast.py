@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -100,7 +101,8 @@ def free_on(device: str) -> int:
 class Forecast:
     """One model, one run's settings, one device: what plans on it cost.
 
-    `probing` times the device; `work` is the amount of data, where it is known.
+    `probing` times the device; `work` is the amount of data, where it is known. `shape` is that of one of the
+    `processes`.
     """
 
     source: ModelSource
@@ -116,6 +118,7 @@ class Forecast:
     notes: list[str] = field(default_factory=list)
     look: DataReport | None = None
     fresh: bool = False  # times the device again, even if a timing is kept
+    processes: int = 1
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
@@ -177,6 +180,7 @@ class Forecast:
             replay=not profile.refusal,
             prefix_cache=self.config.prefix_cache,
             optimizer=self.config.optimizer,
+            processes=self.processes,
             free=free_memory(),
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),
@@ -244,7 +248,7 @@ class Forecast:
             accumulate = shape.accumulate * -(-shape.batch // size)
             halves.append(
                 (
-                    f"--batch-size {size} --accumulate {accumulate}",
+                    f"--batch-size {size * self.processes} --accumulate {accumulate}",
                     replace(shape, batch=size, accumulate=accumulate),
                 )
             )
@@ -365,12 +369,13 @@ def prepare(
     look: DataReport | None = None,
     seconds: float = 5.0,
     fresh: bool = False,
+    processes: int = 1,
     tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
     """The forecast of a run, and its settings completed from its rows.
 
     `config` is completed from the model. `look` is the report on rows that are read already; `fresh`
-    times the device again, even if a timing is kept.
+    times the device again, even if a timing is kept. `processes` share each micro-batch.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
@@ -396,7 +401,7 @@ def prepare(
     if found.task == "masked":
         supervised *= MASKED_SHARE  # the share of these tokens that is masked, and so in the loss
     shape = Shape(
-        batch,
+        ceil(batch / processes),
         longest,
         dtype_of(config, device),
         config.gradient_checkpointing,
@@ -417,6 +422,7 @@ def prepare(
         notes,
         look,
         fresh,
+        processes,
     )
     return made, config
 
@@ -426,11 +432,16 @@ def predicted(cost: Estimate, plan: Plan) -> Predicted:
     return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params)
 
 
-def parse_size(text: str) -> int:
-    """`24GB` as bytes. Raises RequestError for anything that is not a size."""
+def parse_room(text: str) -> tuple[int | None, int]:
+    """(processes, bytes of each) of `4x24GB`; of `24GB` the processes are None. Raises RequestError for
+    anything else."""
+    several = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(.+)", text)
     try:
-        return parse_bytes(text)
+        if several is None:
+            return None, parse_bytes(text)
+        return max(1, int(several[1])), parse_bytes(several[2])
     except ValueError:
         raise RequestError(
-            f"--fit is `{text}`: it takes a size", "with a unit, e.g. 24GB, 24GiB or 800MB"
+            f"--fit is `{text}`: it takes a size",
+            "with a unit, e.g. 24GB, 24GiB or 800MB; 4x24GB is four processes of so much",
         ) from None

@@ -130,6 +130,7 @@ class Estimate:
     `seconds_per_epoch` is for a pass that runs every layer, `seconds_per_epoch_replayed` for one that
     reads the frozen layers' output from the cache (None where it cannot be cached), `seconds` for the
     whole run: `steps` optimizer steps, `epochs` passes over the rows, the last of which may be partial.
+    `shape` and `memory` are those of one of the `processes`, the rest is of all together.
     """
 
     shape: Shape
@@ -144,6 +145,7 @@ class Estimate:
     tokens_per_second: float
     prefix_cache: Choice
     assumptions: tuple[str, ...]
+    processes: int = 1
 
     def as_json(self) -> dict[str, Any]:
         """The `estimate` of `plan --json`; the memory's terms sum to its `peak`."""

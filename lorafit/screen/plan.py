@@ -111,7 +111,10 @@ def _plan_table(plan: Plan) -> Table:
 
 
 def _fit_text(fit: Fit, estimate: Estimate) -> str:
-    return f"{bytes_text(estimate.memory.peak)} at the peak, {bytes_text(fit.free)} free on {fit.device}"
+    each = f" in each of {estimate.processes} processes" if estimate.processes > 1 else ""
+    return (
+        f"{bytes_text(estimate.memory.peak)} at the peak{each}, {bytes_text(fit.free)} free on {fit.device}"
+    )
 
 
 def _time_text(estimate: Estimate) -> str:

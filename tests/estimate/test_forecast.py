@@ -44,6 +44,25 @@ def test_the_estimate_has_its_terms(run):
     assert any("simulated step" in line for line in found["assumptions"])
 
 
+def test_several_processes_share_rows_and_time_and_not_the_weights(run):
+    given = ("plan", "demo", "--preset", "all", "--no-probe", "--batch-size", "32", "--prefix-cache", "off")
+    one, four = (run(*given, *more, "--json").document for more in ((), ("--processes", "4")))
+    alone, shared = one["estimate"], four["estimate"]
+    assert (alone["processes"], shared["processes"]) == (1, 4)
+    assert shared["shape"]["batch"] == 8 and shared["steps"] == alone["steps"]
+    assert shared["memory"]["weights"] == alone["memory"]["weights"]
+    assert shared["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 4, rel=0.05)
+    sent = 2 * 3 / 4 * alone["memory"]["adapter"] / 3e8 * alone["steps"] / alone["epochs"]
+    assert shared["seconds_per_epoch"] == pytest.approx(alone["seconds_per_epoch"] / 4 + sent, rel=1e-3)
+    assert shared["tokens_per_second"] == pytest.approx(4 * alone["tokens_per_second"])
+    fit = run(*given, "--fit", "4x24GB", "--json").document
+    assert fit["estimate"]["processes"] == 4 and fit["fit"]["free"] == 24 * 10**9
+    text = run(*given, "--processes", "4").out
+    assert "torchrun --nproc-per-node 4 -m lorafit train" in text and "in each of 4 processes" in text
+    refused = run(*given, "--fit", "4x24GB", "--processes", "2", code=2)
+    assert "4 processes" in refused.err
+
+
 def test_without_a_probe_a_stated_rate_is_assumed(run):
     found = run("plan", "demo", "--no-probe", "--json").document["estimate"]
     assert any("FLOP/s assumed" in line for line in found["assumptions"])

@@ -180,7 +180,9 @@ def test_stored_states_of_another_model_are_not_used(tmp_path):
 def identity_of(folder, fresh):
     found = store(folder)
     found.put("a", fresh)
-    return found.get("b")
+    state = found.get("b")
+    found.close()
+    return state
 
 
 def test_a_weight_file_that_may_not_be_read_is_named(tmp_path, monkeypatch):

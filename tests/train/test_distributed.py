@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -171,6 +172,41 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
     other = launched("-m", "lorafit", "plan", "demo")
     assert other.returncode != 0 and "runs in one process, and 2 were launched" in other.stderr
     assert len(lines_of(other.stderr)) == 2
+
+
+def test_accelerate_and_two_machines_do_the_same_run(tmp_path):
+    """Two launches with a home, a cache and a working folder each: only the first writes a run."""
+    train = ["-m", "lorafit", "train", "--preset", "ffn", "--layers", "high", "--max-steps", "6", "-o", "r"]
+    accelerate = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    (tmp_path / "a").mkdir()
+    done = subprocess.run(
+        [*accelerate, *train],
+        cwd=tmp_path / "a",
+        capture_output=True,
+        text=True,
+        env=environment(),
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    machines = []
+    for rank in range(2):
+        home = tmp_path / f"machine {rank}"
+        home.mkdir()
+        launch = [*LAUNCH[:3], "--nnodes", "2", "--node-rank", rank, "--nproc-per-node", "1"]
+        address = ["--master-addr", "127.0.0.1", "--master-port", port]
+        machines.append(
+            subprocess.Popen(
+                list(map(str, [*launch, *address, *train])), cwd=home, stdout=subprocess.DEVNULL,
+                stderr=subprocess.PIPE, text=True, env=environment(HOME=str(home), XDG_CACHE_HOME=str(home / "cache")),
+            )
+        )  # fmt: skip
+    errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    assert [machine.returncode for machine in machines] == [0, 0], errors
+    assert {p.name for p in (tmp_path / "machine 1").iterdir()} == {"cache"}
+    same_adapter(tmp_path / "a" / "r", tmp_path / "machine 0" / "r")
 
 
 def workers_of(launcher):

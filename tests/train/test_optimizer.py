@@ -33,7 +33,7 @@ def test_an_optimizer_lowers_a_loss_and_keeps_what_it_says(name):
     losses = []
     for _ in range(20):
         loss = sum((p * p).sum() for p in own)
-        losses.append(float(loss))
+        losses.append(loss.item())
         for group in optimizer.param_groups:
             group["lr"] = 1e-2
         loss.backward()
