@@ -54,7 +54,7 @@ def test_several_processes_share_rows_and_time_and_not_the_weights(run):
     assert shared["memory"]["activations"] == pytest.approx(alone["memory"]["activations"] / 4, rel=0.05)
     sent = 2 * 3 / 4 * alone["memory"]["adapter"] / 3e8 * alone["steps"] / alone["epochs"]
     assert shared["seconds_per_epoch"] == pytest.approx(alone["seconds_per_epoch"] / 4 + sent, rel=1e-3)
-    assert shared["tokens_per_second"] == pytest.approx(4 * alone["tokens_per_second"])
+    assert shared["tokens_per_second"] == pytest.approx(4 * alone["tokens_per_second"], rel=1e-3)
     fit = run(*given, "--fit", "4x24GB", "--json").document
     assert fit["estimate"]["processes"] == 4 and fit["fit"]["free"] == 24 * 10**9
     text = run(*given, "--processes", "4").out
