@@ -2,7 +2,7 @@
 
 `resolve` is the only way to a plan; `plan` prints what it returns and `train` does it. The
 plan is written for PEFT as `target_modules` and `layers_to_transform` where those denote
-exactly its modules (spelling.py), else as the full names.
+exactly its modules (peft_names.py), else as the full names.
 """
 
 from __future__ import annotations

@@ -183,7 +183,7 @@ def states_key(base: torch.nn.Module, stack: str, cut: int, rows: Iterable[str],
     """A digest of all that decides the states: the base's weights, the micro-batches' tokens, the cut,
     dtype, device, attention, and the versions of what computes them.
 
-    `weights` is the identity of the base's files (model.fingerprint). Raises ValueError without one.
+    `weights` is the identity of the base's files (model.identity.fingerprint). Raises ValueError without one.
     """
     if not weights:
         raise ValueError("states can be kept for weights whose identity is known alone")

@@ -1,6 +1,6 @@
 """What is in a model: its stacks, its adaptable weights, and everything else, to the last parameter.
 
-A `ModelMap` is a value: it is made once from a model on the meta device (survey.py), printed
+A `ModelMap` is a value: it is made once from a model on the meta device (chart.py), printed
 as JSON, kept in a cache, and is all that a plan needs to know.
 """
 

@@ -114,8 +114,8 @@ def write(
     a file system lets one thread write a file.
 
     A change is given rows of a tensor as they are stored and gives back as many, in any float dtype:
-    what it gives is rounded once, to the dtype the sheet names. It is called in several threads. `tick`
-    hears of the bytes written. Raises OSError; the threads have ended then.
+    what it gives is rounded once, to the dtype that the layout names. It is called in several threads. `tick`
+    is called with the bytes written. Raises OSError; the threads have ended then.
     """
     cores = torch.get_num_threads()
     workers = max(1, min(8, cores, len(sheets)))
