@@ -11,7 +11,7 @@ import json
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -25,6 +25,12 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
+# What `accelerate launch` can ask for, as its environment names it, and what that is.
+UNSUPPORTED = {
+    ("DEEPSPEED",): "DeepSpeed, whose engine takes the optimizer's step itself,",
+    ("FSDP",): "a base sharded by FSDP",
+    ("MEGATRON_LM", "PARALLELISM_CONFIG"): "tensor or pipeline parallelism",
+}
 PATIENCE = timedelta(hours=2)  # that a process waits for the others: one may read data or time the device
 
 
@@ -88,7 +94,7 @@ class World:
         """A part of the work that all processes do, or none: an error of one is an error of all, shown once.
 
         Within it processes may wait for one another by `told`, `agreed` and `sent` alone. Raises the error
-        of the first process that has one: on that process and on the first as it was, else Agreed.
+        of the first process that has one, as Agreed; as it was where it is the first process's own.
         """
         if self.alone:
             yield
@@ -135,7 +141,8 @@ class World:
             dist.destroy_process_group()
 
     def _exchange(self, message: Mapping[str, Any], own: Exception | None = None) -> list[Any]:
-        """Each process's value, by rank. Raises the first error instead: `own` where it is this process's."""
+        """Each process's value, by rank. Raises the first error instead (see `one_error`); `own` is this
+        process's."""
         import torch
         import torch.distributed as dist
 
@@ -150,7 +157,7 @@ class World:
         for rank, said in enumerate(found):
             if "error" not in said:
                 continue
-            if own is not None and rank == self.rank:
+            if own is not None and self.rank == rank == 0:
                 raise own
             text, hint, code = said["error"]
             raise Agreed(f"process {rank} of {self.size}: {text}", hint, code)
@@ -187,25 +194,39 @@ def _connected() -> Iterator[None]:
 
 def launched() -> World:
     """This process as a launcher's environment names it, not connected with the others: for the parts of
-    the program that must know whether they are the first. ALONE without a launcher."""
+    the program that must know whether they are the first. ALONE without a launcher; some clusters set
+    WORLD_SIZE alone."""
     size = _number("WORLD_SIZE", 1)
-    return World(_number("RANK", 0), size, _number("LOCAL_RANK", 0)) if size > 1 else ALONE
+    if size < 2 or "RANK" not in os.environ:
+        return ALONE
+    return World(_number("RANK", 0), size, _number("LOCAL_RANK", 0))
 
 
 def connect() -> World:
-    """This process, connected with the others of its run. Raises RequestError for what a launcher asks for
-    that lorafit does not do, OtherProcessEnded when another process ended before."""
-    refuse_plugins(os.environ)
+    """This process, connected with the others of its run, once. Raises OtherProcessEnded when another process
+    ended before."""
     world = launched()
     if world.alone:
         return world
     import torch
     import torch.distributed as dist
 
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
-    with _connected():
-        dist.init_process_group(backend, timeout=PATIENCE)
+    if not dist.is_initialized():
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        with _connected():
+            dist.init_process_group(backend, timeout=PATIENCE)
     return world
+
+
+def outlast_first() -> None:
+    """Wait until the first process has ended: a launcher ends all processes as soon as one has failed, and the
+    first has an error to show."""
+    import torch
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        with suppress(RuntimeError):  # which is its end: it does not take part
+            dist.all_reduce(torch.zeros(1))
 
 
 def refuse_plugins(environment: Mapping[str, str]) -> None:
@@ -214,26 +235,15 @@ def refuse_plugins(environment: Mapping[str, str]) -> None:
     def asked(name: str) -> bool:
         return environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
-    if asked("DEEPSPEED"):
-        raise RequestError(
-            "DeepSpeed's engine takes the step itself, and lorafit takes it",
-            "accelerate launch --multi_gpu: each process holds the whole base",
-        )
-    if asked("FSDP"):
-        raise RequestError(
-            "a base that is sharded by FSDP is not supported",
-            "accelerate launch --multi_gpu: each process holds the whole base",
-        )
-    if asked("MEGATRON_LM") or asked("PARALLELISM_CONFIG"):
-        raise RequestError(
-            "tensor and pipeline parallel are not supported",
-            "accelerate launch --multi_gpu: each process holds the whole base",
-        )
+    for plugins, what in UNSUPPORTED.items():
+        if any(asked(plugin) for plugin in plugins):
+            hint = "accelerate launch --multi_gpu runs processes that each hold the whole base"
+            raise RequestError(f"{what} is not supported", hint)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", ""):
         raise RequestError(
-            f"mixed precision `{precision}` of accelerate is not used",
-            "--dtype names that of the base's weights",
+            f"accelerate's mixed precision `{precision}` is not used",
+            "--dtype sets the precision of the base weights",
         )
 
 

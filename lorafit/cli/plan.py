@@ -41,7 +41,7 @@ def plan(
         Optional[int],
         typer.Option(
             "--processes",
-            help="Plan for so many processes, launched by torchrun or accelerate.",
+            help="Number of processes to plan for, as torchrun or accelerate would launch them.",
             metavar="N",
             min=1,
             rich_help_panel=OUTPUT,

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lorafit.distributed import launched, only_train
+from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
@@ -47,12 +47,11 @@ class Boundary(TyperGroup):
         signal.signal(signal.SIGTERM, _on_term)
         code: Any = DONE
         try:
+            connect()
             only_train(args)
             code = super().main(args, standalone_mode=False, **extra)
         except LorafitError as error:
-            # the first process shows an error of all; what only this one can know it shows itself
-            shown = launched().first or isinstance(error, OutOfMemory)
-            code = _report(error) if shown else error.exit_code
+            code = _report(error)
         except _CLICK_ERROR as error:
             code = _report(_usage(error, list(sys.argv[1:] if args is None else args)))
         except (KeyboardInterrupt, typer.Abort):
@@ -71,7 +70,7 @@ class Boundary(TyperGroup):
             text = str(error).strip().splitlines()
             what = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
             hint = "--debug shows the traceback; please report it with the command"
-            code = _report(LorafitError(f"unexpected error: {what}", hint), FAILED)
+            code = _report(Unexpected(f"unexpected error: {what}", hint))
         if standalone_mode:
             sys.exit(code if isinstance(code, int) else DONE)
         return code
@@ -80,6 +79,10 @@ class Boundary(TyperGroup):
 def _drop_output() -> None:
     """Send what is still in stdout's buffer nowhere, so that the last flush does not fail again."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class Unexpected(LorafitError):
+    """An error that is a bug of lorafit's, or of a library."""
 
 
 class Terminated(BaseException):
@@ -91,6 +94,13 @@ def _on_term(number: int, frame: Any) -> None:
 
 
 def _report(error: LorafitError, code: int | None = None) -> int:
+    """Show an error; the exit code. Of several processes the first shows an error of all, and another what only
+    it can know: that its memory ran out, or what was not expected."""
+    code = error.exit_code if code is None else code
+    if not launched().first and not isinstance(error, (OutOfMemory, Unexpected)):
+        if code not in (INTERRUPTED, TERMINATED):
+            outlast_first()
+        return code
     if debug:
         import traceback
 
@@ -98,7 +108,7 @@ def _report(error: LorafitError, code: int | None = None) -> int:
     from lorafit.screen import Screen
 
     Screen().error(error)
-    return error.exit_code if code is None else code
+    return code
 
 
 def _usage(error: Any, arguments: list[str]) -> LorafitError:

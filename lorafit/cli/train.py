@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -56,15 +57,16 @@ def train(
 
     Without a model and data, the embedded demo is used.
     """
-    from lorafit.distributed import connect
+    from lorafit.distributed import connect, refuse_plugins
     from lorafit.screen import Screen, show_train_report
 
     world, screen = connect(), Screen(json, quiet)
-    if push_to_hub:
-        from lorafit import hub
-
-        hub.check(push_to_hub)
     with world.one_error():
+        refuse_plugins(os.environ)
+        if push_to_hub:
+            from lorafit import hub
+
+            hub.check(push_to_hub)
         prepared = _prepared(world, screen, flags, config, force)
     if isinstance(prepared, Path):  # of a finished run
         if push_to_hub and world.first:
@@ -82,7 +84,8 @@ def train(
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """A run before its model is loaded: what it will do, its rows, its folder, what it will cost."""
+    """A run before its model is loaded: what it will do, its rows, its cost; `target` is the folder that was
+    named, `reads` what must not be replaced by it."""
 
     settings: RunConfig
     source: ModelSource
@@ -91,7 +94,8 @@ class _Prepared:
     plan: Plan
     rows: Rows
     tokenizer: PreTrainedTokenizerBase
-    folder: RunFolder
+    target: Path | None
+    reads: Sequence[Path]
     ahead: Forecast
     cost: Estimate
 
@@ -101,7 +105,7 @@ def _prepared(
 ) -> _Prepared | Path:
     """Everything before the model is loaded; the run's folder where --resume names a finished one.
 
-    The first of several processes opens the folder and times the device; all read the rows.
+    The first of several processes checks the folder and times the device; all read the rows.
     """
     from lorafit.settings import dated, derive_from_model, settle
 
@@ -133,7 +137,6 @@ def _prepared(
 
     with without_collecting():
         from lorafit.data import load
-        from lorafit.train import RunFolder, claim
 
     pick_device(settings.device)
     tokenizer = load_tokenizer(source.place, source.name)
@@ -147,23 +150,24 @@ def _prepared(
     show_data(screen, settings, rows.look)
     if world.first:
         _check_memory(screen, ahead, made, chosen, cost, force)
-    folder = RunFolder(Path()) if target is None else RunFolder(target)
-    if target is not None:
-        folder.open(settings.overwrite, settings.resume, reads)
-    elif world.first:
-        folder = claim(_stem(found.model, made))
-    folder.target = Path(world.told(str(folder.target)))
-    return _Prepared(settings, source, found, chosen, made, rows, tokenizer, folder, ahead, cost)
+    return _Prepared(settings, source, found, chosen, made, rows, tokenizer, target, reads, ahead, cost)
 
 
 def _trained(world: World, screen: Screen, run: _Prepared) -> TrainReport:
     """The model loaded and trained, shown and recorded by the first process."""
     from lorafit.estimate import predicted
-    from lorafit.train import assemble
+    from lorafit.system import without_collecting
 
+    with without_collecting():
+        from lorafit.train import RunFolder, assemble
+
+    folder = RunFolder(Path())
     with _explained(run.ahead, run.plan, run.chosen, run.cost), stopping(not world.alone) as stop:
         try:
             with world.one_error():
+                if world.first:
+                    folder = _opened(run)
+                folder.target = Path(world.told(str(folder.target)))
                 job = assemble(
                     run.source,
                     run.found,
@@ -171,7 +175,7 @@ def _trained(world: World, screen: Screen, run: _Prepared) -> TrainReport:
                     run.plan,
                     run.rows,
                     run.tokenizer,
-                    run.folder,
+                    folder,
                     stop,
                     predicted(run.cost, run.plan),
                     world,
@@ -179,7 +183,18 @@ def _trained(world: World, screen: Screen, run: _Prepared) -> TrainReport:
             return _watched(screen, job)
         finally:
             if world.first:
-                run.folder.abandon()
+                folder.abandon()
+
+
+def _opened(run: _Prepared) -> RunFolder:
+    """The folder that was named, or a new one in runs/, open for writing."""
+    from lorafit.train import RunFolder, claim
+
+    if run.target is None:
+        return claim(_stem(run.found.model, run.plan))
+    folder = RunFolder(run.target)
+    folder.open(run.settings.overwrite, run.settings.resume, run.reads)
+    return folder
 
 
 def _same_rows(world: World, rows: Rows) -> None:

@@ -67,7 +67,7 @@ class Row:
     def weight(self) -> float:
         """What the row counts in the loss: the sum of its learned labels' weights."""
         if not self.weights:
-            return self.supervised
+            return float(self.supervised)
         return sum(w for w, label in zip(self.weights, self.labels, strict=True) if label != IGNORED)
 
     @property
@@ -269,9 +269,7 @@ class RowSet(Sequence[Row]):
     @cached_property
     def weight(self) -> float:
         """What the rows count in the loss: the sum of their learned labels' weights."""
-        weighted = self._all(lambda store: np.diff(store.arrays["weight_starts"]) > 0)
-        counted = self.supervised if not weighted.any() else sum(row.weight for row in self)
-        return float(counted)
+        return float(self._all(_weights).sum())
 
     @property
     def contents(self) -> np.ndarray:
@@ -342,6 +340,14 @@ def _learned(store: RowStore) -> np.ndarray:
         sums = np.concatenate([[0], np.cumsum(piece)])
         found[at:stop] = np.diff(sums[starts[at : stop + 1] - starts[at]])
         at = stop
+    return found
+
+
+def _weights(store: RowStore) -> np.ndarray:
+    """(rows,) of a store: the sum of each row's learned labels' weights, float64."""
+    found = _learned(store).astype(np.float64)
+    for row in np.flatnonzero(np.diff(store.arrays["weight_starts"])).tolist():
+        found[row] = store.weights(row)[store.labels(row) != IGNORED].sum(dtype=np.float64)
     return found
 
 

@@ -319,9 +319,8 @@ class Tokens:
             parts = [found.part(at, at + room) for at in range(0, len(found.ids), room)]
         else:
             counts.cut += 1
-            if (
-                self.task == "masked" and found.labels[0] == IGNORED
-            ):  # what is learned goes before what is read
+            # for a masked model, what is in the loss is kept before what is context only
+            if self.task == "masked" and found.labels[0] == IGNORED:
                 learned = next(n for n, label in enumerate(found.labels) if label != IGNORED)
                 spare = max(0, room - (len(found.ids) - learned))
                 found = found.part(0, spare) + found.part(learned, longest)

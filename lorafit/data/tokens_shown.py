@@ -74,8 +74,8 @@ def _token(tokenizer: PreTrainedTokenizerBase, number: int, learned: bool, weigh
 
 
 def write_rows(path: Path, sets: Sequence[RowSet]) -> None:
-    """All rows as JSON lines of `input_ids` and `labels` (and `weights`, where not all are 1), with where each was read and whether it is held out;
-    `--format tokens` reads them as they are.
+    """All rows as JSON lines of `input_ids`, `labels` and, where not all are 1, `weights`, with where each was
+    read and whether it is held out; `--format tokens` reads them as they are.
 
     Raises RequestError where the file cannot be written.
     """

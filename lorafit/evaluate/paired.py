@@ -16,8 +16,8 @@ DRAWS, COVERED = 2000, 0.95  # resamplings of the rows behind an interval, and w
 @dataclass(frozen=True, slots=True)
 class RowScore:
     """One row: its summed loss in nats, its supervised tokens, how many of them were the most likely
-    one; `short` where it is a prompt with one answer of few tokens. In the loss the tokens count `weighted`:
-    None is 1 each, and then `loss_sum` holds no weights."""
+    one; `short` where it is a prompt with one answer of few tokens. `weighted` is the sum of its tokens'
+    weights in `loss_sum`; None where each token counts 1."""
 
     loss_sum: float
     tokens: int

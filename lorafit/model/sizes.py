@@ -119,8 +119,8 @@ def _embedding_shape(tree: ModuleTree) -> tuple[int, ...]:
     not say which it is."""
     try:
         embedding = tree.model.get_input_embeddings()
-    except NotImplementedError:  # transformers' only way to say that a class names none, as Dia does
-        # such a model still has a map, whose sizes come from its config
+    except NotImplementedError:
+        # transformers raises it where a class names no input embedding (Dia); the sizes come from the config then
         return (0, 0)
     weight = getattr(embedding, "weight", None)  # Musicgen has a list of them
     return tuple(weight.shape) if weight is not None else (0, 0)

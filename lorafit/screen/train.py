@@ -82,6 +82,8 @@ class TrainView:
         plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
         if event.resumed_at:
             plan += f", continued from step {count(event.resumed_at)}"
+        if event.processes > 1:
+            plan += f", in {event.processes} processes"
         self.screen.line("plan", plan)
         for text in event.damaged:
             self.screen.note(f"skipped damaged checkpoint: {text}")

@@ -91,12 +91,12 @@ class Stepper:
         `counts` begin with the weight that is divided by. A parameter without a gradient on every process has
         none afterwards.
         """
-        own = [p.grad for p in self.parameters]
-        numbers = [loss, *(loss.new_tensor(float(n)) for n in (*counts, *(g is not None for g in own)))]
-        slopes = [torch.zeros_like(p) if g is None else g for p, g in zip(self.parameters, own, strict=True)]
-        self.world.sums([*numbers, *slopes])
-        found = [float(n) for n in numbers]
-        weight = found[1]
-        for parameter, slope, there in zip(self.parameters, slopes, found[1 + len(counts) :], strict=True):
-            parameter.grad = slope.div_(weight) if there else None
-        return numbers[0] / weight, found[1 : 1 + len(counts)]
+        has = [float(p.grad is not None) for p in self.parameters]
+        numbers = torch.cat([loss.view(1), loss.new_tensor([*counts, *has])])
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        self.world.sums([numbers, *slopes])
+        total, *found = numbers.tolist()
+        counts, has = found[: len(counts)], found[len(counts) :]
+        for parameter, slope, there in zip(self.parameters, slopes, has, strict=True):
+            parameter.grad = slope.div_(counts[0]) if there else None
+        return loss.new_tensor(total / counts[0]), counts

@@ -160,7 +160,11 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
     done = launched(*train, "--epochs", "2", "-o", tmp_path / "r", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
-    assert report["steps"] == 6 and done.stderr.count("learning rate") == 1
+    assert (
+        report["steps"] == 6
+        and done.stderr.count("learning rate") == 1
+        and "6 steps, in 2 processes" in done.stderr
+    )
     assert {p.name for p in tmp_path.iterdir()} == {"r"}
     events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
     assert events[0]["processes"] == 2 and [e["step"] for e in events if e["event"] == "step"] == [
@@ -169,6 +173,8 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
 
     refused = launched(*train, "-o", tmp_path / "r")
     assert refused.returncode != 0 and len(lines_of(refused.stderr)) == 2, refused.stderr
+    mistyped = launched(*train, "--rnk", "3")
+    assert lines_of(mistyped.stderr) == ["error: there is no option `--rnk`", "hint: did you mean --rank?"]
     other = launched("-m", "lorafit", "plan", "demo")
     assert other.returncode != 0 and "runs in one process, and 2 were launched" in other.stderr
     assert len(lines_of(other.stderr)) == 2
@@ -252,7 +258,7 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
         ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "tensor and pipeline"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "tensor or pipeline"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision `bf16`"),
     ],
 )
@@ -266,6 +272,8 @@ def test_one_process_is_alone(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "1")
     only_train(["eval", "x"])
     monkeypatch.setenv("WORLD_SIZE", "2")
+    only_train(["eval", "x"])  # no launcher: it would have set the rank too
+    monkeypatch.setenv("RANK", "1")
     only_train(["train"])
     with pytest.raises(RequestError, match="`lorafit eval` runs in one process"):
         only_train(["eval", "x"])
