@@ -15,6 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from random import Random
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -131,7 +132,7 @@ class World:
         if not self.alone:
             import torch
 
-            torch.manual_seed((seed * 1_000_003 + step) * 65_537 + self.rank)
+            torch.manual_seed(Random(f"{seed}/{step}/{self.rank}").getrandbits(32))
 
     def close(self) -> None:
         """Leave the others."""

@@ -7,6 +7,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from random import Random
 from typing import TYPE_CHECKING
 
 import torch
@@ -118,8 +119,9 @@ class Job:
         masked model with the masks of that epoch. It may hold no row."""
         numbers = self.world.share(self.batches[number][part])
         pad = self.tokenizer.pad_token_id or 0
-        if self.task == "masked":  # each row by a seed of its own, whichever process has it
-            seeds = {n: ((self.config.seed * 1_000_003 + epoch) << 32) + n for n in numbers}
+        if self.task == "masked":
+            # each row by a seed of its own, whichever process has it; torch uses 32 bits of a seed
+            seeds = {n: Random(f"{self.config.seed}/{epoch}/{n}").getrandbits(32) for n in numbers}
             mask, vocab = mask_id(self.tokenizer), self.found.vocab_size
             rows = [mask_row(self.rows.train[n], pad, mask, vocab, seeds[n]) for n in numbers]
             return collate_rows(rows, pad, self.task)
