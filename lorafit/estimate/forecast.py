@@ -443,5 +443,5 @@ def parse_room(text: str) -> tuple[int | None, int]:
     except ValueError:
         raise RequestError(
             f"--fit is `{text}`: it takes a size",
-            "with a unit, e.g. 24GB, 24GiB or 800MB; 4x24GB is four processes of so much",
+            "with a unit, e.g. 24GB, 24GiB or 800MB; 4x24GB is four processes with 24 GB each",
         ) from None
