@@ -85,6 +85,10 @@ def two(tmp_path_factory, models, pairs):
     more = {"model": str(models["llama"]), "data": [str(pairs)], **BASE, "batch_size": 6}
     jobs["stopped"] = {**more, "output": str(room / "stopped"), "epochs": 2, "stop_at": 3}
     jobs["resumed in two"] = {**more, "output": str(room / "1 to 2"), "epochs": 2, "resume": True}
+    noisy = {**more, "epochs": 2, "dropout": 0.3}
+    jobs["dropout"] = {**noisy, "output": str(room / "dropout")}
+    jobs["dropout stopped"] = {**noisy, "output": str(room / "dropout 2"), "stop_at": 3}
+    jobs["dropout resumed"] = {**noisy, "output": str(room / "dropout 2"), "resume": True}
     jobs["not finite"] = {**more, "output": str(room / "odd"), "epochs": 9, "learning_rate": 10.0}
     jobs["no such layer"] = {**more, "output": str(room / "no"), "layers": "99"}
     one_of_two = {**more, "output": str(room / "1 to 2"), "epochs": 2}
@@ -143,6 +147,15 @@ def test_a_run_goes_on_with_another_number_of_processes(two, models, pairs, tmp_
     assert first["resumed in two"]["losses"][-1] == pytest.approx(losses(whole)[-1], rel=1e-6)
     assert first["resumed in two"]["same"]
     same_adapter(room / "1 to 2", tmp_path / "whole")
+
+
+def test_dropout_is_drawn_by_step_and_process(two):
+    """A resumed run draws what the run would have drawn, on each process."""
+    first, _, room = two
+    whole, resumed = first["dropout"], first["dropout resumed"]
+    assert "interrupted after step 3" in first["dropout stopped"]["error"]
+    assert resumed["losses"][-4:] == whole["losses"][-4:] and whole["same"] and resumed["same"]
+    assert (room / "dropout" / WEIGHTS).read_bytes() == (room / "dropout 2" / WEIGHTS).read_bytes()
 
 
 def test_what_ends_one_process_ends_both_with_one_code(two):
