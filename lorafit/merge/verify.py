@@ -188,10 +188,12 @@ def _without_weights(source: ModelSource, dtype: torch.dtype) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class _Home:
-    """Where a parameter's bytes lie."""
+    """Where a parameter's bytes lie. The parameter is kept: PEFT may put another in its place, and a tensor made
+    after it was freed could have its id."""
 
     file: TensorFile
     entry: TensorEntry
+    parameter: torch.Tensor
 
     def read(self) -> torch.Tensor:
         return read_tensor(self.file, self.entry)
@@ -199,18 +201,17 @@ class _Home:
 
 def _homes(model: Any, source: ModelSource) -> dict[int, _Home]:
     """id of a parameter or a stored buffer -> its home. Raises _NotByBlocks when one has none."""
-    there = {
-        e.name: _Home(file, e) for file in map(open_file, shards(Path(source.place))) for e in file.entries
-    }
+    there = {e.name: (file, e) for file in map(open_file, shards(Path(source.place))) for e in file.entries}
     prefix = model.base_model_prefix
     found: dict[int, _Home] = {}
     tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
     for name, tensor in tensors:
         home = named_in(there, name, prefix)
         if home is not None:
-            if there[home].entry.shape != tuple(tensor.shape):
+            file, entry = there[home]
+            if entry.shape != tuple(tensor.shape):
                 raise _NotByBlocks("the checkpoint's tensors have other shapes than the model's")
-            found[id(tensor)] = there[home]
+            found[id(tensor)] = _Home(file, entry, tensor)
     for name, tensor in model.named_parameters():
         if id(tensor) not in found:
             raise _NotByBlocks(f"the checkpoint has no `{name}`")

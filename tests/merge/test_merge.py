@@ -524,3 +524,16 @@ def test_the_tolerance_of_logits_is_no_wider_than_rounding():
     for dtype, allowed in verify.TOLERANCE.items():
         spacing = torch.finfo(dtype).eps
         assert 2 * spacing < allowed <= (16 * spacing if dtype is not torch.float32 else 1e-3)
+
+
+def test_a_parameter_made_later_is_never_taken_for_one_of_the_base(tiny):
+    """PEFT replaces an embedding's weight; what is made then must not be fed the base's bytes."""
+    from lorafit.merge.verify import _homes, _without_weights
+
+    source = find(str(tiny("llama")))
+    model = _without_weights(source, torch.float32)
+    homes = _homes(model, source)
+    for module in list(model.modules()):
+        module._parameters.clear()
+    made = [torch.nn.Parameter(torch.empty(1, device="meta")) for _ in range(1000)]
+    assert homes and not {id(parameter) for parameter in made} & homes.keys()
