@@ -291,7 +291,7 @@ def save_rows(rows: RowSet, path: Path) -> None:
     """Write rows into one safetensors file, to be read back by `read_rows`: their arrays, and by number the
     source of each. Files are named by their full path. Raises OSError where the disk is full.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     writer, sources, homes = Writer(), dict[tuple[str, bool], int](), array("q")
     for number in rows.index:
@@ -303,7 +303,8 @@ def save_rows(rows: RowSet, path: Path) -> None:
     arrays = {name: np.asarray(made) for name, made in writer.finish().items()}
     about = {"format": str(FORMAT), "sources": json.dumps(list(sources))}
     beside = path.with_name(f".{path.name}")
-    save_file({**arrays, "homes": np.array(homes, dtype=np.int64)}, beside, about)
+    # not save_file: safetensors 0.8 writes files that their owner alone can read
+    beside.write_bytes(save({**arrays, "homes": np.array(homes, dtype=np.int64)}, about))
     beside.replace(path)
 
 

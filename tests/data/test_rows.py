@@ -29,6 +29,8 @@ def test_rows_come_back_in_their_order_with_their_sources(tmp_path):
     )
     rows = RowSet(stores, np.array([7, 0, 3, 8, 1]))
     save_rows(rows, tmp_path / "rows.safetensors")
+    (tmp_path / "plain").touch()
+    assert len({path.stat().st_mode for path in tmp_path.iterdir()}) == 1, "others may read it too"
     back = read_rows(tmp_path / "rows.safetensors")
     assert list(back) == list(rows) and back.digest == rows.digest
     assert list(back.origins()) == list(rows.origins())
