@@ -7,6 +7,7 @@ import os
 import platform
 import shlex
 import shutil
+import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -68,6 +69,16 @@ def environment() -> dict[str, str]:
         "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "date": datetime.now().astimezone().isoformat(timespec="seconds"),
     }
+
+
+def graphics() -> dict[str, str]:
+    """The machine's GPUs and their driver, as nvidia-smi names them; empty without it. Imports no library."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return {f"gpu {number}": line.strip() for number, line in enumerate(lines.splitlines()) if line.strip()}
 
 
 def alive(pid: int) -> bool:

@@ -10,10 +10,10 @@ from lorafit.cli.options import Debug, Json
 def env(json: Json = False, debug: Debug = False) -> None:
     """Show versions and the machine, for bug reports."""
     from lorafit.screen import Screen
-    from lorafit.system import environment
+    from lorafit.system import environment, graphics
 
     screen = Screen(json)
-    found = environment()
+    found = {**environment(), **graphics()}
     if json:
         screen.document(found)
         return

@@ -18,10 +18,6 @@ from lorafit.model import ModelMap
 from lorafit.settings import STATE_BYTES
 from lorafit.units import bytes_text, percent, scaled
 
-# Bytes that PyTorch's libraries keep once a step has run: on CUDA, cuBLAS has a workspace of 2 blocks of
-# 4 MiB and 8 of 16 KiB. On the CPU they are loaded before a run's memory is counted (`train.load_kernels`).
-LIBRARIES = {"cuda": 8_519_680}
-
 # Bytes a second at which processes are assumed to exchange gradients: two thirds of PCIe 4.0 with 16 lanes; on
 # a CPU what gloo reached between two processes of one machine (12.8 MB in 42 ms).
 LINK_RATE = {"cuda": 2e10, "cpu": 3e8}
@@ -86,9 +82,10 @@ def estimate(
             optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
             activations=profile.activations,
             logits=profile.logits,
-            workspace=profile.workspace + LIBRARIES.get(device, 0),
+            workspace=profile.workspace,
             heap=profile.heap,
-            prefix_cache=size if cache.where == "memory" else 0,
+            # a GPU's lies in the host's memory
+            prefix_cache=size if cache.where == "memory" and device != "cuda" else 0,
         ),
         flops_per_token=Flops(profile.forward, profile.backward, profile.prefix),
         tokens_per_epoch=work.tokens if work else None,

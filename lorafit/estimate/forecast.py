@@ -407,6 +407,7 @@ def prepare(
         config.gradient_checkpointing,
         config.accumulate,
         supervised,
+        config.attention,
     )
     made = Forecast(
         source,

@@ -268,10 +268,15 @@ def _grouped_flops(tokens: Any, weights: Any, *_: Any, out_val: Any = None, **__
     return int(2 * out_val.numel() * tokens.shape[-1])
 
 
+# PyTorch's own counter has no flash attention for the CPU, and before 2.12 refuses fewer heads of keys
+ATTENTIONS = ("flash_attention_for_cpu", "flash_attention", "efficient_attention", "cudnn_attention")
 FLOPS: dict[Any, Callable[..., int]] = {
     **flop_registry,
-    aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward_flops,
+    **{getattr(aten, f"_scaled_dot_product_{name}"): _attention_flops for name in ATTENTIONS},
+    **{
+        getattr(aten, f"_scaled_dot_product_{name}_backward"): _attention_backward_flops
+        for name in ATTENTIONS
+    },
     aten._grouped_mm: _grouped_flops,
     aten.addmm_: _added_flops,  # missing in PyTorch's own counter
 }

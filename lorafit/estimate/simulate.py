@@ -202,7 +202,9 @@ def planned_model(
 
     With `kept`, the stack has only these layers, and so has the plan.
     """
-    config = copy.deepcopy(config_of(source))
+    config: Any = copy.deepcopy(config_of(source))
+    if shape.attention != "auto":  # flash attention keeps what SDPA's fused kernels keep, and needs no GPU so
+        config._attn_implementation = "sdpa" if "flash" in shape.attention else shape.attention
     model: Any
     if kept is None:
         model = on_meta(model_class(config), config)

@@ -17,7 +17,7 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 @dataclass(frozen=True, slots=True)
 class Shape:
     """A micro-batch: its rows, tokens per row, the base's dtype; how many of them make an optimizer step,
-    and the share (0 to 1) of the tokens in the loss."""
+    the share (0 to 1) of the tokens in the loss, and the attention implementation."""
 
     batch: int
     length: int
@@ -25,6 +25,7 @@ class Shape:
     checkpointing: bool = False
     accumulate: int = 1
     supervised: float = 1.0
+    attention: str = "auto"
 
     @property
     def tokens(self) -> int:

@@ -51,18 +51,27 @@ def probe(
 
     if device.type == "cpu":
         keep_freed()
-    started = time.perf_counter()
+    if device.type == "cuda":  # backward's own thread: its first product would warn of a missing context
+        torch.ones(1, device=device, requires_grad=True).mul(2).backward()
     taken: list[tuple[float, float, float]] = []
     rows, length = 1, min(FEW, shape.length)
     try:
-        once(rows, length)  # warm-up
-        began = time.perf_counter()
-        once(rows, length)
-        alone = (time.perf_counter() - began) / length
-        # the most tokens that fit three times into the time limit: small products run slower than large ones
-        tokens = int((seconds - (began - started)) / (3 * alone))
-        length = min(shape.length, max(length, tokens))
-        rows = max(1, min(shape.batch, tokens // length))
+        once(rows, length)  # warm-up: on a GPU it reads libraries and kernels from the disk
+        started = time.perf_counter()
+        while True:
+            if device.type == "cuda":
+                once(rows, length)  # loads the kernels of that shape
+            began = time.perf_counter()
+            taken = [once(rows, length)]
+            alone = (time.perf_counter() - began) / (rows * length)
+            # the most tokens that fit three times into what is left of the time: small products run slower
+            # than large ones, on a GPU by so much that a second look finds room for more
+            tokens = int((seconds - (time.perf_counter() - started)) / (3 * alone))
+            longer = min(shape.length, max(length, tokens))
+            more = max(1, min(shape.batch, tokens // longer))
+            if more * longer < 2 * rows * length:
+                break
+            rows, length = more, longer
         while len(taken) < 3 or (time.perf_counter() - started < seconds and len(taken) < 9):
             taken.append(once(rows, length))
         again = time.perf_counter() + max(1.0, seconds)

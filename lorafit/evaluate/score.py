@@ -84,7 +84,8 @@ class Evaluator:
             with self.prefix.around(batch):
                 loss_N, right_N = self.forward.scores(model, batch)
             loss_N = loss_N.double() if batch.weights is None else loss_N.double() * batch.weights
-            losses, rights = loss_N.split(batch.counts), right_N.split(batch.counts)
+            found_2N = torch.stack([loss_N, right_N.double()]).cpu()  # the one wait for the device in a batch
+            losses, rights = (part.split(batch.counts) for part in found_2N)
             weights = batch.row_weights or (None,) * len(batch.counts)
             for number, tokens, loss, right, weight in zip(
                 numbers, batch.counts, losses, rights, weights, strict=True

@@ -18,7 +18,7 @@ from lorafit.evaluate.lm_eval import Tasks
 from lorafit.evaluate.paired import RowScore, paired_score, summed
 from lorafit.evaluate.score import Evaluator
 from lorafit.events import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
-from lorafit.forward import COMFORTABLE, Forward, Prefix, cut_of, refusal
+from lorafit.forward import COMFORTABLE, Forward, MemoryStore, Prefix, cut_of, refusal
 from lorafit.model import ModelMap, ModelSource, load_model
 from lorafit.system import free_memory
 
@@ -174,6 +174,7 @@ def _prefixes(
         if 0 < size <= room:
             room -= size
             made[cut] = Prefix.below(base, found.text_stacks[0].path, cut)
+            made[cut].store = MemoryStore(size)
     return made
 
 

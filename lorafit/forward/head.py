@@ -29,6 +29,10 @@ class Forward:
     capping and bias the model's own code gives it. Where it is `inside` the body (T5 scales in
     between), the supervised tokens are picked at the input of its output layer; else it is run whole.
 
+    Where rows are padded on the right and every token looks back alone, no token of a row sees its padding,
+    and a `masked` pass gives the same as one without the attention mask: then it is left out, since without
+    one attention skips what lies ahead and nothing of the mask is made or asked for.
+
     A mixture whose config sets `output_router_logits` is trained with its router's auxiliary loss, times
     `router_aux_loss_coef`, as transformers does. Each micro-batch's counts as much as its supervised tokens.
     """
@@ -38,6 +42,7 @@ class Forward:
     head: str
     chunk: int
     body: str = ""  # the module that makes the last hidden states, where the head is apart
+    masked: bool = True  # whether the model is given the attention mask
     router: float = 0.0  # what the router's auxiliary loss counts in training; 0 where there is none
     mark: Callable[[str], None] = lambda phase: None  # called when the head begins
 
@@ -52,17 +57,27 @@ class Forward:
         size = chunk or chunk_for(next(base.parameters()).device.type, _vocabulary(base))
         whole = cls(task, accepts, "whole", size)
         whole = replace(whole, router=whole._router_share(model))
+        whole = replace(whole, masked=not whole._is_right_unmasked(model))
         ways = [replace(whole, head="apart", body=body) for body in _bodies(base, task)]
         ways.append(replace(whole, head="inside"))
         return next((way for way in ways if way._is_right(model, whole)), whole)
 
-    @torch.no_grad()
     def _is_right(self, model: torch.nn.Module, whole: Forward) -> bool:
         """Whether this way to the head gives the logits that the model's own forward gives."""
         base = base_of(model)
         if self.head == "apart" and any(p.requires_grad for p in _outside(base, self.body)):
             return False  # the chunks give the gradient of the hidden states only
-        probe = _probe(base, self.task)
+        return self._is_same(model, whole, _probe(base, self.task))
+
+    def _is_right_unmasked(self, model: torch.nn.Module) -> bool:
+        """Whether a causal model gives the tokens of a padded row the same logits without the mask."""
+        if self.task != "causal" or self.router:  # whose router counts the tokens that the mask shows
+            return False
+        return replace(self, masked=False)._is_same(model, self, _probe(base_of(model), self.task, padded=4))
+
+    @torch.no_grad()
+    def _is_same(self, model: torch.nn.Module, whole: Forward, probe: Batch) -> bool:
+        """Whether both give the same logits, but for rounding."""
         training = model.training
         model.eval()
         try:
@@ -91,6 +106,8 @@ class Forward:
     def arguments(self, model: torch.nn.Module, batch: Batch) -> dict[str, Any]:
         """What the model's forward is given."""
         found: dict[str, Any] = {name: t for name, t in batch.inputs.items() if name in self.accepts}
+        if not self.masked:
+            found.pop("attention_mask", None)
         if "use_cache" in self.accepts:
             found["use_cache"] = False
         if self.task == "seq2seq":
@@ -225,12 +242,14 @@ def _vocabulary(base: Any) -> int:
     return size if isinstance(size, int) else 0
 
 
-def _probe(base: Any, task: str) -> Batch:
-    """Eight tokens of two rows, with four places to predict."""
+def _probe(base: Any, task: str, padded: int = 0) -> Batch:
+    """Eight tokens of two rows, with four places to predict; the last tokens of the second row are padding."""
     device = next(base.parameters()).device
     ids_BT = torch.arange(16, device=device).view(2, 8) % max(1, min(16, _vocabulary(base)))
-    places = torch.tensor([1, 4, 9, 14], device=device)
-    inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
+    places = torch.tensor([1, 4, 9, 14 - padded], device=device)
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, 8 - padded :] = 0
+    inputs = {"input_ids": ids_BT, "attention_mask": mask_BT}
     return Batch(inputs, ids_BT, places, ids_BT.flatten()[places], (2, 2), 16)
 
 

@@ -20,7 +20,7 @@ from lorafit.adapter import Plan
 from lorafit.data import Batch
 from lorafit.forward.head import routes_for_loss
 from lorafit.forward.prefix_store import MemoryStore, StateStore
-from lorafit.forward.stand_in import HandOn, hidden_in, in_place
+from lorafit.forward.stand_in import HandOn, Tap, in_place
 from lorafit.model import ModelMap
 
 
@@ -125,11 +125,11 @@ class Prefix:
                 yield
             self.replayed += 1
         else:
-            with self._captured() as states:
+            with self._captured() as tap:
                 yield
             self.captured += 1
             try:
-                self.store.put(batch.key, states[0])
+                self.store.put(batch.key, tap.state)
             except OSError as error:  # nothing is lost but time: every pass is a whole one from here on
                 self.store.close()
                 self.cut, self.given_up = 0, f"its file could not be written: {error.strerror}"
@@ -158,15 +158,15 @@ class Prefix:
         ids = batch.inputs["input_ids"]
         other = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(1)})
         try:
-            with self._captured() as states:
+            with self._captured() as tap:
                 whole = losses(batch)
-            state = states[0].clone()
+            state = tap.state.clone()
             losses(other)
-            with self._replayed(states[0]):
+            with self._replayed(tap.state):
                 replayed = losses(batch)
         except Exception as error:  # a model's own code may fail on blocks that only pass on
             return f"the model does not take it: {type(error).__name__}"
-        if not torch.equal(state, states[0]):
+        if not torch.equal(state, tap.state):
             return "a block changes its input in place"
         off = (whole - replayed).abs().max().item()
         if off and off > 4 * (whole - losses(batch)).abs().max().item():
@@ -174,13 +174,9 @@ class Prefix:
         return ""
 
     @contextmanager
-    def _captured(self) -> Iterator[list[torch.Tensor]]:
-        """While here, the state that enters the cut is put in the list."""
-        states: list[torch.Tensor] = []
-
-        def capture(_: torch.nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if not states:
-                states.append(hidden_in(inputs, named).detach().clone())
+    def _captured(self) -> Iterator[Tap]:
+        """While here, what stands at the cut keeps the state that enters it."""
+        assert self.stack is not None
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -188,12 +184,13 @@ class Prefix:
 
             return seen
 
-        blocks = list(self.blocks.values())
-        hooks = [blocks[self.cut].register_forward_pre_hook(capture, with_kwargs=True)]
+        (name, block), below = list(self.blocks.items())[self.cut], list(self.blocks.values())[: self.cut]
+        tap, hooks = Tap(block), []
         if not self.forms:
-            hooks += [block.register_forward_hook(note(n)) for n, block in enumerate(blocks[: self.cut])]
+            hooks = [lower.register_forward_hook(note(n)) for n, lower in enumerate(below)]
         try:
-            yield states
+            with in_place(self.stack, {name: tap}):
+                yield tap
         finally:
             for hook in hooks:
                 hook.remove()

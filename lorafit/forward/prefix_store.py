@@ -16,7 +16,7 @@ import torch
 from lorafit import __version__, cache
 from lorafit.system import installed
 
-FORMAT = 1
+FORMAT = 2
 
 
 class StateStore(Protocol):
@@ -31,18 +31,34 @@ class StateStore(Protocol):
 
 @dataclass(slots=True)
 class MemoryStore:
-    """In the host's memory; pinned where a GPU reads it."""
+    """In the host's memory. Those of a GPU lie in one pinned piece of `room` bytes, so that no copy, there or
+    back, is waited for: a GPU does its copies and products in the order they were asked for."""
 
+    room: int = 0
     states: dict[str, torch.Tensor] = field(default_factory=dict)
+    pinned: torch.Tensor | None = None
+    used: int = 0
 
     def get(self, key: str) -> torch.Tensor | None:
         return self.states.get(key)
 
     def put(self, key: str, state: torch.Tensor) -> None:
-        self.states[key] = state.cpu().pin_memory() if state.is_cuda else state
+        self.states[key] = self._place_for(state).copy_(state, non_blocking=True) if state.is_cuda else state
+
+    def _place_for(self, state: torch.Tensor) -> torch.Tensor:
+        """Pinned memory for a state: the next free part of the piece, or, where that is full, its own."""
+        size = state.nbytes
+        if self.pinned is None:
+            self.pinned = torch.empty(self.room, dtype=torch.uint8, pin_memory=True)
+        if self.used + size > self.room:
+            return torch.empty(state.shape, dtype=state.dtype, pin_memory=True)
+        part = self.pinned[self.used : self.used + size]
+        self.used += size
+        return part.view(state.dtype).view(state.shape)
 
     def close(self) -> None:
         self.states.clear()
+        self.pinned, self.used = None, 0
 
 
 @dataclass(slots=True)
@@ -95,13 +111,16 @@ class DiskStore:
             return self.made_again[key]
         if entry is None:
             return None
-        raw = os.pread(self.file.fileno(), entry["bytes"], entry["offset"])
+        # pinned where a GPU reads it: its copy there needs no wait
+        raw = torch.empty(entry["bytes"], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
+        view = memoryview(raw.numpy())
+        if os.preadv(self.file.fileno(), [view], entry["offset"]) != len(view):
+            return None
         if key not in self.known_good:
-            if cache.digest(raw) != entry["digest"]:
+            if cache.digest(view) != entry["digest"]:
                 return None
             self.known_good.add(key)
-        dtype = getattr(torch, entry["dtype"])
-        return torch.frombuffer(bytearray(raw), dtype=dtype).view(entry["shape"])
+        return raw.view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
     def put(self, key: str, state: torch.Tensor) -> None:
         """Raises OSError where the disk is full."""

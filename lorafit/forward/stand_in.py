@@ -44,6 +44,17 @@ class HandOn(StandIn):
         return (hidden, *[None] * (self.members - 1)) if self.members else hidden
 
 
+class Tap(StandIn):
+    """A block that keeps the first hidden states it is given, as its `state`, and runs."""
+
+    state: Any = None
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        if self.state is None:
+            self.state = hidden_in(inputs, named).detach().clone()
+        return self.__dict__["original"](*inputs, **named)
+
+
 class Fixed(StandIn):
     """A body that returns that output, whatever it is given."""
 

@@ -45,11 +45,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its weights, all of them frozen, in `eval` mode.
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, attention: str = "auto"
+) -> PreTrainedModel:
+    """The model with its weights, all of them frozen, in `eval` mode; `attention` is the implementation, by
+    transformers' name.
 
-    Raises RequestError when there are no weights or they do not fill the model, RunError when
-    memory does not suffice.
+    Raises RequestError when there are no weights, they do not fill the model or it has no such attention,
+    RunError when memory does not suffice.
     """
     import torch
     from transformers.utils import logging
@@ -77,6 +80,8 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         loaded: Any = cls.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
             ignore_mismatched_sizes=True, revision=revision or "main",
+            attn_implementation=None if attention == "auto" else attention,
+            device_map={"": device} if device.type == "cuda" else None,  # each tensor goes there as it is read
         )  # fmt: skip
         model, info = loaded[0].to(device), loaded[1]
     except torch.OutOfMemoryError:
@@ -84,6 +89,10 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
             f"`{source.name}` does not fit on {device}", "a smaller dtype or model, or another --device"
         ) from None
     except Exception as error:  # safetensors, the hub and the loader each have kinds of their own
+        if attention != "auto" and "attention" in str(error).lower():
+            raise RequestError(
+                f"--attention {attention}: {first_line(error)}", "--attention sdpa, or auto"
+            ) from error
         raise RequestError(
             f"the weights of `{source.name}` cannot be loaded: {first_line(error)}",
             "check that the files are whole",

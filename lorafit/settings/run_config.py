@@ -34,6 +34,7 @@ SCHEDULERS = (
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
 )  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
 FORMATS = (
     "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
@@ -286,6 +287,13 @@ class RunConfig:
         False,
         FLAG,
         "Recompute activations in the backward pass: less memory, more time.",
+        TRAINING,
+        training=True,
+    )
+    attention: str = option(
+        "auto",
+        one_of(*ATTENTIONS),
+        "Attention implementation, as in transformers; `auto` is the model's default there",
         TRAINING,
         training=True,
     )

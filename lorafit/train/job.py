@@ -23,6 +23,7 @@ from lorafit.forward import (
     Choice,
     DiskStore,
     Forward,
+    MemoryStore,
     Prefix,
     base_of,
     blocks_below,
@@ -176,7 +177,7 @@ def assemble(
     load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device)
+    model = load_model(source, dtype, device, config.attention)
     peft_model = inject_plan(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
@@ -248,4 +249,6 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
         if first is not None:
             prefix.prove(first, lambda batch: forward.scores(job.model, batch))
+    else:
+        prefix.store = MemoryStore(size)
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -143,7 +143,11 @@ def _start(
         resumed_at=state.step,
         damaged=damaged,
         processes=job.world.size,
-        environment={**environment(), "device": _device_name(job.device)},
+        environment={
+            **environment(),
+            "device": _device_name(job.device),
+            "attention": str(getattr(base_of(job.model).config, "_attn_implementation", "")),
+        },
     )
     if not state.step:
         yield job.rows.look

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -77,13 +78,13 @@ class Stepper:
         weight, tokens, supervised, stop = counts[0], int(counts[1]), int(counts[2]), counts[3] > 0
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
-        mean = float(total)  # the one wait for the device in a step
+        mean, length = torch.stack([total, norm.to(total)]).tolist()  # the one wait for the device in a step
         # under float16 a step whose gradients overflow is skipped by the scaler; elsewhere it is the end
-        self.check(mean, self.scaler.is_enabled() or bool(norm.isfinite()), number, rate)
+        self.check(mean, self.scaler.is_enabled() or math.isfinite(length), number, rate)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
-        return StepResult(mean, float(norm), tokens, supervised, weight, stop)
+        return StepResult(mean, length, tokens, supervised, weight, stop)
 
     def _reduced(self, loss: torch.Tensor, counts: list[float]) -> tuple[torch.Tensor, list[float]]:
         """(mean loss, counts) of all processes, and the mean gradient in every parameter: one reduction.

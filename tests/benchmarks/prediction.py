@@ -80,7 +80,6 @@ def one(cell: Cell) -> dict[str, Any]:
     from lorafit.data.dataset import Rows
     from lorafit.data.rows import IGNORED, Row
     from lorafit.demo import MODEL
-    from lorafit.estimate.cost import LIBRARIES
     from lorafit.estimate.forecast import prepare
     from lorafit.estimate.simulate import _profile, track
     from lorafit.events import EpochDone, TrainReport
@@ -140,7 +139,7 @@ def one(cell: Cell) -> dict[str, Any]:
         tracked = _profile(track(job.model, plan, forward, batch, "cpu"), ahead.shape, "")
         fixed = cost.memory.weights + cost.memory.adapter + cost.memory.gradients + cost.memory.optimizer
         result["tracked_peak"] = fixed + tracked.activations + tracked.logits + tracked.workspace
-        result["simulated_peak"] = cost.memory.peak - cost.memory.heap - LIBRARIES.get("cpu", 0)
+        result["simulated_peak"] = cost.memory.peak - cost.memory.heap
     return result
 
 

@@ -24,9 +24,31 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROWS, LENGTH, BATCH, EPOCHS, RATE = 16, 512, 4, 3, 1e-4
-# (layers, hidden, inner, heads, vocabulary), in Llama's shape
-SHAPES = {"12x768": (12, 768, 2048, 12, 30522), "24x768-little-head": (24, 768, 2048, 12, 4096)}
+EPOCHS, RATE = 3, 1e-4
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model of Llama's shape with random weights, and the rows it trains on."""
+
+    layers: int
+    hidden: int
+    inner: int
+    heads: int
+    key_heads: int
+    vocabulary: int
+    rows: int = 16
+    length: int = 512
+    batch: int = 4
+
+
+SHAPES = {
+    "12x768": Shape(12, 768, 2048, 12, 12, 30522),
+    "24x768-little-head": Shape(24, 768, 2048, 12, 12, 4096),
+    # for a GPU: as Llama 3.2 1B, and as one of 3 B
+    "1b": Shape(16, 2048, 8192, 32, 8, 128256, 128, 1024, 8),
+    "3b": Shape(28, 3072, 8192, 24, 8, 128256, 64, 1024, 4),
+}
 MAIN = [("ffn", "low"), ("ffn", "mid"), ("ffn", "high"), ("all", "all")]
 OTHER = [
     (preset, band)
@@ -36,7 +58,10 @@ OTHER = [
 ]
 PEERS = ["peft-trainer", "trl-default", "trl-best"]
 FACTORY = "llama-factory"
-OURS = ["lorafit", "lorafit-no-cache"]
+OURS: dict[str, dict[str, Any]] = {
+    "lorafit": {},
+    "lorafit-no-cache": {"prefix_cache": "off"},
+}
 
 
 @dataclass(frozen=True)
@@ -62,24 +87,27 @@ def make_shape(shape: str, folder: Path) -> Path:
 
     path = folder / shape
     if not (path / "model.safetensors").exists():
-        layers, hidden, inner, heads, vocabulary = SHAPES[shape]
+        made = SHAPES[shape]
         torch.manual_seed(0)
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=inner, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=heads, max_position_embeddings=2 * LENGTH,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            vocab_size=made.vocabulary, hidden_size=made.hidden, intermediate_size=made.inner,
+            num_hidden_layers=made.layers, num_attention_heads=made.heads, num_key_value_heads=made.key_heads,
+            max_position_embeddings=2 * made.length, pad_token_id=0, bos_token_id=1, eos_token_id=2,
+            tie_word_embeddings=made.key_heads < made.heads,
         )  # fmt: skip
-        LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
+        with torch.device(device()):
+            LlamaForCausalLM(config).to(torch.bfloat16).save_pretrained(path)
         load_tokenizer(str(MODEL), "demo").save_pretrained(path)
     return path
 
 
-def token_rows(vocabulary: int) -> list[list[int]]:
-    """Rows of LENGTH tokens that can be learned a little: a walk over few of the vocabulary."""
+def token_rows(shape: Shape) -> list[list[int]]:
+    """Rows that can be learned a little: a walk over few of the vocabulary."""
     from random import Random
 
     random = Random(7)
-    return [[random.randrange(3, min(vocabulary, 400)) for _ in range(LENGTH)] for _ in range(ROWS)]
+    few = min(shape.vocabulary, 400)
+    return [[random.randrange(3, few) for _ in range(shape.length)] for _ in range(shape.rows)]
 
 
 def setting(cell: Cell, folder: Path) -> tuple[Any, Any, Any]:
@@ -94,8 +122,8 @@ def setting(cell: Cell, folder: Path) -> tuple[Any, Any, Any]:
     return source, found, resolve(found, load_preset(cell.preset), cell.band)
 
 
-def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
-    """lorafit's own loop, as `lorafit train` runs it."""
+def ours(cell: Cell, folder: Path, **options: Any) -> dict[str, Any]:
+    """lorafit's own loop, as `lorafit train` runs it with these options."""
     from lorafit.data.dataset import Rows
     from lorafit.data.rows import IGNORED, Row
     from lorafit.events import EpochDone, TrainReport
@@ -107,15 +135,14 @@ def ours(cell: Cell, folder: Path, prefix_cache: str) -> dict[str, Any]:
     from lorafit.train.run_folder import RunFolder
 
     source, found, plan = setting(cell, folder)
-    half = LENGTH // 2
-    rows = tuple(
-        Row(tuple(ids), (IGNORED,) * half + tuple(ids[half:]), "") for ids in token_rows(found.vocab_size)
-    )
+    shape = SHAPES[cell.shape]
+    half = shape.length // 2
+    rows = tuple(Row(tuple(ids), (IGNORED,) * half + tuple(ids[half:]), "") for ids in token_rows(shape))
     config, _ = settle(
         {
             "model": source.place, "preset": cell.preset, "layers": cell.band, "epochs": cell.epochs,
-            "batch_size": BATCH, "learning_rate": RATE, "warmup": 0.0, "dtype": cell.dtype,
-            "prefix_cache": prefix_cache, "device": device(),
+            "batch_size": shape.batch, "learning_rate": RATE, "warmup": 0.0, "dtype": cell.dtype,
+            "device": device(), **options,
         }
     )  # fmt: skip
     config = derive_from_model(config, found)
@@ -164,9 +191,10 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
 
     from lorafit.data.batching import batches, in_epoch
 
-    source, found, plan = setting(cell, folder)
-    half = LENGTH // 2
-    rows = token_rows(found.vocab_size)
+    source, _, plan = setting(cell, folder)
+    shape = SHAPES[cell.shape]
+    half = shape.length // 2
+    rows = token_rows(shape)
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(source.place, dtype=getattr(torch, cell.dtype))
     target = plan.peft
@@ -181,13 +209,13 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
         ),
     )  # fmt: skip
     start_alike(model, cell, folder)
-    made = batches([LENGTH] * ROWS, BATCH, 0)
+    made = batches([shape.length] * shape.rows, shape.batch, 0)
 
     class Order(torch.utils.data.Sampler):
         epoch = 0
 
         def __len__(self) -> int:
-            return ROWS
+            return shape.rows
 
         def __iter__(self) -> Any:
             self.epoch += 1
@@ -215,14 +243,14 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
                 return Order()
 
         data = Dataset.from_list(
-            [{"input_ids": ids, "completion_mask": [0] * half + [1] * (LENGTH - half)} for ids in rows]
+            [{"input_ids": ids, "completion_mask": [0] * half + [1] * half} for ids in rows]
         )
         more: dict[str, Any] = {"gradient_checkpointing": False} if contender == "trl-best" else {}
         if cell.dtype == "float32":
             more["bf16"] = False
         trainer = OrderedSFT(
             model,
-            SFTConfig(**common, max_length=LENGTH, completion_only_loss=True, **more),
+            SFTConfig(**common, max_length=shape.length, completion_only_loss=True, **more),
             train_dataset=data,
             processing_class=load_tokenizer(source.place, ""),
             callbacks=[clock],
@@ -234,7 +262,7 @@ def theirs(cell: Cell, folder: Path, contender: str) -> dict[str, Any]:
 def trainers_own(cell: Cell) -> dict[str, Any]:
     """What all that build on transformers' Trainer are told."""
     return {
-        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": BATCH,
+        "output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": SHAPES[cell.shape].batch,
         "num_train_epochs": cell.epochs, "learning_rate": RATE, "lr_scheduler_type": "linear",
         "warmup_steps": 0, "weight_decay": 0.0, "max_grad_norm": 1.0, "logging_strategy": "epoch",
         "save_strategy": "no", "report_to": [], "seed": 0, "use_cpu": device() == "cpu",
@@ -270,10 +298,11 @@ def factory(cell: Cell, folder: Path) -> dict[str, Any]:
     from datasets import Dataset, DatasetDict
     from llamafactory.train.tuner import run_exp
 
-    half = LENGTH // 2
+    shape = SHAPES[cell.shape]
+    half = shape.length // 2
     rows = [
-        {"input_ids": ids, "attention_mask": [1] * LENGTH, "labels": [-100] * half + ids[half:]}
-        for ids in token_rows(SHAPES[cell.shape][-1])
+        {"input_ids": ids, "attention_mask": [1] * shape.length, "labels": [-100] * half + ids[half:]}
+        for ids in token_rows(shape)
     ]
     tokens = folder / f"tokens-{cell.shape}"
     if not tokens.exists():
@@ -283,7 +312,7 @@ def factory(cell: Cell, folder: Path) -> dict[str, Any]:
     run_exp(
         {
             **trainers_own(cell), "stage": "sft", "do_train": True, "finetuning_type": "lora",
-            "model_name_or_path": str(folder / cell.shape), "template": "default", "cutoff_len": LENGTH,
+            "model_name_or_path": str(folder / cell.shape), "template": "default", "cutoff_len": shape.length,
             "dataset": "rows", "tokenized_path": str(tokens), "lora_target": ",".join(told["modules"]), "lora_rank": told["r"],
             "lora_alpha": told["alpha"], "bf16": cell.dtype == "bfloat16", "report_to": "none",
         },
@@ -299,7 +328,7 @@ def modules_file(cell: Cell, folder: Path) -> Path:
 
 def one(contender: str, cell: Cell, folder: Path) -> dict[str, Any]:
     if contender in OURS:
-        found = ours(cell, folder, "auto" if contender == "lorafit" else "off")
+        found = ours(cell, folder, **OURS[contender])
     elif contender == FACTORY:
         found = factory(cell, folder)
     else:
@@ -363,13 +392,13 @@ def show(output: Path) -> None:
     groups: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for row in results(output):
         groups.setdefault(row["cell"], {}).setdefault(row["contender"], []).append(row)
-    tokens = ROWS * LENGTH
     print(
         f"{'tokens/s by epoch':>50}{'job':>9}{'peak':>9}{'less cache':>12}{'last loss':>11}{'MFU':>6}  later epochs"
     )
     for cell, contenders in groups.items():
         print(cell)
-        speed = {}
+        shape = SHAPES[cell.split()[0]]
+        tokens, speed = shape.rows * shape.length, {}
         for name, rows in contenders.items():
             epochs = [tokens / median(r["epochs"][e] for r in rows) for e in range(len(rows[0]["epochs"]))]
             speed[name] = tokens / median(s for r in rows for s in r["epochs"][1:])
@@ -391,7 +420,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("throughput.jsonl"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorafit-throughput")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--cells", choices=["main", "other", "losses", "all"], default="main")
+    parser.add_argument("--cells", choices=["main", "other", "losses", "gpu", "all"], default="main")
+    parser.add_argument("--cell-name", help="only this cell, as 1b-ffn-high")
+    parser.add_argument("--contenders", help="only these, with commas between them")
     parser.add_argument("--show", action="store_true", help="only print the table")
     parser.add_argument("--llama-factory", help="the Python of an environment with LLaMA-Factory in it")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -403,14 +434,24 @@ def main() -> None:
         print(json.dumps(one(options.one, Cell(**json.loads(options.cell)), options.folder)))
         return
     pythons = {FACTORY: options.llama_factory} if options.llama_factory else {}
-    main_cells = [(Cell("12x768", *c), [*OURS, *PEERS, *pythons]) for c in reversed(MAIN)]
-    main_cells.append((Cell("24x768-little-head", "ffn", "high"), [*OURS, "peft-trainer"]))
+    main_cells = [
+        (Cell("12x768", *c), ["lorafit", "lorafit-no-cache", *PEERS, *pythons]) for c in reversed(MAIN)
+    ]
+    main_cells.append(
+        (Cell("24x768-little-head", "ffn", "high"), ["lorafit", "lorafit-no-cache", "peft-trainer"])
+    )
     other_cells = [(Cell("12x768", *c, epochs=2), ["lorafit", "peft-trainer"]) for c in OTHER]
     loss_cells = [
         (Cell("12x768", *c, dtype="float32"), ["lorafit", "peft-trainer", "trl-best"]) for c in MAIN
     ]
-    cells = {"main": main_cells, "other": other_cells, "losses": loss_cells}
+    gpu_cells = [(Cell("1b", *c), [*OURS, *PEERS]) for c in [("ffn", "high"), ("all", "all")]]
+    gpu_cells.append((Cell("3b", "ffn", "high"), ["lorafit", "lorafit-no-cache", "peft-trainer"]))
+    cells = {"main": main_cells, "other": other_cells, "losses": loss_cells, "gpu": gpu_cells}
     chosen = [*main_cells, *loss_cells, *other_cells] if options.cells == "all" else cells[options.cells]
+    if options.cell_name:
+        chosen = [(c, who) for c, who in chosen if f"{c.shape}-{c.preset}-{c.band}" == options.cell_name]
+    if options.contenders:
+        chosen = [(c, [w for w in who if w in options.contenders.split(",")]) for c, who in chosen]
     if not options.show:
         drive(chosen, options.rounds, options.output, options.folder, pythons)
     show(options.output)

@@ -1,5 +1,7 @@
 """The head's share of a step: the loss and gradients of the plain way, at a part of its work."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,6 +40,27 @@ def model_of(name):
     return model, task, last
 
 
+@pytest.mark.parametrize(("attention", "apart"), [("sdpa", 1e-6), ("eager", 0)])
+def test_without_the_mask_a_padded_row_gives_the_same(attention, apart):
+    """And the mask is needed where tokens look ahead."""
+    model, task, parameters = model_of("llama")
+    model.set_attn_implementation(attention)
+    batch = batch_of(model, task)
+    assert not batch.inputs["attention_mask"].all()
+    forward = Forward.of(model, task)
+    assert "attention_mask" not in forward.arguments(model, batch)
+    made = []
+    for way in (forward, replace(forward, masked=True)):
+        loss = way.loss_sum(model, batch)
+        made.append([loss.detach(), *torch.autograd.grad(loss, parameters)])
+    for left, right in zip(*made, strict=True):
+        torch.testing.assert_close(left, right, rtol=apart, atol=apart * right.abs().max().item())
+    for layer in model.model.layers:
+        layer.self_attn.is_causal = False
+    model.config.is_causal = False
+    assert Forward.of(model, task).masked
+
+
 def batch_of(model, task):
     if task != "masked":
         return collate_rows(ROWS, 0, task)
@@ -46,8 +69,8 @@ def batch_of(model, task):
 
 
 def plainly(model, task, batch):
-    """Whole logits, whole cross-entropy."""
-    forward = Forward.of(model, task)
+    """Whole logits, whole cross-entropy, the attention mask given."""
+    forward = replace(Forward.of(model, task), masked=True)
     logits = model(**forward.arguments(model, batch)).logits
     labels = batch.labels
     if task == "causal":
