@@ -113,7 +113,7 @@ class DiskStore:
             return None
         # pinned where a GPU reads it: its copy there needs no wait
         raw = torch.empty(entry["bytes"], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         if os.preadv(self.file.fileno(), [view], entry["offset"]) != len(view):
             return None
         if key not in self.known_good:

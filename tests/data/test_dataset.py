@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lorafit import demo
-from lorafit.data.collate import collate_rows, mask_tokens
+from lorafit.data.collate import collate_rows, mask_tokens, packed, unpacked
 from lorafit.data.dataset import load, prepare
 from lorafit.data.files import sources
 from lorafit.data.formats import Example, read
@@ -247,6 +247,16 @@ def test_a_documents_end_is_held_out(tmp_path):
 def test_a_model_of_ones_own_needs_data():
     with pytest.raises(RequestError, match="needs data"):
         rows_of({"model": "other"})
+
+
+def test_a_batch_comes_out_of_one_piece_of_memory_as_it_went_in():
+    rows = [Row((1, 2, 3), (IGNORED, 2, 3), "", weights=(0.0, 0.5, 1.0)), Row((4, 5), (IGNORED, 5), "")]
+    batch = collate_rows(rows, pad=0, task="causal")
+    tensors = [*batch.inputs.values(), batch.labels, batch.places, batch.targets, batch.weights]
+    raw = packed(tensors)
+    assert raw.numel() == sum(t.nbytes for t in tensors)
+    for made, tensor in zip(unpacked(raw, tensors), tensors, strict=True):
+        assert torch.equal(made, tensor) and made.dtype == tensor.dtype and made.shape == tensor.shape
 
 
 def test_collate_pads_on_the_right():

@@ -69,6 +69,35 @@ def test_what_is_extended_agrees_with_the_whole_depth(family, band):
             assert short.heap == pytest.approx(whole.heap, abs=0.02 * peak(whole))
 
 
+def test_fewer_key_heads_are_counted_on_a_gpu_too(monkeypatch):
+    """PyTorch's own counter refused them before 2.12, and formulas stood in for the simulation."""
+    from torch.utils import flop_counter
+
+    def refuses(*_, **__):
+        raise AssertionError("shapes are incompatible")
+
+    monkeypatch.setattr(flop_counter, "sdpa_flop_count", refuses)
+    source = named(build_config("llama", num_attention_heads=4, num_key_value_heads=2))
+    found = chart_of(source)
+    plan = resolve(found, load_preset("all"), "high")
+    made = {
+        device: simulate_step(source, found, plan, Shape(2, 64, "bfloat16"), device)
+        for device in ("cpu", "cuda")
+    }
+    assert made["cuda"].forward == made["cpu"].forward and made["cuda"].backward == made["cpu"].backward
+
+
+def test_eager_attention_keeps_its_scores():
+    source = named(build_config("llama"))
+    found = chart_of(source)
+    plan = resolve(found, load_preset("all"), "all")
+    fused, eager = (
+        simulate_step(source, found, plan, Shape(2, 128, attention=name), "cpu") for name in ("auto", "eager")
+    )
+    heads = source.config["num_attention_heads"]
+    assert eager.activations - fused.activations > found.text_stacks[0].depth * 2 * heads * 128 * 128 * 4
+
+
 def test_flops_are_those_of_the_hand_formula():
     """Per token: two a weight forward, twice the attention's square; backward the same for the inputs
     at and above the cut, the adapters' own four, and attention's five products for two."""

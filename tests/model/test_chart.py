@@ -1,6 +1,7 @@
 import json
 
 import pytest
+import torch
 from families import build_config, save_model
 
 from lorafit.errors import RequestError
@@ -190,7 +191,6 @@ def test_models_that_are_not_there(tmp_path):
 
 
 def test_weights_that_are_not_there_or_do_not_fill_the_model(tmp_path):
-    import torch
     from safetensors.torch import load_file, save_file
 
     folder = save_model("llama", tmp_path / "m")
@@ -223,3 +223,12 @@ def test_a_map_seen_before_needs_no_torch(tmp_path):
         "assert found.total_params == 2525952; assert 'torch' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_attention_is_what_was_asked_for(tiny):
+    source, cpu = find(str(tiny("llama"))), torch.device("cpu")
+    for name, got in (("auto", "sdpa"), ("eager", "eager")):
+        assert load_model(source, torch.float32, cpu, name).config._attn_implementation == got
+    with pytest.raises(RequestError, match="--attention flash_attention_2: ") as refused:
+        load_model(source, torch.float32, cpu, "flash_attention_2")
+    assert "--attention sdpa" in refused.value.hint
