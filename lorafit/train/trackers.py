@@ -32,11 +32,13 @@ if TYPE_CHECKING:
 
 LONGEST = 500  # characters of a setting: some servers take no more
 
-# What makes wandb go to its server, beside a login.
+# What makes wandb go to a server, beside a login to one of its own.
 WANDB_SET_UP = ("WANDB_MODE", "WANDB_API_KEY", "WANDB_BASE_URL", "WANDB_IDENTITY_TOKEN_FILE")
+WANDB_SERVERS = ("api.wandb.ai", "api.forge.coreweave.com")
 
-# mlflow reports its use to its makers, and waits minutes for a server that does not answer.
+# mlflow reports its use to its makers, says what its database does, and waits minutes for a server that is gone.
 MLFLOW = {
+    "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
@@ -233,6 +235,9 @@ def _tensorboard(run: TrackedRun, step: int) -> Opened:
 
 def _wandb(run: TrackedRun, step: int) -> Opened:
     """In `./wandb`, to be sent by `wandb sync`; to the server where somebody is logged in."""
+    offline = not _wandb_is_set_up()
+    if offline:
+        os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # over the network, from an offline run too
     import wandb
     from accelerate.tracking import WandBTracker
 
@@ -243,12 +248,13 @@ def _wandb(run: TrackedRun, step: int) -> Opened:
         name=run.name,
         id=run.id or None,
         resume="allow" if run.id else None,
-        mode=None if _wandb_is_set_up() else "offline",
+        mode="offline" if offline else None,
         settings=settings,
     )
     tracker.start()
     run.id = tracker.run.id
-    shown = tracker.run.url or f"wandb sync {_near(Path(tracker.run.dir).parent)}"
+    sync = f"wandb sync {_near(Path(tracker.run.dir).parent)}"
+    shown = sync if tracker.run.offline else tracker.run.url or sync
     return Opened(tracker, shown, lambda failed: tracker.run.finish(exit_code=int(failed)))
 
 
@@ -257,7 +263,8 @@ def _wandb_is_set_up() -> bool:
     if any(os.environ.get(name) for name in WANDB_SET_UP):
         return True
     with suppress(OSError, NetrcParseError):
-        return netrc(os.environ.get("NETRC")).authenticators("api.wandb.ai") is not None
+        logins = netrc(os.environ.get("NETRC"))
+        return any(logins.authenticators(server) for server in WANDB_SERVERS)
     return False
 
 
