@@ -290,19 +290,22 @@ def _mlflow(run: TrackedRun, step: int) -> Opened:
 
 def _trackio(run: TrackedRun, step: int) -> Opened:
     """In trackio's own place, or on the space or the server that its environment names."""
+    import trackio
     from accelerate.tracking import TrackioTracker
 
     _ready()
     tracker = TrackioTracker(run.project, name=run.name, resume="must" if run.id else "never", embed=False)
     tracker.start()
     if run.id and tracker.run.id != run.id:
+        trackio.finish()
         raise RunError(f"the run `{run.name}` of `{run.project}` is a newer one: it is not continued")
     # what it had not written when the run was killed is logged again
     written = getattr(tracker.run, "_next_step", 0) - 1
     run.last = {kind: min(last, written) for kind, last in run.last.items()}
     run.id = tracker.run.id
     shown = tracker.run.url or f"trackio show --project {shlex.quote(run.project)}"
-    return Opened(tracker, shown, lambda failed: tracker.finish())
+    # the run's own finish would leave it to be finished again, with a line on stdout, when the process ends
+    return Opened(tracker, shown, lambda failed: trackio.finish())
 
 
 OPEN: dict[str, Callable[[TrackedRun, int], Opened]] = {
