@@ -249,6 +249,7 @@ def _wandb(run: TrackedRun, step: int) -> Opened:
         id=run.id or None,
         resume="allow" if run.id else None,
         mode="offline" if offline else None,
+        dir=os.environ.get("WANDB_DIR") or os.getcwd(),
         settings=settings,
     )
     tracker.start()
