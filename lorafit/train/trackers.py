@@ -93,7 +93,7 @@ class Tracker:
             self.opened = OPEN[self.name](self.run, run.resumed_at)
             kept = {**_tracked(self.file), self.name: self.run}
             self.file.write_text(json.dumps({n: asdict(r) for n, r in kept.items()}), encoding="utf-8")
-            if begun:
+            if begun or self.name in ("wandb", "trackio"):  # mlflow refuses a setting that has changed
                 self.opened.tracker.store_init_configuration(_config(self.job, run, settings))
         self.show(self.opened.shown)
 
@@ -238,6 +238,9 @@ def _wandb(run: TrackedRun, step: int) -> Opened:
     offline = not _wandb_is_set_up()
     if offline:
         os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # over the network, from an offline run too
+    os.environ.setdefault(
+        "WANDB_X_TRANSACTION_LOG_FLUSH_INTERVAL", "1"
+    )  # seconds that a kill may lose, not 15
     import wandb
     from accelerate.tracking import WandBTracker
 

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -92,8 +93,13 @@ def of_wandb():
     """The history of all offline folders in their order, which must be of one run."""
     from wandb.proto import wandb_internal_pb2 as proto
 
-    values, config, ids = {}, {}, set()
-    for path in sorted(Path("wandb").glob("offline-run-*/run-*.wandb"), key=lambda p: p.stat().st_mtime_ns):
+    values, config, ids, whole = {}, {}, set(), False
+    files = sorted(Path("wandb").glob("offline-run-*/run-*.wandb"), key=lambda p: p.parent.name)
+    until = time.monotonic() + 20
+    while not whole and time.monotonic() < until:  # its service writes the last records when the run is over
+        last = [proto.Record.FromString(raw) for raw in log_of(files[-1].read_bytes())]
+        whole = any(record.WhichOneof("record_type") == "exit" for record in last)
+    for path in files:
         ids.add(path.stem)
         for raw in log_of(path.read_bytes()):
             record = proto.Record.FromString(raw)
@@ -123,8 +129,8 @@ def of_trackio(shelf, project):
     for step, row in database.execute("select step, metrics from metrics order by step, id").fetchall():
         for name, value in json.loads(row).items():
             values.setdefault(name, []).append((step, value))
-    (config,) = database.execute("select config from configs").fetchall()
-    return values, json.loads(config[0])
+    ((config,),) = database.execute("select config from configs").fetchall()
+    return values, json.loads(config)
 
 
 @pytest.fixture
@@ -192,7 +198,8 @@ def test_a_resumed_run_goes_on_in_the_same_one_and_no_step_is_doubled(name, trac
     assert [e.step for e in events if isinstance(e, Stepped)] == [4, 5, 6]
     assert not [e.text for e in events if isinstance(e, Note) and name in e.text]
     assert json.loads((tmp_path / "r" / TRACKING).read_text())[name]["id"] == first["id"]
-    values, _ = read[name]()
+    values, config = read[name]()
+    assert config["plan/layers"] == "0–3"
     assert [step for step, _ in values["train/loss"]] == [1, 2, 3, 4, 5, 6]
     assert [step for step, _ in values["eval/loss"]] == [0, 3, 6]
     assert [step for step, _ in values["final/loss_after"]] == [6]
