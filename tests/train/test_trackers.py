@@ -1,6 +1,8 @@
 """Trackers: what each has of a run is read back from its own files; none of them can stop a run."""
 
 import json
+import os
+import socket
 import sqlite3
 import sys
 import time
@@ -39,6 +41,12 @@ def own_place(tmp_path, monkeypatch, shelf):
     monkeypatch.chdir(tmp_path)
     if "mlflow" in sys.modules:  # it keeps its database for the process
         sys.modules["mlflow"].set_tracking_uri(None)
+    lookups, look_up = [], socket.getaddrinfo
+    monkeypatch.setattr(
+        socket, "getaddrinfo", lambda host, *a, **k: lookups.append(host) or look_up(host, *a, **k)
+    )
+    yield
+    assert {host for host in lookups if host not in ("127.0.0.1", "localhost")} == set()
 
 
 @pytest.fixture
@@ -184,6 +192,10 @@ def test_what_was_logged_is_read_back(name, tracked, read, capfd):
     assert config["plan/target_modules"] == "q_proj, v_proj" and "plan/trainable_params" in config
     assert len(shown) == 1 and shown[0].startswith(SHOWN[name]) and not warned
     assert not [e for e in events if isinstance(e, Note) and name in e.text]
+    if name == "wandb":  # which would report to its makers
+        assert os.environ["WANDB_ERROR_REPORTING"] == "false"
+    if name == "trackio":  # else it finishes the run again at the end of the process, with a line on stdout
+        assert sys.modules["trackio"].context_vars.current_run.get() is None
     printed = capfd.readouterr()
     assert not printed.out and "WARNING" not in printed.err
 
@@ -209,7 +221,8 @@ def test_trackers_may_change_when_a_run_is_resumed(tracked, read):
     for name in ("tensorboard", "trackio"):
         pytest.importorskip(name)
     tracked("trackio", until=5, save_steps=3)
-    tracked("tensorboard", "tensorboard", resume=True)
+    _, shown, _ = tracked("tensorboard", "tensorboard", resume=True)
+    assert len(shown) == 1
     values, config = read["tensorboard"]()
     assert [step for step, _ in values["train/loss"]] == [4, 5, 6] and config["rank"] == 16
 
