@@ -22,9 +22,13 @@ TRACKERS = tuple(PACKAGES)
 def check_trackers(names: Sequence[str]) -> None:
     """Raises RequestError when a package that a tracker needs is not installed: Accelerate would leave the
     tracker out."""
-    missing = {name: package for name in names for package in _needed(name) if not _installed(package)}
+    missing = {
+        name: lacking for name in names if (lacking := [p for p in _needed(name) if not _installed(p)])
+    }
     if missing:
-        needs = "; ".join(f"--track {name} needs `{package}`" for name, package in missing.items())
+        needs = "; ".join(
+            f"--track {name} needs `{'`, `'.join(lacking)}`" for name, lacking in missing.items()
+        )
         extras = ",".join(missing)
         raise RequestError(f"{needs}: not installed", f"pip install 'lorafit[{extras}]'")
 
