@@ -10,6 +10,7 @@ import json
 import os
 import re
 import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stdout, suppress
 from dataclasses import asdict, dataclass, field
@@ -203,9 +204,14 @@ def _logged(folder: Path) -> dict[str, int]:
 
 @contextmanager
 def _silent() -> Iterator[None]:
-    """Around what a tracker does: stdout holds data alone, and some of them print there."""
-    with redirect_stdout(io.StringIO()):
-        yield
+    """Around what a tracker does: stdout holds data alone, and some of them print there. wandb would ask for a key
+    where it has none and stdin is a terminal."""
+    stdin, sys.stdin = sys.stdin, io.StringIO()
+    try:
+        with redirect_stdout(io.StringIO()):
+            yield
+    finally:
+        sys.stdin = stdin
 
 
 def _ready() -> None:

@@ -7,6 +7,7 @@ import sqlite3
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from jobs import job_for
@@ -262,6 +263,17 @@ def test_a_server_that_is_gone_costs_the_tracker(tracked, monkeypatch):
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     events, shown, _ = tracked("mlflow")
     assert len([e for e in events if isinstance(e, Note) and "mlflow failed" in e.text]) == 1
+    assert isinstance(events[-1], TrainReport) and not shown
+
+
+def test_wandb_without_a_key_asks_for_none(tracked, monkeypatch):
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(
+        sys, "stdin", SimpleNamespace(isatty=lambda: True, readline=lambda: pytest.fail("asked"))
+    )
+    events, shown, _ = tracked("wandb")
+    assert len([e for e in events if isinstance(e, Note) and "wandb failed" in e.text]) == 1
     assert isinstance(events[-1], TrainReport) and not shown
 
 
