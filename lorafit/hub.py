@@ -7,12 +7,12 @@ from pathlib import Path
 
 from lorafit.digests import SEAL
 from lorafit.errors import RequestError, RunError
-from lorafit.outputs import EVENTS, HELD_OUT, RUN_FILE
+from lorafit.outputs import EVENTS, HELD_OUT, RUN_FILE, TRACKING
 
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 # What holds rows of the data, or where they lie, stays here, and so do checkpoints.
-KEPT_BACK = (EVENTS, RUN_FILE, HELD_OUT, "*.html", "*.jsonl", "*/*", ".*")
+KEPT_BACK = (EVENTS, RUN_FILE, HELD_OUT, TRACKING, "*.html", "*.jsonl", "*/*", ".*")
 
 
 def check(name: str) -> None:

@@ -18,9 +18,10 @@ from lorafit.system import alive
 CARD, PAGE = "README.md", "report.html"
 
 EVENTS, RUN_FILE, HELD_OUT = "events.jsonl", "run.yaml", "held-out.safetensors"
+TRACKING = "tracking.json"  # the run as its trackers know it
 
 # What has no digest: a person may edit it, lorafit adds to it later, or it stays here when a run is pushed.
-EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT)
+EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT, TRACKING)
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 

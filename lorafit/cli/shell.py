@@ -34,6 +34,7 @@ ELSEWHERE = {
     "--model-name-or-path": "MODEL, the first argument", "--model_name_or_path": "MODEL, the first argument",
     "--save-total-limit": "--keep", "--eval-split": "--holdout", "--val-size": "--holdout", "--template": "--chat-template",
     "--bf16": "--dtype bfloat16", "--fp16": "--dtype float16",
+    "--report_to": "--track", "--run-name": "--track-name", "--run_name": "--track-name",
 }  # fmt: skip
 debug = False  # --debug: errors show where they came from
 

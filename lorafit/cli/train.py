@@ -265,12 +265,13 @@ def _watched(screen: Screen, job: Job) -> TrainReport:
     """Run a job to its end, on the screen and into its folder; its report."""
     from lorafit.events import TrainReport
     from lorafit.screen import TrainView
-    from lorafit.train import recorded, records, run
+    from lorafit.train import recorded, records, run, trackers_of
 
     view, report = TrainView(screen), None
     events = run(job)
     if job.world.first:
-        events = recorded(job, events, [*records(job), view])
+        trackers = trackers_of(job, lambda text: screen.command("tracking", text, answer=False), screen.note)
+        events = recorded(job, events, [*records(job), *trackers, view])
     try:
         for event in events:
             report = event if isinstance(event, TrainReport) else report

@@ -19,6 +19,7 @@ from lorafit.model import ModelMap
 from lorafit.settings.optimizers import check_optimizer
 from lorafit.settings.preset import Preset, load_preset, read_yaml
 from lorafit.settings.run_config import OPTIONS, RunConfig
+from lorafit.settings.trackers import check_trackers
 from lorafit.units import figures
 
 TOKENS_PER_STEP = 2048
@@ -117,6 +118,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             values[name] = getattr(preset.lora, setting)
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
+    check_trackers(values["track"])
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     config = RunConfig(**values, origin=origin)

@@ -29,6 +29,7 @@ from lorafit.settings.options import (
     text,
     whole,
 )
+from lorafit.settings.trackers import TRACKERS
 
 SCHEDULERS = (
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
@@ -346,6 +347,13 @@ class RunConfig:
         "Continue from the last checkpoint of the run with this output folder.",
         OUTPUT,
         kept=False,
+    )
+    track: tuple[str, ...] = option(
+        (), one_of(*TRACKERS), "Tracker to log to, repeatable", OUTPUT, many=True, short="--report-to"
+    )
+    track_project: str = option("lorafit", text("a name"), "Project or experiment of the tracker.", OUTPUT)
+    track_name: str | None = option(
+        None, text("a name"), "Name of the run in the tracker.", OUTPUT, derived="the output folder"
     )
     origin: Mapping[str, str] = field(default_factory=dict)
 

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafit.train.loop import run as run
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
+    from lorafit.train.trackers import trackers_of as trackers_of
 
 __getattr__ = door(
     __name__,
@@ -25,5 +26,6 @@ __getattr__ = door(
         "loggers": "Listener recorded records",
         "loop": "run",
         "run_folder": "RunFolder claim",
+        "trackers": "trackers_of",
     },
 )

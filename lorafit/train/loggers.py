@@ -147,5 +147,6 @@ def _tell(listeners: list[Listener], call: Callable[[Listener], None]) -> list[N
             listeners.remove(listener)
             text = str(error).strip().splitlines()
             why = f"{type(error).__name__}: {text[0] if text else ''}".rstrip(": ")
-            notes.append(Note(f"{type(listener).__name__} failed and is left out from here on: {why}"))
+            name = getattr(listener, "name", type(listener).__name__)
+            notes.append(Note(f"{name} failed and is left out from here on: {why}"))
     return notes

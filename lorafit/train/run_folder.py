@@ -30,7 +30,7 @@ PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
 # What a run writes into its working folder; anything else there is somebody else's.
 WRITTEN = re.compile(
     r"\.?(adapter_config\.json|adapter_model\.safetensors|base\.json|run\.yaml|events\.jsonl|README\.md|report\.html"
-    r"|digests\.json|held-out\.safetensors|generation_config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt|tokenizer[\w.]*"
+    r"|digests\.json|tracking\.json|held-out\.safetensors|generation_config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt|tokenizer[\w.]*"
     r"|chat_template\.\w+|vocab\.\w+|[\w.-]+\.(model|spm|tiktoken|jinja)|checkpoint-\d+(\.old-\d+)?|last-good"
     r"|additional_chat_templates)"
 )
