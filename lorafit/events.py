@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
 from lorafit.jsonio import jsonable
+from lorafit.units import count, rows_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +97,31 @@ class DataReport:
     def share(self) -> float:
         """The part of the tokens that is learned."""
         return self.supervised_tokens / self.tokens
+
+    def findings(self) -> Iterator[str]:
+        """What a person should know of the data before training on them."""
+        yield from self.notes
+        if self.cut:
+            yield f"{count(self.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
+        if self.split:
+            yield f"{count(self.split)} examples are longer than a row and split into several"
+        if self.too_long:
+            yield f"{count(self.too_long)} examples are longer than a row and dropped"
+        if self.unsupervised:
+            yield f"{count(self.unsupervised)} examples hold nothing to learn and are dropped, as {self.unsupervised_at}"
+        if self.cut_away:
+            yield f"{count(self.cut_away)} examples are dropped: nothing to learn is left of them once cut"
+        if self.duplicates:
+            yield f"{rows_text(self.duplicates)} {'is' if self.duplicates == 1 else 'are'} the same as another"
+        if self.overlap:
+            yield (
+                f"{count(self.overlap)} of the {rows_text(self.held_out_rows)} held out "
+                f"{'is' if self.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
+            )
+        if self.no_end:
+            yield (
+                f"what is learned of {rows_text(self.no_end)} ends with no end token: the model is not taught where to stop"
+            )
 
     @staticmethod
     def of(data: dict[str, Any]) -> DataReport:

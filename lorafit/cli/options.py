@@ -105,6 +105,10 @@ Push = Annotated[
     ),
 ]
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout.", panel=OUTPUT)]
+Verbose = Annotated[
+    bool,
+    _option("--verbose", "-v", help="Show rows of the data, lengths, reasons and all notes.", panel=OUTPUT),
+]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="Hide progress and notes.", panel=OUTPUT)]
 
 

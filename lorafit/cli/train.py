@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.options import Config, Debug, Json, Push, Quiet, run_options
+from lorafit.cli.options import Config, Debug, Json, Push, Quiet, Verbose, run_options
 from lorafit.cli.push import push_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
@@ -50,6 +50,7 @@ def train(
         ),
     ] = False,
     json: Json = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -60,7 +61,7 @@ def train(
     from lorafit.distributed import connect, refuse_plugins
     from lorafit.screen import Screen, show_train_report
 
-    world, screen = connect(), Screen(json, quiet)
+    world, screen = connect(), Screen(json, quiet, verbose)
     with world.one_error():
         refuse_plugins(os.environ)
         if push_to_hub:

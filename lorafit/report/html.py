@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorafit import __version__
-from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Score
+from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
 from lorafit.report.run import Run
@@ -342,6 +342,12 @@ def _data(run: Run) -> Html:
         f"{percent(look['supervised_tokens'], look['tokens'])} of them in the loss (marked below); "
         f"{count(look['held_out_rows'])} rows held out."
     )
+    at = look["lengths"]
+    about += (
+        f" Rows have {count(at['min'])} to {count(at['max'])} tokens, half of them up to {count(at['p50'])}."
+    )
+    found = DataReport.of({name: value for name, value in look.items() if name != "event"}).findings()
+    notes = [*found, *(str(note["text"]) for note in run.every("note"))]
     rows = []
     for row in look["samples"]:
         pieces = [el("mark", text) if learned else el("span", text) for text, learned in row["pieces"]]
@@ -349,7 +355,10 @@ def _data(run: Run) -> Html:
             el("p", el("small", f"{row['where']}, {count(row['tokens'])} tokens"))
             + el("div", pieces, cls="said")
         )
-    return el("section", el("h2", f"Data of {run.folder.name}"), el("p", about), [Html(row) for row in rows])
+    noted = el("ul", [el("li", note) for note in notes]) if notes else ""
+    return el(
+        "section", el("h2", f"Data of {run.folder.name}"), el("p", about), noted, [Html(row) for row in rows]
+    )
 
 
 def _environment(run: Run) -> Html:

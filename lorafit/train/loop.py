@@ -147,6 +147,7 @@ def _start(
     )
     if not state.step:
         yield job.rows.look
+        yield from (Note(text) for text in job.plan.notes)
     if job.predicted is not None:
         yield job.predicted
     if job.config.optimizer in ("sgd", "lion") and job.config.why("learning_rate"):
