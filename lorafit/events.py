@@ -235,6 +235,16 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """A prompt of the held-out rows, what was wanted, and what the model says to it before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainReport:
     """What a finished run amounts to. `tokens_per_second` counts time in training steps only."""
 
@@ -252,6 +262,7 @@ class TrainReport:
     memory_growth_bytes: int = 0  # the peak less what the process held before the model was loaded
     predicted: Predicted | None = None
     best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
+    sample: Said | None = None
 
 
 @dataclass(frozen=True, slots=True)

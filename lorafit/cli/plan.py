@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from lorafit.screen import Screen
     from lorafit.settings import RunConfig
 
-WITHOUT = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps")
+WITHOUT = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps", "sample")
 
 
 @app.command()

@@ -65,7 +65,7 @@ def make_page(
     if report is not None:
         parts += _evaluated(report)
     for run in finished:
-        parts += [_data(run), _environment(run), _settings(run)]
+        parts += [_said(run), _data(run), _environment(run), _settings(run)]
     body = el("body", [part for part in parts if part])
     head = el(
         "head",
@@ -330,6 +330,20 @@ def _sample(report: EvalReport, number: int) -> Html:
     texts += [("base", sample.base), *zip(named, sample.adapters, strict=True)]
     parts = [Html(el("dt", label) + el("dd", text or "(nothing)", cls="said")) for label, text in texts]
     return Html(el("p", el("strong", sample.prompt)) + el("dl", parts))
+
+
+def _said(run: Run) -> Html:
+    """What the model says to a held-out row, before and after training, where the run asked it."""
+    said = run.report.get("sample")
+    if not said:
+        return Html("")
+    parts = [
+        Html(el("dt", label) + el("dd", str(said[label]) or "(nothing)", cls="said"))
+        for label in ("reference", "before", "after")
+        if said[label] or label != "reference"
+    ]
+    head = el("h2", f"A held-out row, before and after {run.folder.name}")
+    return el("section", head, el("p", el("strong", str(said["prompt"]))), el("dl", parts))
 
 
 def _data(run: Run) -> Html:

@@ -24,7 +24,7 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.outputs import PAGE
-from lorafit.screen.console import LABEL, Screen
+from lorafit.screen.console import LABEL, Screen, clip
 from lorafit.units import bytes_text, compared, count, figures, rows_text, seconds_text, short
 
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
@@ -240,6 +240,11 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
             f"{report.output}/checkpoint-{report.best.step}",
             answer=True,
         )
+    if (said := report.sample) is not None:
+        wanted = [("reference", said.reference)] if said.reference else []
+        texts = (("before", said.before), ("after", said.after))
+        for label, text in (("sample", said.prompt), *wanted, *texts):
+            screen.line(label, clip(text, 240) or "(nothing)", answer=True)
     screen.line("saved", report.output, answer=True)
     screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]

@@ -320,6 +320,9 @@ class RunConfig:
     eval_steps: int | None = option(
         None, whole(1), "Evaluate on the held-out rows every N optimizer steps.", TRAINING, training=True
     )
+    sample: bool = option(
+        True, FLAG, "Show what the model says to a held-out row, before and after.", OUTPUT, training=True
+    )
     output: str | None = option(
         None,
         text("a folder", "DIR"),

@@ -6,7 +6,7 @@ import math
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
@@ -23,6 +23,7 @@ from lorafit.events import (
     Loss,
     Note,
     PrefixCache,
+    Said,
     Saved,
     Started,
     Stepped,
@@ -30,7 +31,7 @@ from lorafit.events import (
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
 from lorafit.system import environment
-from lorafit.train import schedule
+from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import last_whole, restore, restore_random, save_checkpoint, state_of
 from lorafit.train.divergence import Divergence
 from lorafit.train.job import Job, prepare_prefix
@@ -186,6 +187,9 @@ def _steps(
     config = job.config
     if state.before is None:
         state.before = _held_out_loss(job, held_out)
+        if config.sample and job.world.first:
+            with suppress(Exception):  # of the model's own code; at the end it is told
+                state.said = sample.answer(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
     rates = schedule.rates(config, job.steps)
@@ -257,7 +261,14 @@ def _end(job: Job, state: State, held_out: Evaluator, caching: PrefixCache) -> I
     yield Evaluated(state.step, after.loss, after.tokens)
     if state.best is not None and after.loss <= state.best.loss:
         state.best = state.best_step = None  # the end is the best there was
-    yield replace(_report(job, state, after), prefix_cache=caching)
+    report = replace(_report(job, state, after), prefix_cache=caching)
+    if job.config.sample and job.world.first:
+        try:
+            prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
+            report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))
+        except Exception as error:  # the adapter is saved: a sample must not lose the run
+            yield Note(f"no sample of what the model says: {type(error).__name__}: {error}")
+    yield report
 
 
 def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:

@@ -26,6 +26,7 @@ class State:
 
     step: int = 0
     before: Loss | None = None
+    said: str | None = None  # to a held-out row, before training
     tokens: int = 0
     supervised: int = 0
     seconds: float = 0.0
