@@ -15,6 +15,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Push, Quiet, Verbose, run_options
 from lorafit.cli.push import push_folder
+from lorafit.cli.resume import by_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
@@ -68,7 +69,7 @@ def train(
             from lorafit import hub
 
             hub.check(push_to_hub)
-        prepared = _prepared(world, screen, flags, config, force)
+        prepared = _prepared(world, screen, *by_folder(flags, config), force)
     if isinstance(prepared, Path):  # of a finished run
         if push_to_hub and world.first:
             push_folder(screen, str(prepared), push_to_hub)
@@ -210,8 +211,6 @@ def _same_rows(world: World, rows: Rows) -> None:
 def _target(settings: RunConfig, reads: Sequence[Path]) -> Path | None:
     """The output folder that was named, if any. Raises RequestError when it may not be written."""
     if settings.output is None:
-        if settings.resume:
-            raise RequestError("--resume needs the run's folder", "name it with -o DIR")
         return None
     target = Path(settings.output).expanduser()
     if not (settings.resume and target.exists() and not settings.overwrite):

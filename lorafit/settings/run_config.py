@@ -338,7 +338,7 @@ class RunConfig:
     resume: bool = option(
         False,
         FLAG,
-        "Continue from the last checkpoint of the run with this output folder.",
+        "Continue an unfinished run from its last checkpoint: `--resume RUN`, or with -o; its folder has the settings.",
         OUTPUT,
         kept=False,
     )
@@ -367,7 +367,7 @@ class RunConfig:
         """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
-        values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
+        values["model"] = lasting_model(self.model)
         for name in ("data", "eval_data"):
             values[name] = [_lasting(spec) for spec in values[name]]
         if self.chat_template:
@@ -394,6 +394,11 @@ def weighted(spec: str) -> tuple[str, float]:
     if not 0 < weight <= 1000:
         raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"e.g. {name}=2")
     return name, weight
+
+
+def lasting_model(name: str) -> str:
+    """The model as a run file names it: a folder by its absolute path."""
+    return name if name == "demo" else _lasting(name)
 
 
 def _lasting(name: str) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
@@ -234,7 +235,7 @@ def _steps(
         if stop:
             raise Interrupted(
                 f"interrupted after step {number} of {job.steps}; it is saved in `{job.folder.work}`",
-                f"the same command with --resume -o {job.folder.target} continues from there",
+                f"lorafit train --resume {shlex.quote(str(job.folder.target))} continues from there",
                 signal,
             )
         if job.ends_epoch(number):

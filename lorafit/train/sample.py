@@ -19,16 +19,13 @@ def prompt_of(held_out: Evaluator) -> Prompt:
 
 
 def answer(job: Job, held_out: Evaluator) -> str:
-    """What the model says now; what is random in training goes on as if nothing had been said.
+    """What the model says now; what is random in training goes on as if nothing had been said. The model is in
+    evaluation mode afterwards.
 
     Raises whatever the model's own generation raises.
     """
     generator = Generator(
         job.tokenizer, held_out.forward, job.device, job.found.max_positions, Sampling(max_seconds=SECONDS)
     )
-    training = job.model.training
-    try:
-        with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
-            return generator.completions(job.model, [prompt_of(held_out)])[0]
-    finally:
-        job.model.train(training)
+    with torch.random.fork_rng([job.device] if job.device.type == "cuda" else []):
+        return generator.completions(job.model, [prompt_of(held_out)])[0]

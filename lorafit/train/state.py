@@ -11,7 +11,7 @@ from lorafit.estimate import Shape, flops_per_token
 from lorafit.events import EpochDone, Loss, Stepped
 from lorafit.forward import Prefix
 from lorafit.jsonio import jsonable
-from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS
+from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS, lasting_model
 from lorafit.train.job import Job
 from lorafit.train.measure import efficiency
 
@@ -98,6 +98,7 @@ class State:
         """Take over a checkpoint's state. Raises RequestError when the run is another one."""
         was, now = saved.pop("run"), identity(job)
         # what an earlier version did not state: an option that came later had its default
+        was["model"] = lasting_model(was["model"])  # an earlier version kept it as it was typed
         known = {n: was.get(n, OPTIONS[n].default if n in OPTIONS else value) for n, value in now.items()}
         if changed := [name for name in now if known[name] != now[name]]:
             name = changed[0]
@@ -122,6 +123,7 @@ def identity(job: Job) -> dict[str, Any]:
     names = [name for name in OPTIONS if name not in MAY_CHANGE | IN_DIGESTS]
     return {
         **{name: jsonable(getattr(job.config, name)) for name in names},
+        "model": lasting_model(job.config.model),
         "lora": jsonable(job.plan.lora),
         "adapted modules": hashlib.sha256("\n".join(sorted(job.plan.modules)).encode()).hexdigest(),
         "base weights": job.fingerprint,
