@@ -183,11 +183,12 @@ class PrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The held-out loss after so many steps; 0 is before training."""
+    """The held-out loss after so many steps; 0 is before training. `best` where it is the lowest so far."""
 
     step: int
     loss: float
     tokens: int
+    best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,7 +247,9 @@ class Said:
 
 @dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What a finished run amounts to. `tokens_per_second` counts time in training steps only."""
+    """What a finished run amounts to. `tokens_per_second` counts time in training steps only. `adapter_step` is
+    the step of the saved adapter, whose held-out loss is `eval["after"]`; `eval["last"]` is that of the last step.
+    """
 
     output: str
     trainable_params: int
@@ -263,6 +266,7 @@ class TrainReport:
     predicted: Predicted | None = None
     best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
     sample: Said | None = None
+    adapter_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,7 +19,10 @@ if TYPE_CHECKING:
     from lorafit.screen import Screen
     from lorafit.settings import RunConfig
 
-WITHOUT = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps", "sample")
+WITHOUT = (
+    "output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps", "patience", "min_delta",
+    "keep_last", "sample",
+)  # fmt: skip
 
 
 @app.command()

@@ -13,7 +13,7 @@ from lorafit import __version__
 from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
-from lorafit.report.run import Run
+from lorafit.report.run import Run, steps_text
 from lorafit.report.svg import curves
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
 
@@ -112,7 +112,7 @@ def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
             effect = "lowers" if after < before else "raises" if after > before else "does not change"
             sentences.append(
                 f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
-                f"{count(run.report['steps'])} steps ({seconds_text(run.report['seconds'])})."
+                f"{steps_text(run.report)} ({seconds_text(run.report['seconds'])})."
             )
     return Html("".join(el("p", text, cls="verdict") for text in sentences))
 

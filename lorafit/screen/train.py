@@ -87,8 +87,8 @@ class TrainView:
                 self._stepped(event)
             case EpochDone() if not self.screen.quiet:
                 self._epoch(event)
-            case Saved():
-                self.screen.line("saved", f"{event.path}{', the best so far' if event.best else ''}")
+            case Saved() if not event.best:  # that of the best is shown as it is evaluated
+                self.screen.line("saved", event.path)
             case TrainReport():
                 self.close()
             case _:
@@ -155,9 +155,10 @@ class TrainView:
 
     def _evaluated(self, event: Evaluated) -> None:
         if self.progress is not None or not self.recent:
-            self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}")
+            best = ", the best so far" if event.best else ""
+            self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}{best}")
         else:
-            self._progress_line(f", held out {event.loss:.3f}")
+            self._progress_line(f", held out {event.loss:.3f}{' (best)' if event.best else ''}")
 
     def _progress_line(self, held_out: str = "") -> None:
         """Where the run is, as a line for a log."""
@@ -233,7 +234,13 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         f"memory grew by {bytes_text(report.memory_growth_bytes)}{memory_off} to {bytes_text(report.peak_memory_bytes)}",
         answer=True,
     )
-    if report.best is not None:
+    step = f"step {count(report.adapter_step)}"
+    if (last := report.eval.get("last")) is not None:
+        step += f", the best of {count(report.steps)}"
+        screen.line(
+            "last", f"held-out loss {last.loss:.3f} after step {count(report.steps)}: not saved", answer=True
+        )
+    elif report.best is not None:
         screen.line(
             "best",
             f"held-out loss {report.best.loss:.3f} after step {report.best.step}: "
@@ -245,7 +252,7 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         texts = (("before", said.before), ("after", said.after))
         for label, text in (("sample", said.prompt), *wanted, *texts):
             screen.line(label, clip(text, 240) or "(nothing)", answer=True)
-    screen.line("saved", report.output, answer=True)
+    screen.line("saved", f"{report.output} ({step})", answer=True)
     screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.command("next", shlex.join(["lorafit", "eval", report.output]))

@@ -117,6 +117,10 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             values[name] = getattr(preset.lora, setting)
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
+    if values["patience"] and not values["eval_steps"]:
+        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
+    if values["min_delta"] and not values["patience"]:
+        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     config = RunConfig(**values, origin=origin)

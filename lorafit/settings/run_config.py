@@ -320,6 +320,27 @@ class RunConfig:
     eval_steps: int | None = option(
         None, whole(1), "Evaluate on the held-out rows every N optimizer steps.", TRAINING, training=True
     )
+    patience: int | None = option(
+        None,
+        whole(1),
+        "Stop after N evaluations without a gain; needs --eval-steps.",
+        TRAINING,
+        training=True,
+    )
+    min_delta: float = option(
+        0.0,
+        number(0, 100),
+        "The fall in held-out loss that is a gain for --patience.",
+        TRAINING,
+        training=True,
+    )
+    keep_last: bool = option(
+        False,
+        FLAG,
+        "Save the last adapter, not the one with the lowest held-out loss.",
+        TRAINING,
+        training=True,
+    )
     sample: bool = option(
         True, FLAG, "Show what the model says to a held-out row, before and after.", OUTPUT, training=True
     )

@@ -39,6 +39,8 @@ class State:
     scaler: dict[str, Any] = field(default_factory=dict)
     best: Loss | None = None  # the lowest held-out loss on the way, and where
     best_step: int | None = None
+    gained: float | None = None  # the held-out loss at the last gain that counts for --patience
+    waited: int = 0  # evaluations since then
     rate: float = 0.0  # FLOPs a second of this device's matrix products
     captured_before: int = 0  # micro-batches that ran whole before this epoch
 
@@ -60,6 +62,15 @@ class State:
             return False
         self.best, self.best_step = found, self.step
         return True
+
+    def waits(self, found: Loss, least: float) -> int:
+        """How many evaluations it is since the held-out loss last fell by more than `least`."""
+        reached = self.gained if self.gained is not None else self.before.loss if self.before else found.loss
+        if found.loss < reached - least:
+            self.gained, self.waited = found.loss, 0
+        else:
+            self.waited += 1
+        return self.waited
 
     def close_epoch(self, epoch: int, job: Job, prefix: Prefix) -> EpochDone:
         """The epoch that ends here; the next one begins at 0."""
