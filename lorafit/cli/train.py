@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,13 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli.app import app
+from lorafit.cli.going_on import going_on
 from lorafit.cli.options import Config, Debug, Json, Push, Quiet, Verbose, run_options
 from lorafit.cli.push import push_folder
 from lorafit.cli.resume import by_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.settings import OUTPUT
+from lorafit.settings import OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -111,9 +113,9 @@ def _prepared(
     """
     from lorafit.settings import dated, derive_from_model, settle
 
-    settings, chosen = settle(flags, config)
+    settings, chosen = settle(going_on(flags, config), config)
 
-    from lorafit.adapter import planned
+    from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import prepare
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
@@ -135,6 +137,8 @@ def _prepared(
     settings = derive_from_model(settings, found)
     settings = dated(settings, world.told(dated(settings).template_date or ""))
     made = planned(found, chosen, settings)
+    if settings.from_adapter:
+        check_continues(made, locate(settings.from_adapter), source.place)
     show_header(screen, made, found, settings)
 
     with without_collecting():
@@ -252,9 +256,16 @@ def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
     if not run.settings:
         raise RequestError(f"`{target}` is not a run: there is no run.yaml to resume from", "another -o")
     for name, was, now in changed_settings(settings, run.settings):
+        hint = "another -o trains a new run with these settings, --overwrite trains it again in its place"
+        if name in ("epochs", "max_steps"):
+            flag, place = OPTIONS[name].flag, shlex.quote(str(target))
+            more = now - was if isinstance(was, int) and isinstance(now, int) and now > was else "N"
+            hint = (
+                f"to train its adapter further: lorafit train --from-adapter {place} {flag} {more}; "
+                f"to train {now} from the start: another -o, or --overwrite in its place"
+            )
         raise RequestError(
-            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
-            "another -o trains a new run with these settings, --overwrite trains it again in its place",
+            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}", hint
         )
     screen.line("done", f"{target} is a finished run: nothing to resume")
     if screen.as_json:

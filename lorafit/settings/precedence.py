@@ -123,6 +123,8 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
         raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
+    if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
+        lora = replace(lora, init_lora_weights=True)
     config = RunConfig(**values, origin=origin)
     return config, replace(preset, lora=lora)
 

@@ -128,6 +128,12 @@ class RunConfig:
     dropout: float | None = option(
         None, number(0, 0.999, "a number from 0 up to 1"), "LoRA dropout.", WHAT, derived="the preset"
     )
+    from_adapter: str | None = option(
+        None,
+        text("a run's folder, an adapter or a hub id", "ADAPTER"),
+        "Go on from this adapter: a run's folder, or any PEFT LoRA adapter; model, modules and rank are its own.",
+        WHAT,
+    )
     data: tuple[str, ...] = option(
         (),
         text("a file, a folder or a hub data set"),
@@ -379,7 +385,11 @@ class RunConfig:
     def reads(self, *others: str | None) -> tuple[Path, ...]:
         """The files and folders on this machine that a run with these settings reads, and `others`."""
         specs = [weighted(spec)[0] for spec in (*self.data, *self.eval_data)]
-        found = [Path(name).expanduser() for name in (*specs, self.chat_template, *others) if name]
+        found = [
+            Path(name).expanduser()
+            for name in (*specs, self.chat_template, self.from_adapter, *others)
+            if name
+        ]
         # a pattern reads files of its folder, a config.json those of the model's folder
         found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
         return tuple(path for path in found if path.exists())
@@ -388,7 +398,7 @@ class RunConfig:
         """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
-        values["model"] = lasting_model(self.model)
+        values |= {name: lasting(values[name]) for name in ("model", "from_adapter")}
         for name in ("data", "eval_data"):
             values[name] = [_lasting(spec) for spec in values[name]]
         if self.chat_template:
@@ -417,9 +427,9 @@ def weighted(spec: str) -> tuple[str, float]:
     return name, weight
 
 
-def lasting_model(name: str) -> str:
-    """The model as a run file names it: a folder by its absolute path."""
-    return name if name == "demo" else _lasting(name)
+def lasting(name: str | None) -> str | None:
+    """A model or an adapter as a run file names it: a folder by its absolute path."""
+    return name if name in (None, "demo") else _lasting(str(name))
 
 
 def _lasting(name: str) -> str:

@@ -11,11 +11,13 @@ from lorafit.estimate import Shape, flops_per_token
 from lorafit.events import EpochDone, Loss, Stepped
 from lorafit.forward import Prefix
 from lorafit.jsonio import jsonable
-from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS, lasting_model
+from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS, lasting
 from lorafit.train.job import Job
 from lorafit.train.measure import efficiency
 
 DIGESTS = ("adapted modules", "training rows", "held-out rows", "base weights")
+
+FOLDERS = ("model", "from_adapter")  # options that may name a folder
 
 OF_THE_PROCESS = ("rate", "captured_before")  # what a resumed run finds out for itself
 
@@ -109,7 +111,9 @@ class State:
         """Take over a checkpoint's state. Raises RequestError when the run is another one."""
         was, now = saved.pop("run"), identity(job)
         # what an earlier version did not state: an option that came later had its default
-        was["model"] = lasting_model(was["model"])  # an earlier version kept it as it was typed
+        was |= {
+            name: lasting(was.get(name)) for name in FOLDERS
+        }  # an earlier version kept them as they were typed
         known = {n: was.get(n, OPTIONS[n].default if n in OPTIONS else value) for n, value in now.items()}
         if changed := [name for name in now if known[name] != now[name]]:
             name = changed[0]
@@ -134,7 +138,7 @@ def identity(job: Job) -> dict[str, Any]:
     names = [name for name in OPTIONS if name not in MAY_CHANGE | IN_DIGESTS]
     return {
         **{name: jsonable(getattr(job.config, name)) for name in names},
-        "model": lasting_model(job.config.model),
+        **{name: lasting(getattr(job.config, name)) for name in FOLDERS},
         "lora": jsonable(job.plan.lora),
         "adapted modules": hashlib.sha256("\n".join(sorted(job.plan.modules)).encode()).hexdigest(),
         "base weights": job.fingerprint,
