@@ -4,11 +4,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
 
 from lorafit.jsonio import jsonable
+from lorafit.units import count, rows_text
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,31 @@ class DataReport:
         """The part of the tokens that is learned."""
         return self.supervised_tokens / self.tokens
 
+    def findings(self) -> Iterator[str]:
+        """What a person should know of the data before training on them."""
+        yield from self.notes
+        if self.cut:
+            yield f"{count(self.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
+        if self.split:
+            yield f"{count(self.split)} examples are longer than a row and split into several"
+        if self.too_long:
+            yield f"{count(self.too_long)} examples are longer than a row and dropped"
+        if self.unsupervised:
+            yield f"{count(self.unsupervised)} examples hold nothing to learn and are dropped, as {self.unsupervised_at}"
+        if self.cut_away:
+            yield f"{count(self.cut_away)} examples are dropped: nothing to learn is left of them once cut"
+        if self.duplicates:
+            yield f"{rows_text(self.duplicates)} {'is' if self.duplicates == 1 else 'are'} the same as another"
+        if self.overlap:
+            yield (
+                f"{count(self.overlap)} of the {rows_text(self.held_out_rows)} held out "
+                f"{'is' if self.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
+            )
+        if self.no_end:
+            yield (
+                f"what is learned of {rows_text(self.no_end)} ends with no end token: the model is not taught where to stop"
+            )
+
     @staticmethod
     def of(data: dict[str, Any]) -> DataReport:
         """The look that was written as that JSON. Raises TypeError or KeyError for what is none."""
@@ -156,11 +183,12 @@ class PrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The held-out loss after so many steps; 0 is before training."""
+    """The held-out loss after so many steps; 0 is before training. `best` where it is the lowest so far."""
 
     step: int
     loss: float
     tokens: int
+    best: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,8 +236,20 @@ class Saved:
 
 
 @dataclass(frozen=True, slots=True)
+class Said:
+    """A prompt of the held-out rows, what was wanted, and what the model says to it before and after training."""
+
+    prompt: str
+    reference: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True, slots=True)
 class TrainReport:
-    """What a finished run amounts to. `tokens_per_second` counts time in training steps only."""
+    """What a finished run amounts to. `tokens_per_second` counts time in training steps only. `adapter_step` is
+    the step of the saved adapter, whose held-out loss is `eval["after"]`; `eval["last"]` is that of the last step.
+    """
 
     output: str
     trainable_params: int
@@ -225,6 +265,8 @@ class TrainReport:
     memory_growth_bytes: int = 0  # the peak less what the process held before the model was loaded
     predicted: Predicted | None = None
     best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
+    sample: Said | None = None
+    adapter_step: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,6 +20,8 @@ CARD, PAGE = "README.md", "report.html"
 EVENTS, RUN_FILE, HELD_OUT = "events.jsonl", "run.yaml", "held-out.safetensors"
 TRACKING = "tracking.json"  # the run as its trackers know it
 
+PARTIAL, RUNS = ".partial", "runs"  # of the name of an unfinished run; where runs without -o are
+
 # What has no digest: a person may edit it, lorafit adds to it later, or it stays here when a run is pushed.
 EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT, TRACKING)
 
@@ -80,6 +82,15 @@ def check_file(path: Path, option: str, mark: str) -> None:
         raise RequestError(
             f"{option} `{path}` is a file that lorafit did not write: it is not replaced", "another name"
         )
+
+
+def last_run(place: Path = Path(RUNS), unfinished: bool = False) -> str:
+    """The newest finished run in a folder, or of the unfinished ones, by the name it will have; empty where there
+    is none."""
+    found = [path for path in place.glob("*") if (path / RUN_FILE).is_file()]
+    found = [path for path in found if path.name.endswith(PARTIAL) is unfinished]
+    newest = max(found, key=lambda path: (path / RUN_FILE).stat().st_mtime, default=None)
+    return str(newest).removesuffix(PARTIAL) if newest else ""
 
 
 def work_folder(target: Path, what: str) -> Path:

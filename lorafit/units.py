@@ -44,6 +44,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def rows_text(number: int) -> str:
+    """`1 row`, `900 rows`."""
+    return f"{count(number)} row{'' if number == 1 else 's'}"
+
+
 def bytes_text(number: float) -> str:
     """A size: `15.0 MB`, `141 GB`, `512 B`."""
     text, letter = scaled(number)
@@ -88,6 +93,16 @@ def deviation(predicted: float, actual: float) -> str:
     if predicted <= 0:
         return ""
     return f" ({round(100 * (actual / predicted - 1)):+d} %)".replace("-", "−")
+
+
+def compared(predicted: float, actual: float) -> str:
+    """The actual value beside the predicted one, in words: ` (3 % more than predicted)`, ` (as predicted)`."""
+    if predicted <= 0:
+        return ""
+    share = round(100 * (actual / predicted - 1))
+    return (
+        f" ({abs(share)} % {'more' if share > 0 else 'less'} than predicted)" if share else " (as predicted)"
+    )
 
 
 def layers_text(indices: tuple[int, ...]) -> str:

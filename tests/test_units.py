@@ -4,6 +4,7 @@ from hypothesis import strategies as st
 
 from lorafit.units import (
     bytes_text,
+    compared,
     deviation,
     figures,
     index_ranges,
@@ -45,6 +46,11 @@ def test_ranges_say_every_index(indices):
 def test_a_deviation_is_of_the_actual_from_the_predicted():
     assert deviation(3.6, 3.7) == " (+3 %)" and deviation(16, 9.8) == " (−39 %)"
     assert deviation(5, 5) == " (+0 %)" and deviation(0.0, 3.0) == ""
+    assert (
+        compared(3.6, 3.7) == " (3 % more than predicted)"
+        and compared(16, 9.8) == " (39 % less than predicted)"
+    )
+    assert compared(5, 5.01) == " (as predicted)" and compared(0.0, 3.0) == ""
 
 
 def test_one_layer_and_several():

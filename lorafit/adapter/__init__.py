@@ -9,10 +9,14 @@ from lorafit.lazy import door
 if TYPE_CHECKING:
     from lorafit.adapter.base import common_base as common_base
     from lorafit.adapter.base import tokenizer_place as tokenizer_place
+    from lorafit.adapter.continued import check_continues as check_continues
+    from lorafit.adapter.continued import put_in as put_in
+    from lorafit.adapter.continued import settings_of as settings_of
     from lorafit.adapter.folder import BASE as BASE
     from lorafit.adapter.folder import BASE_LAYER as BASE_LAYER
     from lorafit.adapter.folder import CONFIG as CONFIG
     from lorafit.adapter.folder import WEIGHTS as WEIGHTS
+    from lorafit.adapter.folder import base_of as base_of
     from lorafit.adapter.folder import changes_its_base as changes_its_base
     from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
@@ -42,7 +46,8 @@ __getattr__ = door(
     __name__,
     {
         "base": "common_base tokenizer_place",
-        "folder": "BASE BASE_LAYER CONFIG WEIGHTS changes_its_base locate read_config run_of save_adapter tensor_names write_base",
+        "continued": "check_continues put_in settings_of",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base locate read_config run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",

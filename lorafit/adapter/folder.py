@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from lorafit.digests import check
 from lorafit.errors import RequestError
 from lorafit.model import HUB_ID, fingerprint, not_downloaded, sampled, split_revision
+from lorafit.outputs import PARTIAL, last_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -26,6 +27,8 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "bas
 PICKLED = "adapter_model.bin"
 
 OLD_DIGITS = 32
+
+MOST_NAMED = 5  # checkpoints of an unfinished run, in an error
 
 BASE_LAYER = ".base_layer.weight"  # a weight of the base that PEFT writes beside its embedding's adapter
 
@@ -93,8 +96,14 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     Raises RequestError when the folder is not a LoRA adapter, or has a setting that lorafit does not honour.
     """
     path = Path(folder).expanduser()
+    work = path.with_name(path.name + PARTIAL) if path.name else path
+    if not path.exists() and _checkpoints(work):
+        raise RequestError(*_unfinished(work, str(folder)))
     if not path.exists():
-        raise RequestError(f"there is no folder `{folder}`", "lorafit train makes one")
+        last = last_run()
+        raise RequestError(
+            f"there is no folder `{folder}`", f"the last run is {last}" if last else "lorafit train makes one"
+        )
     if not (path / CONFIG).is_file():
         raise RequestError(*_not_an_adapter(path, str(folder)))
     if not (path / WEIGHTS).is_file():
@@ -174,13 +183,10 @@ def _not_an_adapter(path: Path, name: str) -> tuple[str, str]:
             f"`{name}` is a file; an adapter is a folder",
             f"name its folder: {shlex.quote(str(path.parent))}",
         )
-    points = sorted(p.name for p in path.iterdir() if re.fullmatch(r"checkpoint-[0-9]+", p.name))
-    if points:
-        last = max(points, key=lambda point: int(point.rpartition("-")[2]))
-        return (
-            f"`{name}` is an unfinished run: its adapters are in checkpoints",
-            f"name one, e.g. {shlex.quote(str(path / last))}",
-        )
+    if _checkpoints(path):
+        return _unfinished(path, name)
+    if last := last_run(path):
+        return f"`{name}` is a folder of runs, not an adapter", f"the last one is {shlex.quote(last)}"
     if (path / "config.json").is_file():
         return (
             f"`{name}` is a model, not an adapter",
@@ -189,6 +195,24 @@ def _not_an_adapter(path: Path, name: str) -> tuple[str, str]:
     return (
         f"`{name}` is not an adapter: there is no {CONFIG} in it",
         "an adapter is a run's folder, or a hub id as `owner/name`",
+    )
+
+
+def _checkpoints(path: Path) -> list[str]:
+    """The names of the checkpoints in a run's folder, the oldest first."""
+    found = [p.name for p in path.glob("checkpoint-*") if re.fullmatch(r"checkpoint-[0-9]+", p.name)]
+    return sorted(found, key=lambda name: int(name.rpartition("-")[2]))
+
+
+def _unfinished(work: Path, name: str) -> tuple[str, str]:
+    """(what it is, what to do) for an unfinished run in the folder `work`."""
+    points = _checkpoints(work)
+    shown = ", ".join([*(["…"] if points[:-MOST_NAMED] else []), *points[-MOST_NAMED:]])
+    target = str(work).removesuffix(PARTIAL)
+    return (
+        f"`{name}` is an unfinished run: its adapters are in {shown}",
+        f"name one, e.g. {shlex.quote(str(work / points[-1]))}; "
+        f"lorafit train --resume {shlex.quote(target)} finishes the run",
     )
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -187,11 +187,23 @@ def evaluate(
     with screen.bar("evaluating") as tick:
         report, adapted = compare(request, source, found, adapters, tokenizer, dtype, sampling, device, tick)
     written, why = _write_page(page, adapters, found, adapted, report)
-    report = replace(report, page=written, notes=(*report.notes, *([why] if why else [])))
+    notes = [*report.notes, *([why] if why else []), *_steps_kept(adapters)]
+    report = replace(report, page=written, notes=tuple(notes))
     if json:
         screen.document(report)
     else:
         show_eval(screen, report)
+
+
+def _steps_kept(adapters: Sequence[str]) -> Iterator[str]:
+    """A note for each run whose folder holds the best adapter, and not that of its last step."""
+    from lorafit.adapter import run_of
+    from lorafit.report import read_back, steps_text
+
+    for path in adapters:
+        report = read_back(Path(path).expanduser()).report if run_of(path) == Path(path).expanduser() else {}
+        if report.get("adapter_step", report.get("steps")) != report.get("steps"):
+            yield f"`{path}` is the adapter of {steps_text(report)}"
 
 
 def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tasks: str | None) -> None:

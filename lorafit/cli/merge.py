@@ -14,6 +14,7 @@ from lorafit.cli.app import app
 from lorafit.cli.options import Base, Debug, Json, Push, Quiet, run_options
 from lorafit.cli.push import push_folder
 from lorafit.errors import RequestError
+from lorafit.outputs import last_run
 from lorafit.settings import OPTIONS, OUTPUT, WHAT
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -87,7 +88,7 @@ def merge(
     named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
     named = [(locate(path), weight) for path, weight in named]
     if not named:
-        raise RequestError("merge needs an adapter", "lorafit merge RUN -o DIR")
+        raise RequestError("merge needs an adapter", f"lorafit merge {last_run() or 'RUN'} -o DIR")
     output, first = given.get("output"), named[0][0]
     if not output:
         raise RequestError("merge needs an output folder", f"lorafit merge {first} -o DIR")

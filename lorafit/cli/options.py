@@ -73,7 +73,7 @@ def shown_help(option: Option) -> str:
         text = f"{text.removesuffix('.')}: {', '.join(option.kind.choices)}."
     if option.derived:
         return f"{text} [dim]\\[from {option.derived}][/]"
-    if option.default in (None, (), False):
+    if option.default in (None, (), False, True):
         return text
     return f"{text} [dim]\\[{option.default}][/]"
 
@@ -105,6 +105,10 @@ Push = Annotated[
     ),
 ]
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout.", panel=OUTPUT)]
+Verbose = Annotated[
+    bool,
+    _option("--verbose", "-v", help="Show rows of the data, lengths, reasons and all notes.", panel=OUTPUT),
+]
 Quiet = Annotated[bool, _option("--quiet", "-q", help="Hide progress and notes.", panel=OUTPUT)]
 
 

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorafit.cli.app import app
+from lorafit.cli.going_on import going_on
 from lorafit.cli.options import Config, Debug, Json, run_options
 from lorafit.errors import RequestError
 from lorafit.settings import OPTIONS, OUTPUT
@@ -19,7 +20,10 @@ if TYPE_CHECKING:
     from lorafit.screen import Screen
     from lorafit.settings import RunConfig
 
-WITHOUT = ("output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps")
+WITHOUT = (
+    "output", "overwrite", "resume", "save_steps", "save_minutes", "keep", "eval_steps", "patience", "min_delta",
+    "keep_last", "sample",
+)  # fmt: skip
 
 
 @app.command()
@@ -94,9 +98,9 @@ def plan(
 
     from lorafit.settings import settle
 
-    settings, chosen = settle(flags, config)
+    settings, chosen = settle(going_on(flags, config), config)
 
-    from lorafit.adapter import planned
+    from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import free_on, parse_room, prepare
     from lorafit.model import chart_of, find
@@ -117,6 +121,8 @@ def plan(
     settings = derive_from_model(settings, found)
     made = None if matrix else planned(found, chosen, settings)
     command = train_command(flags, settings, config, several)
+    if made is not None and settings.from_adapter:
+        check_continues(made, locate(settings.from_adapter), source.place)
     if made is not None and not estimate:
         if json:
             screen.document({**made.as_json(), "data": None, "estimate": None, "fit": None})

@@ -16,6 +16,7 @@ from typer.core import TyperGroup
 
 from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
+from lorafit.outputs import last_run
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -126,7 +127,8 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
     if command == "lorafit merge" and "unexpected extra argument" in message:
         return RequestError(message[:1].lower() + message[1:], "--adapter PATH names each further adapter")
-    return RequestError(message[:1].lower() + message[1:], f"see `{command.strip()} --help`")
+    offer = f"the last run: {command} {last}; " if "ADAPTER" in message and (last := last_run()) else ""
+    return RequestError(message[:1].lower() + message[1:], f"{offer}see `{command.strip()} --help`")
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,12 +14,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.options import Config, Debug, Json, Push, Quiet, run_options
+from lorafit.cli.going_on import going_on
+from lorafit.cli.options import Config, Debug, Json, Push, Quiet, Verbose, run_options
 from lorafit.cli.push import push_folder
+from lorafit.cli.resume import by_folder
 from lorafit.cli.shell import stopping
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.outputs import check_target
-from lorafit.settings import OUTPUT
+from lorafit.settings import OPTIONS, OUTPUT
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +53,7 @@ def train(
         ),
     ] = False,
     json: Json = False,
+    verbose: Verbose = False,
     quiet: Quiet = False,
     debug: Debug = False,
 ) -> None:
@@ -60,14 +64,14 @@ def train(
     from lorafit.distributed import connect, refuse_plugins
     from lorafit.screen import Screen, show_train_report
 
-    world, screen = connect(), Screen(json, quiet)
+    world, screen = connect(), Screen(json, quiet, verbose)
     with world.one_error():
         refuse_plugins(os.environ)
         if push_to_hub:
             from lorafit import hub
 
             hub.check(push_to_hub)
-        prepared = _prepared(world, screen, flags, config, force)
+        prepared = _prepared(world, screen, *by_folder(flags, config), force)
     if isinstance(prepared, Path):  # of a finished run
         if push_to_hub and world.first:
             push_folder(screen, str(prepared), push_to_hub)
@@ -109,9 +113,9 @@ def _prepared(
     """
     from lorafit.settings import dated, derive_from_model, settle
 
-    settings, chosen = settle(flags, config)
+    settings, chosen = settle(going_on(flags, config), config)
 
-    from lorafit.adapter import planned
+    from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import prepare
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
@@ -133,6 +137,8 @@ def _prepared(
     settings = derive_from_model(settings, found)
     settings = dated(settings, world.told(dated(settings).template_date or ""))
     made = planned(found, chosen, settings)
+    if settings.from_adapter:
+        check_continues(made, locate(settings.from_adapter), source.place)
     show_header(screen, made, found, settings)
 
     with without_collecting():
@@ -209,8 +215,6 @@ def _same_rows(world: World, rows: Rows) -> None:
 def _target(settings: RunConfig, reads: Sequence[Path]) -> Path | None:
     """The output folder that was named, if any. Raises RequestError when it may not be written."""
     if settings.output is None:
-        if settings.resume:
-            raise RequestError("--resume needs the run's folder", "name it with -o DIR")
         return None
     target = Path(settings.output).expanduser()
     if not (settings.resume and target.exists() and not settings.overwrite):
@@ -252,9 +256,16 @@ def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
     if not run.settings:
         raise RequestError(f"`{target}` is not a run: there is no run.yaml to resume from", "another -o")
     for name, was, now in changed_settings(settings, run.settings):
+        hint = "another -o trains a new run with these settings, --overwrite trains it again in its place"
+        if name in ("epochs", "max_steps"):
+            flag, place = OPTIONS[name].flag, shlex.quote(str(target))
+            more = now - was if isinstance(was, int) and isinstance(now, int) and now > was else "N"
+            hint = (
+                f"to train its adapter further: lorafit train --from-adapter {place} {flag} {more}; "
+                f"to train {now} from the start: another -o, or --overwrite in its place"
+            )
         raise RequestError(
-            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}",
-            "another -o trains a new run with these settings, --overwrite trains it again in its place",
+            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}", hint
         )
     screen.line("done", f"{target} is a finished run: nothing to resume")
     if screen.as_json:

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.evaluate.generate import Generator as Generator
+    from lorafit.evaluate.generate import Prompt as Prompt
     from lorafit.evaluate.generate import Sampling as Sampling
     from lorafit.evaluate.generate import own_prompts as own_prompts
+    from lorafit.evaluate.generate import row_prompts as row_prompts
     from lorafit.evaluate.held_out import held_out_rows as held_out_rows
     from lorafit.evaluate.held_out import stored_settings as stored_settings
     from lorafit.evaluate.lm_eval import Tasks as Tasks
@@ -20,7 +23,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "generate": "Sampling own_prompts",
+        "generate": "Generator Prompt Sampling own_prompts row_prompts",
         "held_out": "held_out_rows stored_settings",
         "lm_eval": "Tasks",
         "score": "Evaluator mask_id",

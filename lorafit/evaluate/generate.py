@@ -36,11 +36,12 @@ class Prompt:
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """Generation settings: temperature 0 is greedy; above it tokens are drawn, by a seed that is the same
-    for every model. At most `max_new_tokens`, where it is not 0."""
+    for every model. At most `max_new_tokens`, where it is not 0, and for `max_seconds`, where given."""
 
     temperature: float = 0.0
     seed: int = 0
     max_new_tokens: int = 0
+    max_seconds: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +76,7 @@ class Generator:
         drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         settings = GenerationConfig(
             max_new_tokens=room,
+            max_time=self.sampling.max_seconds,
             do_sample=bool(drawn),
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=sorted({end for end in ends if isinstance(end, int)}) or None,

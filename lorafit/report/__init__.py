@@ -15,12 +15,13 @@ if TYPE_CHECKING:
     from lorafit.report.run import DAMAGED as DAMAGED
     from lorafit.report.run import Run as Run
     from lorafit.report.run import read_back as read_back
+    from lorafit.report.run import steps_text as steps_text
 
 __getattr__ = door(
     __name__,
     {
         "html": "PAGE_MARK make_page write_page",
         "model_card": "adapter_card merged_card",
-        "run": "DAMAGED Run read_back",
+        "run": "DAMAGED Run read_back steps_text",
     },
 )

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorafit import __version__
-from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Score
+from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
-from lorafit.report.run import Run
+from lorafit.report.run import Run, steps_text
 from lorafit.report.svg import curves
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
 
@@ -65,7 +65,7 @@ def make_page(
     if report is not None:
         parts += _evaluated(report)
     for run in finished:
-        parts += [_data(run), _environment(run), _settings(run)]
+        parts += [_said(run), _data(run), _environment(run), _settings(run)]
     body = el("body", [part for part in parts if part])
     head = el(
         "head",
@@ -112,7 +112,7 @@ def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
             effect = "lowers" if after < before else "raises" if after > before else "does not change"
             sentences.append(
                 f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
-                f"{count(run.report['steps'])} steps ({seconds_text(run.report['seconds'])})."
+                f"{steps_text(run.report)} ({seconds_text(run.report['seconds'])})."
             )
     return Html("".join(el("p", text, cls="verdict") for text in sentences))
 
@@ -332,6 +332,20 @@ def _sample(report: EvalReport, number: int) -> Html:
     return Html(el("p", el("strong", sample.prompt)) + el("dl", parts))
 
 
+def _said(run: Run) -> Html:
+    """What the model says to a held-out row, before and after training, where the run asked it."""
+    said = run.report.get("sample")
+    if not said:
+        return Html("")
+    parts = [
+        Html(el("dt", label) + el("dd", str(said[label]) or "(nothing)", cls="said"))
+        for label in ("reference", "before", "after")
+        if said[label] or label != "reference"
+    ]
+    head = el("h2", f"A held-out row, before and after {run.folder.name}")
+    return el("section", head, el("p", el("strong", str(said["prompt"]))), el("dl", parts))
+
+
 def _data(run: Run) -> Html:
     look = run.first("data")
     if not look:
@@ -342,6 +356,12 @@ def _data(run: Run) -> Html:
         f"{percent(look['supervised_tokens'], look['tokens'])} of them in the loss (marked below); "
         f"{count(look['held_out_rows'])} rows held out."
     )
+    at = look["lengths"]
+    about += (
+        f" Rows have {count(at['min'])} to {count(at['max'])} tokens, half of them up to {count(at['p50'])}."
+    )
+    found = DataReport.of({name: value for name, value in look.items() if name != "event"}).findings()
+    notes = [*found, *(str(note["text"]) for note in run.every("note"))]
     rows = []
     for row in look["samples"]:
         pieces = [el("mark", text) if learned else el("span", text) for text, learned in row["pieces"]]
@@ -349,7 +369,10 @@ def _data(run: Run) -> Html:
             el("p", el("small", f"{row['where']}, {count(row['tokens'])} tokens"))
             + el("div", pieces, cls="said")
         )
-    return el("section", el("h2", f"Data of {run.folder.name}"), el("p", about), [Html(row) for row in rows])
+    noted = el("ul", [el("li", note) for note in notes]) if notes else ""
+    return el(
+        "section", el("h2", f"Data of {run.folder.name}"), el("p", about), noted, [Html(row) for row in rows]
+    )
 
 
 def _environment(run: Run) -> Html:

@@ -12,7 +12,7 @@ from typing import Any
 from lorafit import __version__
 from lorafit.adapter import Plan
 from lorafit.events import MergeReport
-from lorafit.report.run import DAMAGED, Run
+from lorafit.report.run import DAMAGED, Run, steps_text
 from lorafit.units import bytes_text, count, figures, layers_text, seconds_text, short
 
 OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub
@@ -165,7 +165,10 @@ def _results(run: Run) -> Iterable[tuple[str, str]]:
             f"learning rate {settings.get('learning_rate')}, {settings.get('scheduler')}, seed {settings.get('seed')}",
         )
     before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-    yield "held-out loss, nats per token", f"{figures(before, 4)} before, {figures(after, 4)} after"
+    yield (
+        "held-out loss, nats per token",
+        f"{figures(before, 4)} before, {figures(after, 4)} after {steps_text(report)}",
+    )
     yield (
         "speed",
         f"{short(report['tokens_per_second'])} tok/s, {seconds_text(report['seconds'])} in training steps, "

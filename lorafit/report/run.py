@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 from lorafit.errors import RequestError
 from lorafit.outputs import EVENTS, RUN_FILE
 from lorafit.settings import read_yaml
+from lorafit.units import count
 
 DAMAGED = (
     KeyError,
@@ -60,3 +62,9 @@ def read_back(folder: Path) -> Run:
             if isinstance(event, dict):
                 events.append(event)
     return Run(folder, settings, tuple(events))
+
+
+def steps_text(report: Mapping[str, Any]) -> str:
+    """`87 steps`, or which of them the adapter is of: `step 40, the best of 87`."""
+    steps, own = int(report["steps"]), int(report.get("adapter_step") or report["steps"])
+    return f"{count(steps)} steps" if own == steps else f"step {count(own)}, the best of {count(steps)}"

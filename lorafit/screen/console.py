@@ -36,11 +36,15 @@ GAP = 2  # columns between two columns of a table
 class Screen:
     """The two streams, and how much is shown on them."""
 
-    def __init__(self, as_json: bool = False, quiet: bool = False) -> None:
+    def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json = as_json
         self.quiet = quiet or not launched().first
+        self.verbose = verbose
+        self.said = 0  # lines on stderr, so far
         self.out = _console(sys.stdout)
         self.talk = _console(sys.stderr)
+        # the stream itself is asked: FORCE_COLOR makes rich take a log for a terminal
+        self.live = not self.quiet and self.talk.file.isatty() and not self.talk.is_dumb_terminal
 
     def document(self, data: Any) -> None:
         """One JSON document on stdout."""
@@ -56,7 +60,7 @@ class Screen:
     def say(self, text: str | Text | Table = "") -> None:
         """Progress and notes: on stderr, not under `--quiet`."""
         if not self.quiet:
-            _print(self.talk, text)
+            self.said += _print(self.talk, text)
 
     def section(self, title: str, table: Table) -> None:
         """A table of the answer under its title, a blank line after it."""
@@ -64,12 +68,19 @@ class Screen:
         self.answer(table)
         self.answer()
 
-    def line(self, label: str, text: str, answer: bool = False) -> None:
-        """`  label      text`, the text wrapped under itself."""
+    def line(self, label: str, text: str, answer: bool = False, most: int = 0) -> None:
+        """`  label      text`, the text wrapped under itself, and cut after `most` lines unless that is 0."""
         console = self.out if answer else self.talk
         room = max(NARROWEST, console.width - LABEL - 2)
-        for number, part in enumerate(_wrapped(console, Text(text), room) or [Text()]):
+        lines = _wrapped(console, Text(text), room) or [Text()]
+        if 0 < most < len(lines):
+            lines = [*lines[: most - 1], Text(f"{lines[most - 1].plain[: room - 1]}…")]
+        for number, part in enumerate(lines):
             (self.answer if answer else self.say)(_labelled("" if number else label, part))
+
+    def lines_of(self, text: str) -> int:
+        """The lines on stderr that `line` would take for a text."""
+        return len(_wrapped(self.talk, Text(text), max(NARROWEST, self.talk.width - LABEL - 2))) or 1
 
     def command(self, label: str, text: str, answer: bool = True) -> None:
         """`  label      command`, to be copied: one line, however narrow the terminal."""
@@ -92,7 +103,7 @@ class Screen:
         self, what: str, unit: Callable[[float], str] = lambda n: f"{n:,.0f}"
     ) -> Iterator[Callable[[float, float], None]]:
         """A progress bar on stderr for as long as the block lasts: call it with (done, total)."""
-        if self.quiet or not self.talk.is_terminal:
+        if not self.live:
             yield lambda done, total: None
             return
         columns = (
@@ -176,15 +187,17 @@ def table_of(*columns: str, right: int = 0, fold: int = 1) -> Table:
     return Table(columns, right, fold)
 
 
-def _print(console: Console, text: str | Text | Table) -> None:
+def _print(console: Console, text: str | Text | Table) -> int:
+    """Print it; the number of lines."""
     if isinstance(text, str):
         text = Text.from_markup(text)
     if isinstance(text, Table):
-        lines = text.lines(console)
+        lines = list(text.lines(console))
     else:
-        lines = iter([text] if text.no_wrap else _wrapped(console, text, console.width) or [Text()])
+        lines = [text] if text.no_wrap else _wrapped(console, text, console.width) or [Text()]
     for line in lines:
         console.print(line, highlight=False)
+    return len(lines)
 
 
 def _hanging(console: Console, line: Text) -> Iterator[Text]:
@@ -220,10 +233,6 @@ def _console(stream: Any) -> Console:
 
 def times_text(*sizes: int) -> str:
     return " × ".join(count(size) for size in sizes)
-
-
-def rows_text(number: int) -> str:
-    return f"{count(number)} row{'' if number == 1 else 's'}"
 
 
 def clip(text: str, most: int = 400) -> str:

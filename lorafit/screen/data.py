@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rich.text import Text
 
 from lorafit.events import DataReport
-from lorafit.screen.console import CONTROLS, LABEL, Screen, rows_text, table_of
+from lorafit.screen.console import CONTROLS, LABEL, Screen, table_of
 from lorafit.settings import RunConfig
-from lorafit.units import count, figures, percent
+from lorafit.units import count, figures, percent, rows_text
 
 if TYPE_CHECKING:
     from lorafit.data import ShownRow
 
 
+SOURCES = 2  # that are named before training
+
+
 def show_data(screen: Screen, config: RunConfig, look: DataReport) -> None:
-    """The rows, and the settings derived from them."""
-    show_look(screen, look, answer=False)
+    """A line on the rows before training; with --verbose their lengths, three of them, and what the rate and the
+    batch were derived from."""
+    _show_sources(screen, look, answer=False, most=len(look.sources) if screen.verbose else SOURCES)
+    if not screen.verbose:
+        return
+    _show_lengths(screen, look, answer=False)
+    _show_samples(screen, look, answer=False)
     reason = config.why("learning_rate")
     why = f" ({reason})" if config.origin.get("learning_rate", "").startswith("derived") else ""
     batch = (
@@ -34,9 +42,21 @@ def show_data(screen: Screen, config: RunConfig, look: DataReport) -> None:
 
 def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
     """What the rows are like, what was done to get them, and three of them."""
+    _show_sources(screen, look, answer, len(look.sources))
+    _show_lengths(screen, look, answer)
+    for text in look.findings():
+        screen.note(text, answer)
+    _show_samples(screen, look, answer)
+
+
+def _show_sources(screen: Screen, look: DataReport, answer: bool, most: int) -> None:
+    """Where the rows come from, at most so many sources by name, and how many they are."""
     named = ", ".join(
-        f"{s.name} ({s.format}{f', {s.weight:g} times' if s.weight != 1 else ''})" for s in look.sources
+        f"{s.name} ({s.format}{f', {s.weight:g} times' if s.weight != 1 else ''})"
+        for s in look.sources[:most]
     )
+    if len(look.sources) > most:
+        named += f" and {count(len(look.sources) - most)} more"
     screen.line(
         "data",
         f"{named}: {rows_text(look.rows)}, {count(look.tokens)} tokens, "
@@ -44,6 +64,9 @@ def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
         f"{rows_text(look.held_out_rows)} held out ({look.held_out_name})",
         answer,
     )
+
+
+def _show_lengths(screen: Screen, look: DataReport, answer: bool) -> None:
     at = look.lengths
     screen.line(
         "lengths",
@@ -51,8 +74,9 @@ def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
         f"90 % up to {count(at['p90'])}, 99 % up to {count(at['p99'])}",
         answer,
     )
-    for text in _findings(look):
-        screen.note(text, answer)
+
+
+def _show_samples(screen: Screen, look: DataReport, answer: bool) -> None:
     for row in look.samples:
         screen.line(
             "row",
@@ -61,32 +85,6 @@ def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
         )
         for text, learned in row.pieces:
             _show_piece(screen, text, learned, answer)
-
-
-def _findings(look: DataReport) -> Iterator[str]:
-    """What a person should know of the data before training on them."""
-    yield from look.notes
-    if look.cut:
-        yield f"{count(look.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
-    if look.split:
-        yield f"{count(look.split)} examples are longer than a row and split into several"
-    if look.too_long:
-        yield f"{count(look.too_long)} examples are longer than a row and dropped"
-    if look.unsupervised:
-        yield f"{count(look.unsupervised)} examples hold nothing to learn and are dropped, as {look.unsupervised_at}"
-    if look.cut_away:
-        yield f"{count(look.cut_away)} examples are dropped: nothing to learn is left of them once cut"
-    if look.duplicates:
-        yield f"{rows_text(look.duplicates)} {'is' if look.duplicates == 1 else 'are'} the same as another"
-    if look.overlap:
-        yield (
-            f"{count(look.overlap)} of the {rows_text(look.held_out_rows)} held out "
-            f"{'is' if look.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
-        )
-    if look.no_end:
-        yield (
-            f"what is learned of {rows_text(look.no_end)} ends with no end token: the model is not taught where to stop"
-        )
 
 
 def show_tokens(screen: Screen, look: DataReport, rows: Sequence[ShownRow], written: str) -> None:

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from rich.markup import escape
 
 from lorafit.events import AdapterScore, EvalReport, Group, Score
-from lorafit.screen.console import Screen, Table, clip, rows_text, table_of
-from lorafit.units import count, figures
+from lorafit.screen.console import Screen, Table, clip, table_of
+from lorafit.units import count, figures, rows_text
 
 
 def show_eval(screen: Screen, report: EvalReport) -> None:

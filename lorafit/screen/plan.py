@@ -203,14 +203,12 @@ def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], fre
 
 
 def show_header(screen: Screen, plan: Plan, found: ModelMap, config: RunConfig) -> None:
-    """The plan, before a weight is read."""
+    """The plan, before a weight is read; its notes come with those of the run."""
     size = f"{found.stacks[0].depth} layers × {found.hidden_size}" if found.stacks else found.family
     screen.say(
         f"[bold]lorafit {__version__}[/]  {escape(found.model)} ({size}, {short(found.total_params)})  "
         f"{escape(_title(plan))}"
     )
     for label, text in _plan_lines(plan, found):
-        if label in ("adapts", "frozen"):
+        if label == "adapts" or (label == "frozen" and screen.verbose):
             screen.line(label, text)
-    for note in plan.notes:
-        screen.note(note)

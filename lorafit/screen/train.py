@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
+import time
 from collections.abc import Mapping
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit.events import (
+    DataReport,
     EpochDone,
     Evaluated,
     Event,
@@ -22,56 +24,71 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.outputs import PAGE
-from lorafit.screen.console import LABEL, Screen
-from lorafit.units import bytes_text, count, deviation, figures, seconds_text, short
+from lorafit.screen.console import LABEL, Screen, clip
+from lorafit.units import bytes_text, compared, count, figures, rows_text, seconds_text, short
 
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
+PRELUDE = 15  # lines before the first step, at most
+NOTE_LINES = 2  # of a note among them
 
 
 class TrainView:
-    """Progress of a run: a live bar on a terminal, one line per epoch elsewhere."""
+    """Progress of a run: a live bar on a terminal; elsewhere a line at each evaluation, and otherwise one every
+    `every` seconds at most."""
 
-    def __init__(self, screen: Screen) -> None:
+    def __init__(self, screen: Screen, every: float = 30.0) -> None:
         self.screen = screen
-        self.live = not screen.quiet and screen.talk.is_terminal
+        self.every = every
         self.progress: Progress | None = None
         self.task: Any = None
+        self.settings: Mapping[str, Any] = {}
         self.epochs = 1
         self.loss = 0.0
         self.recent: list[Stepped] = []
+        self.marks: list[float] = []  # when the last steps ended
+        self.shown_at = 0.0
+        self.notes: list[str] = []  # of the prelude, shown at its end
+        self.before = True  # the prelude goes on
         self.headed = False  # the head of the epochs' table is printed
+        self.mixed = False  # lines stand between those of the epochs
 
     def start(self, run: Started, settings: Mapping[str, Any]) -> None:
-        """`Started` is shown as an event."""
+        self.settings = settings
 
     def on(self, event: Event) -> None:
         match event:
             case Started():
                 self._started(event)
+            case DataReport():
+                self.notes += event.findings()
             case Predicted():
                 self.screen.line(
                     "predicted",
                     f"about {seconds_text(event.seconds)} in training steps, "
                     f"peak memory {bytes_text(event.peak_memory_bytes)}",
                 )
+            case Note() if self.before:
+                self.notes.append(event.text)
             case Note():
                 self.screen.note(event.text)
             case PrefixCache():
                 self.screen.line("cache", _cache_text(event))
+                if self.before:
+                    self._show_notes()
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
                     "before", f"held-out loss {event.loss:.3f}, perplexity {figures(loss.perplexity)}"
                 )
                 self._open()
-            case Evaluated() if self.progress is not None:
-                self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}")
+            case Evaluated() if event.step < self.steps:  # that of the end is in the report
+                self._evaluated(event)
             case Stepped():
                 self._stepped(event)
             case EpochDone() if not self.screen.quiet:
                 self._epoch(event)
-            case Saved():
-                self.screen.line("saved", f"{event.path}{', the best so far' if event.best else ''}")
+            case Saved() if not event.best:  # that of the best is shown as it is evaluated
+                self.screen.line("saved", event.path)
             case TrainReport():
                 self.close()
             case _:
@@ -80,43 +97,85 @@ class TrainView:
     def _started(self, event: Started) -> None:
         self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
         plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
+        if self.settings:
+            parts = self.settings["accumulate"]
+            plan += f" of {rows_text(self.settings['batch_size'])}{f' × {parts}' if parts > 1 else ''}"
+            plan += (
+                f", learning rate {figures(self.settings['learning_rate'], 2)} ({self.settings['scheduler']})"
+            )
         if event.resumed_at:
             plan += f", continued from step {count(event.resumed_at)}"
         if event.processes > 1:
             plan += f", in {event.processes} processes"
         self.screen.line("plan", plan)
-        for text in event.damaged:
-            self.screen.note(f"skipped damaged checkpoint: {text}")
+        self.notes += (f"skipped damaged checkpoint: {text}" for text in event.damaged)
+
+    def _show_notes(self) -> None:
+        """The notes in short, as many as there is room for in a prelude of PRELUDE lines; all with --verbose."""
+        self.before, screen, left, cut = False, self.screen, list(self.notes), False
+        most = 0 if screen.verbose else NOTE_LINES
+        room = PRELUDE - 2  # a line on the rest, and one on the loss before
+        while left and (screen.verbose or screen.said + min(most, screen.lines_of(left[0])) <= room):
+            text = left.pop(0)
+            cut = cut or 0 < most < screen.lines_of(text)
+            screen.line("note", text, most=most)
+        if left or cut:
+            more = f"{count(len(left))} more; " if left else ""
+            screen.line("", f"{more}--verbose and the report show all notes in full")
 
     def _open(self) -> None:
+        self.shown_at = time.monotonic()
         self.screen.say()
-        if not self.live:
+        if not self.screen.live:
             return
         self.progress = Progress(
             TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
-            TextColumn("loss {task.fields[loss]:.3f}  {task.fields[speed]}"),
+            TextColumn("{task.fields[now]}"),
             TimeRemainingColumn(compact=True),
             console=self.screen.talk,
             transient=True,
         )
         self.progress.start()
         self.task = self.progress.add_task(
-            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, loss=0.0, speed="–"
+            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, now=""
         )
 
     def _stepped(self, event: Stepped) -> None:
         self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
         self.recent = [*self.recent[-19:], event]
+        self.marks = [*self.marks[-49:], time.monotonic()]
         if self.progress is not None:
-            seconds = max(1e-9, sum(e.seconds for e in self.recent))
-            speed = short(sum(e.tokens for e in self.recent) / seconds)
-            target = short(sum(e.supervised_tokens for e in self.recent) / seconds)
-            speed = f"{speed} tok/s, {target} target tok/s"
-            self.progress.update(
-                self.task, completed=event.step, epoch=event.epoch, loss=self.loss, speed=speed
-            )
+            target = short(self._rate(sum(e.supervised_tokens for e in self.recent)))
+            now = f"loss {self.loss:.3f}  {self._speed()}, {target} target tok/s"
+            self.progress.update(self.task, completed=event.step, epoch=event.epoch, now=now)
+        elif self.marks[-1] - self.shown_at >= self.every and event.step < self.steps:
+            self._progress_line()
+
+    def _evaluated(self, event: Evaluated) -> None:
+        if self.progress is not None or not self.recent:
+            best = ", the best so far" if event.best else ""
+            self.screen.line("held out", f"step {event.step}: loss {event.loss:.3f}{best}")
+        else:
+            self._progress_line(f", held out {event.loss:.3f}{' (best)' if event.best else ''}")
+
+    def _progress_line(self, held_out: str = "") -> None:
+        """Where the run is, as a line for a log."""
+        last, left = self.recent[-1], self.steps - self.recent[-1].step
+        took = (self.marks[-1] - self.marks[0]) / (len(self.marks) - 1) if self.marks[1:] else last.seconds
+        self.screen.line(
+            "step",
+            f"{count(last.step)} of {count(self.steps)}: loss {self.loss:.3f}{held_out}, "
+            f"rate {figures(last.learning_rate, 2)}, {self._speed()}, {seconds_text(left * took)} left",
+        )
+        self.shown_at, self.mixed = time.monotonic(), True
+
+    def _speed(self) -> str:
+        return f"{short(self._rate(sum(e.tokens for e in self.recent)))} tok/s"
+
+    def _rate(self, tokens: int) -> float:
+        return tokens / max(1e-9, sum(e.seconds for e in self.recent))
 
     def _epoch(self, event: EpochDone) -> None:
         speed, target = (
@@ -125,7 +184,7 @@ class TrainView:
         )
         share = f"{event.mfu:.0%}" if event.mfu is not None else "–"
         frozen = "cached" if event.replayed else "run"
-        if self.screen.talk.width < EPOCH_WIDTH:
+        if self.screen.talk.width < EPOCH_WIDTH or self.mixed:
             self.screen.line(
                 f"epoch {event.epoch}",
                 f"loss {event.loss:.3f}, {speed} tok/s, {target} target tok/s, "
@@ -166,29 +225,34 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
         answer=True,
     )
+    guess = report.predicted
+    time_off = compared(guess.seconds, report.seconds) if guess else ""
+    memory_off = compared(guess.peak_memory_bytes, report.memory_growth_bytes) if guess else ""
     screen.line(
         "measured",
-        f"{seconds_text(report.seconds)} in {count(report.steps)} steps, {short(report.tokens_per_second)} tok/s, "
-        f"{count(report.trainable_params)} trainable parameters, peak memory {bytes_text(report.peak_memory_bytes)}",
+        f"{seconds_text(report.seconds)} in training steps{time_off}, {short(report.tokens_per_second)} tok/s; "
+        f"memory grew by {bytes_text(report.memory_growth_bytes)}{memory_off} to {bytes_text(report.peak_memory_bytes)}",
         answer=True,
     )
-    if report.predicted is not None:
-        time, memory = report.predicted.seconds, report.predicted.peak_memory_bytes
-        grown = report.memory_growth_bytes
+    step = f"step {count(report.adapter_step)}"
+    if (last := report.eval.get("last")) is not None:
+        step += f", the best of {count(report.steps)}"
         screen.line(
-            "predicted",
-            f"{seconds_text(time)}, actual {seconds_text(report.seconds)}{deviation(time, report.seconds)}; "
-            f"memory {bytes_text(memory)}, actual growth {bytes_text(grown)}{deviation(memory, grown)}",
-            answer=True,
+            "last", f"held-out loss {last.loss:.3f} after step {count(report.steps)}: not saved", answer=True
         )
-    if report.best is not None:
+    elif report.best is not None:
         screen.line(
             "best",
             f"held-out loss {report.best.loss:.3f} after step {report.best.step}: "
             f"{report.output}/checkpoint-{report.best.step}",
             answer=True,
         )
-    screen.line("saved", report.output, answer=True)
+    if (said := report.sample) is not None:
+        wanted = [("reference", said.reference)] if said.reference else []
+        texts = (("before", said.before), ("after", said.after))
+        for label, text in (("sample", said.prompt), *wanted, *texts):
+            screen.line(label, clip(text, 240) or "(nothing)", answer=True)
+    screen.line("saved", f"{report.output} ({step})", answer=True)
     screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
     screen.command("next", shlex.join(["lorafit", "eval", report.output]))

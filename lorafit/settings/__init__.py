@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from lorafit.settings.preset import read_yaml as read_yaml
     from lorafit.settings.run_config import OPTIONS as OPTIONS
     from lorafit.settings.run_config import RunConfig as RunConfig
+    from lorafit.settings.run_config import lasting as lasting
     from lorafit.settings.run_config import weighted as weighted
     from lorafit.settings.same_run import IN_DIGESTS as IN_DIGESTS
     from lorafit.settings.same_run import MAY_CHANGE as MAY_CHANGE
@@ -43,7 +44,7 @@ __getattr__ = door(
         "options": "DATA OUTPUT Option WHAT",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",
-        "run_config": "OPTIONS RunConfig weighted",
+        "run_config": "OPTIONS RunConfig lasting weighted",
         "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",
     },
 )

@@ -119,8 +119,14 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
+    if values["patience"] and not values["eval_steps"]:
+        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
+    if values["min_delta"] and not values["patience"]:
+        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
+    if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
+        lora = replace(lora, init_lora_weights=True)
     config = RunConfig(**values, origin=origin)
     return config, replace(preset, lora=lora)
 

@@ -5,10 +5,8 @@ A default of None is derived later, from the model or the data (see precedence.p
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,6 @@ from lorafit.settings.options import (
     OUTPUT,
     TRAINING,
     WHAT,
-    Kind,
     Option,
     number,
     one_of,
@@ -30,42 +27,24 @@ from lorafit.settings.options import (
     whole,
 )
 from lorafit.settings.trackers import TRACKERS
+from lorafit.settings.values import (
+    ATTENTIONS,
+    BAD_ROWS,
+    DATE,
+    DELIMITER,
+    DEVICE,
+    DTYPES,
+    FORMATS,
+    LAYERS,
+    LOSS_ON,
+    OVERFLOWS,
+    PREFIX_CACHES,
+    QUOTE,
+    SCHEDULERS,
+)
 
-SCHEDULERS = (
-    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
-)  # fmt: skip
-DTYPES = ("auto", "float32", "bfloat16", "float16")
-ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
-PREFIX_CACHES = ("auto", "memory", "disk", "off")
-FORMATS = (
-    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
-)  # fmt: skip
-BAD_ROWS = ("stop", "skip")
-OVERFLOWS = ("truncate", "split", "drop", "error")
-LOSS_ON = ("completion", "last", "all")
-DATE = Kind("a date, e.g. `2026-01-31` or `2026-01-31T12:00`", "DATE", str, lambda v: _is_date(v))
-DELIMITER = Kind(
-    "one character, or `tab`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "tab")
-)
-QUOTE = Kind(
-    "one character, or `none`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "none")
-)
-LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
-DEVICE = Kind(
-    "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
-    "DEVICE",
-    str,
-    lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
-)
 # what the rows of a run follow from
 SHAPE = ("model", "data", "format", "map", "chat_template", "template_args", "as_chat")
-
-
-def _is_date(value: Any) -> bool:
-    try:
-        return isinstance(value, str) and bool(datetime.fromisoformat(value))
-    except ValueError:
-        return False
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,6 +108,12 @@ class RunConfig:
     alpha: float | None = option(None, number(0, 1e9, above=True), "LoRA alpha.", WHAT, derived="the preset")
     dropout: float | None = option(
         None, number(0, 0.999, "a number from 0 up to 1"), "LoRA dropout.", WHAT, derived="the preset"
+    )
+    from_adapter: str | None = option(
+        None,
+        text("a run's folder, an adapter or a hub id", "ADAPTER"),
+        "Go on from this adapter: a run's folder, or any PEFT LoRA adapter; model, modules and rank are its own.",
+        WHAT,
     )
     data: tuple[str, ...] = option(
         (),
@@ -329,6 +314,30 @@ class RunConfig:
     eval_steps: int | None = option(
         None, whole(1), "Evaluate on the held-out rows every N optimizer steps.", TRAINING, training=True
     )
+    patience: int | None = option(
+        None,
+        whole(1),
+        "Stop after N evaluations without a gain; needs --eval-steps.",
+        TRAINING,
+        training=True,
+    )
+    min_delta: float = option(
+        0.0,
+        number(0, 100),
+        "The fall in held-out loss that is a gain for --patience.",
+        TRAINING,
+        training=True,
+    )
+    keep_last: bool = option(
+        False,
+        FLAG,
+        "Save the last adapter, not the one with the lowest held-out loss.",
+        TRAINING,
+        training=True,
+    )
+    sample: bool = option(
+        True, FLAG, "Show what the model says to a held-out row, before and after.", OUTPUT, training=True
+    )
     output: str | None = option(
         None,
         text("a folder", "DIR"),
@@ -344,7 +353,7 @@ class RunConfig:
     resume: bool = option(
         False,
         FLAG,
-        "Continue from the last checkpoint of the run with this output folder.",
+        "Continue an unfinished run from its last checkpoint: `--resume RUN`, or with -o; its folder has the settings.",
         OUTPUT,
         kept=False,
     )
@@ -371,7 +380,11 @@ class RunConfig:
     def reads(self, *others: str | None) -> tuple[Path, ...]:
         """The files and folders on this machine that a run with these settings reads, and `others`."""
         specs = [weighted(spec)[0] for spec in (*self.data, *self.eval_data)]
-        found = [Path(name).expanduser() for name in (*specs, self.chat_template, *others) if name]
+        found = [
+            Path(name).expanduser()
+            for name in (*specs, self.chat_template, self.from_adapter, *others)
+            if name
+        ]
         # a pattern reads files of its folder, a config.json those of the model's folder
         found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
         return tuple(path for path in found if path.exists())
@@ -380,7 +393,7 @@ class RunConfig:
         """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
-        values["model"] = _lasting(self.model) if self.model != "demo" else "demo"
+        values |= {name: lasting(values[name]) for name in ("model", "from_adapter")}
         for name in ("data", "eval_data"):
             values[name] = [_lasting(spec) for spec in values[name]]
         if self.chat_template:
@@ -407,6 +420,11 @@ def weighted(spec: str) -> tuple[str, float]:
     if not 0 < weight <= 1000:
         raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"e.g. {name}=2")
     return name, weight
+
+
+def lasting(name: str | None) -> str | None:
+    """A model or an adapter as a run file names it: a folder by its absolute path."""
+    return name if name in (None, "demo") else _lasting(str(name))
 
 
 def _lasting(name: str) -> str:

@@ -127,8 +127,8 @@ def state_of(folder: Path) -> dict[str, Any]:
     return found
 
 
-def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
-    """Put a checkpoint back into adapters and optimizer.
+def restore_parameters(folder: Path, model: PeftModel) -> dict[str, torch.nn.Parameter]:
+    """Put a checkpoint back into the adapters; their parameters.
 
     Raises RequestError when it does not fit this run.
     """
@@ -147,6 +147,15 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
                     "resume with the options it began with",
                 )
             parameter.copy_(saved[name])
+    return parameters
+
+
+def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) -> None:
+    """Put a checkpoint back into adapters and optimizer.
+
+    Raises RequestError when it does not fit this run.
+    """
+    parameters = restore_parameters(folder, model)
     for key, value in load_file(folder / MOMENTS).items():
         owner, _, kind = key.rpartition("/")
         parameter = parameters[owner]

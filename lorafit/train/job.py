@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.adapter import Plan, inject_plan
+from lorafit.adapter import Plan, inject_plan, locate, put_in
 from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row
 from lorafit.distributed import ALONE, World
 from lorafit.errors import RequestError
@@ -179,6 +179,8 @@ def assemble(
     torch.manual_seed(config.seed)
     model = load_model(source, dtype, device, config.attention)
     peft_model = inject_plan(model, plan, found.task)
+    if config.from_adapter:
+        put_in(peft_model, locate(config.from_adapter))
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
     return Job(

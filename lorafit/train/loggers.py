@@ -121,7 +121,8 @@ def recorded(
             for event in chain([first], notes, events):
                 passed_on = _pass_on(active, event)
                 if isinstance(event, TrainReport):
-                    folder.finish(job.config.keep or 0, event.best.step if event.best else None)
+                    beside = event.best if event.best and event.best.step != event.adapter_step else None
+                    folder.finish(job.config.keep or 0, beside.step if beside else None)
                     failed = False
                 yield from passed_on
     finally:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+import shlex
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import replace
 from pathlib import Path
 from signal import SIGTERM
@@ -15,7 +16,8 @@ import torch
 
 from lorafit.adapter import adapted_names, compare, save_adapter, save_tokenizer
 from lorafit.data import end_tokens, write_generation_config
-from lorafit.errors import Interrupted, OutOfMemory, RunError
+from lorafit.digests import check
+from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import (
     Evaluated,
@@ -23,6 +25,7 @@ from lorafit.events import (
     Loss,
     Note,
     PrefixCache,
+    Said,
     Saved,
     Started,
     Stepped,
@@ -30,8 +33,15 @@ from lorafit.events import (
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
 from lorafit.system import environment
-from lorafit.train import schedule
-from lorafit.train.checkpoint import last_whole, restore, restore_random, save_checkpoint, state_of
+from lorafit.train import sample, schedule
+from lorafit.train.checkpoint import (
+    last_whole,
+    restore,
+    restore_parameters,
+    restore_random,
+    save_checkpoint,
+    state_of,
+)
 from lorafit.train.divergence import Divergence
 from lorafit.train.job import Job, prepare_prefix
 from lorafit.train.measure import peak_memory
@@ -151,6 +161,9 @@ def _start(
     )
     if not state.step:
         yield job.rows.look
+        yield from (Note(text) for text in job.plan.notes)
+        if job.config.from_adapter:
+            yield Note(f"goes on from the adapter `{job.config.from_adapter}`: the loss before is with it")
     if job.predicted is not None:
         yield job.predicted
     if job.config.optimizer in ("sgd", "lion") and job.config.why("learning_rate"):
@@ -189,6 +202,9 @@ def _steps(
     config = job.config
     if state.before is None:
         state.before = _held_out_loss(job, held_out)
+        if config.sample and job.world.first:
+            with suppress(Exception):  # of the model's own code; at the end it is told
+                state.said = sample.answer(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
 
     rates = schedule.rates(config, job.steps)
@@ -196,6 +212,7 @@ def _steps(
     job.model.train()
     if state.step % job.steps_per_epoch == 0 and state.epoch_supervised:  # resumed just where an epoch ends
         yield state.close_epoch(state.step // job.steps_per_epoch, job, prefix)
+    ended: Loss | None = None  # the held-out loss where --patience ends the run
     saved_at = started = time.perf_counter()
     for number, epoch, batches in job.optimizer_steps(state.step):
         rate, last = rates(number), number == job.steps
@@ -221,8 +238,10 @@ def _steps(
         best = False
         if config.eval_steps and number % config.eval_steps == 0 and not last:
             found = _held_out_loss(job, held_out)
-            yield Evaluated(number, found.loss, found.tokens)
             best, started = state.is_best(found), time.perf_counter()
+            yield Evaluated(number, found.loss, found.tokens, best)
+            if state.waits(found, config.min_delta) >= (config.patience or math.inf):
+                last, ended = True, found
         signal = job.stop() if job.world.alone else result.stop and (job.stop() or SIGTERM)
         stop = bool(signal) and not last
         due = bool(config.save_steps and number % config.save_steps == 0)
@@ -233,13 +252,24 @@ def _steps(
         if stop:
             raise Interrupted(
                 f"interrupted after step {number} of {job.steps}; it is saved in `{job.folder.work}`",
-                f"the same command with --resume -o {job.folder.target} continues from there",
+                f"lorafit train --resume {shlex.quote(str(job.folder.target))} continues from there",
                 signal,
             )
-        if job.ends_epoch(number):
+        if job.ends_epoch(number) or ended is not None:
             yield state.close_epoch(epoch, job, prefix)
             started = time.perf_counter()
-    yield from _end(job, state, held_out, caching)
+        if ended is not None:
+            yield Note(_early(state, job))
+            break
+    yield from _end(job, state, held_out, caching, ended)
+
+
+def _early(state: State, job: Job) -> str:
+    gain = f" by more than {job.config.min_delta:g}" if job.config.min_delta else ""
+    times = f"{state.waited} evaluation{'s' if state.waited > 1 else ''}"
+    return (
+        f"stopped after step {state.step} of {job.steps}: the held-out loss has not fallen{gain} in {times}"
+    )
 
 
 def _save(job: Job, state: State, step: Stepper, best: bool) -> Saved:
@@ -250,17 +280,48 @@ def _save(job: Job, state: State, step: Stepper, best: bool) -> Saved:
     return Saved(state.step, str(path), best)
 
 
-def _end(job: Job, state: State, held_out: Evaluator, caching: PrefixCache) -> Iterator[Event]:
-    """The adapter saved, before anything else can fail; the held-out loss; the report."""
+def _end(
+    job: Job, state: State, held_out: Evaluator, caching: PrefixCache, last: Loss | None
+) -> Iterator[Event]:
+    """The adapter saved, before anything else can fail; the `last` held-out loss, unless it is known; the best
+    adapter in its place; the report."""
     if job.world.first:
         save_adapter(job.model, job.folder.work)
         save_tokenizer(job.tokenizer, job.folder.work)
         write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
-    after = _held_out_loss(job, held_out)
-    yield Evaluated(state.step, after.loss, after.tokens)
-    if state.best is not None and after.loss <= state.best.loss:
+    if last is None:
+        last = _held_out_loss(job, held_out)
+        yield Evaluated(
+            state.step, last.loss, last.tokens, state.best is not None and last.loss <= state.best.loss
+        )
+    if state.best is not None and last.loss <= state.best.loss:
         state.best = state.best_step = None  # the end is the best there was
-    yield replace(_report(job, state, after), prefix_cache=caching)
+    report = replace(_report(job, state, last), prefix_cache=caching)
+    if report.best is not None and not job.config.keep_last:
+        try:
+            _take_best(job, report.best.step)
+            after = Loss(report.best.loss, report.best.tokens)
+            report = replace(
+                report, adapter_step=report.best.step, eval={**report.eval, "after": after, "last": last}
+            )
+        except RequestError as error:
+            yield Note(f"the last adapter is saved, not the best: {error.message}")
+    if job.config.sample and job.world.first:
+        try:
+            prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
+            report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))
+        except Exception as error:  # the adapter is saved: a sample must not lose the run
+            yield Note(f"no sample of what the model says: {type(error).__name__}: {error}")
+    yield report
+
+
+def _take_best(job: Job, step: int) -> None:
+    """Save the adapter of the checkpoint of that step as the run's. Raises RequestError when it is damaged."""
+    if job.world.first:
+        best = job.folder.work / f"checkpoint-{step}"
+        check(best)
+        restore_parameters(best, job.model)
+        save_adapter(job.model, job.folder.work)
 
 
 def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
@@ -298,6 +359,7 @@ def _report(job: Job, state: State, after: Loss) -> TrainReport:
         memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,
         eval={"before": state.before, "after": after},
+        adapter_step=state.step,
         best=None
         if state.best is None
         else Evaluated(state.best_step or 0, state.best.loss, state.best.tokens),

@@ -18,14 +18,14 @@ from pathlib import Path
 from lorafit.adapter import WEIGHTS
 from lorafit.digests import SEAL, seal
 from lorafit.errors import RequestError
-from lorafit.outputs import EDITABLE, RUN_FILE, check_target, put_in_place
+from lorafit.outputs import EDITABLE, PARTIAL, RUN_FILE, RUNS, check_target, put_in_place
 
 try:
     import fcntl
 except ImportError:  # Windows has none: two runs into one folder are not told apart there
     fcntl = None  # type: ignore[assignment]
 
-PARTIAL, RUNS, LAST_GOOD = ".partial", "runs", "last-good"
+LAST_GOOD = "last-good"
 
 # What a run writes into its working folder; anything else there is somebody else's.
 WRITTEN = re.compile(

@@ -11,11 +11,13 @@ from lorafit.estimate import Shape, flops_per_token
 from lorafit.events import EpochDone, Loss, Stepped
 from lorafit.forward import Prefix
 from lorafit.jsonio import jsonable
-from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS
+from lorafit.settings import IN_DIGESTS, MAY_CHANGE, OPTIONS, lasting
 from lorafit.train.job import Job
 from lorafit.train.measure import efficiency
 
 DIGESTS = ("adapted modules", "training rows", "held-out rows", "base weights")
+
+FOLDERS = ("model", "from_adapter")  # options that may name a folder
 
 OF_THE_PROCESS = ("rate", "captured_before")  # what a resumed run finds out for itself
 
@@ -26,6 +28,7 @@ class State:
 
     step: int = 0
     before: Loss | None = None
+    said: str | None = None  # to a held-out row, before training
     tokens: int = 0
     supervised: int = 0
     seconds: float = 0.0
@@ -38,6 +41,8 @@ class State:
     scaler: dict[str, Any] = field(default_factory=dict)
     best: Loss | None = None  # the lowest held-out loss on the way, and where
     best_step: int | None = None
+    gained: float | None = None  # the held-out loss at the last gain that counts for --patience
+    waited: int = 0  # evaluations since then
     rate: float = 0.0  # FLOPs a second of this device's matrix products
     captured_before: int = 0  # micro-batches that ran whole before this epoch
 
@@ -59,6 +64,15 @@ class State:
             return False
         self.best, self.best_step = found, self.step
         return True
+
+    def waits(self, found: Loss, least: float) -> int:
+        """How many evaluations it is since the held-out loss last fell by more than `least`."""
+        reached = self.gained if self.gained is not None else self.before.loss if self.before else found.loss
+        if found.loss < reached - least:
+            self.gained, self.waited = found.loss, 0
+        else:
+            self.waited += 1
+        return self.waited
 
     def close_epoch(self, epoch: int, job: Job, prefix: Prefix) -> EpochDone:
         """The epoch that ends here; the next one begins at 0."""
@@ -97,6 +111,9 @@ class State:
         """Take over a checkpoint's state. Raises RequestError when the run is another one."""
         was, now = saved.pop("run"), identity(job)
         # what an earlier version did not state: an option that came later had its default
+        was |= {
+            name: lasting(was.get(name)) for name in FOLDERS
+        }  # an earlier version kept them as they were typed
         known = {n: was.get(n, OPTIONS[n].default if n in OPTIONS else value) for n, value in now.items()}
         if changed := [name for name in now if known[name] != now[name]]:
             name = changed[0]
@@ -121,6 +138,7 @@ def identity(job: Job) -> dict[str, Any]:
     names = [name for name in OPTIONS if name not in MAY_CHANGE | IN_DIGESTS]
     return {
         **{name: jsonable(getattr(job.config, name)) for name in names},
+        **{name: lasting(getattr(job.config, name)) for name in FOLDERS},
         "lora": jsonable(job.plan.lora),
         "adapted modules": hashlib.sha256("\n".join(sorted(job.plan.modules)).encode()).hexdigest(),
         "base weights": job.fingerprint,

@@ -176,7 +176,8 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
     assert (
         report["steps"] == 6
         and done.stderr.count("learning rate") == 1
-        and "6 steps, in 2 processes" in done.stderr
+        and "6 steps of" in done.stderr
+        and ", in 2 processes" in " ".join(done.stderr.split())
     )
     assert {p.name for p in tmp_path.iterdir()} == {"r"}
     events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]

@@ -318,6 +318,7 @@ def test_the_best_on_the_way_is_kept(tiny, pairs, tmp_path):
         "eval_steps": 3,
         "learning_rate": 0.2,  # too high: it soon gets worse
         "scheduler": "constant",
+        "keep_last": True,
     }
     report = events_of(job_for(tiny("llama"), tmp_path / "r", **flags))[-1]
     evaluated = [

@@ -1,0 +1,44 @@
+"""What options take: the names to choose from, and the kinds of text that only one option has."""
+
+from __future__ import annotations
+
+import re
+from datetime import datetime
+from typing import Any
+
+from lorafit.settings.options import Kind
+
+
+def _is_date(value: Any) -> bool:
+    try:
+        return isinstance(value, str) and bool(datetime.fromisoformat(value))
+    except ValueError:
+        return False
+
+
+SCHEDULERS = (
+    "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
+)  # fmt: skip
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+PREFIX_CACHES = ("auto", "memory", "disk", "off")
+FORMATS = (
+    "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
+)  # fmt: skip
+BAD_ROWS = ("stop", "skip")
+OVERFLOWS = ("truncate", "split", "drop", "error")
+LOSS_ON = ("completion", "last", "all")
+DATE = Kind("a date, e.g. `2026-01-31` or `2026-01-31T12:00`", "DATE", str, lambda v: _is_date(v))
+DELIMITER = Kind(
+    "one character, or `tab`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "tab")
+)
+QUOTE = Kind(
+    "one character, or `none`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "none")
+)
+LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
+DEVICE = Kind(
+    "`auto`, `cpu`, `cuda`, `cuda:1` or `mps`",
+    "DEVICE",
+    str,
+    lambda v: isinstance(v, str) and re.fullmatch(r"auto|cpu|mps|cuda(:\d+)?", v) is not None,
+)
