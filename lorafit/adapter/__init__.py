@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
     from lorafit.adapter.folder import tensor_names as tensor_names
+    from lorafit.adapter.folder import recorded_quantize as recorded_quantize
     from lorafit.adapter.folder import write_base as write_base
     from lorafit.adapter.inject import adapted_names as adapted_names
     from lorafit.adapter.inject import attach as attach
@@ -42,7 +43,7 @@ __getattr__ = door(
     __name__,
     {
         "base": "common_base tokenizer_place",
-        "folder": "BASE BASE_LAYER CONFIG WEIGHTS changes_its_base locate read_config run_of save_adapter tensor_names write_base",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS changes_its_base locate read_config run_of save_adapter tensor_names recorded_quantize write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",

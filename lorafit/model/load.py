@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError, RunError
-from lorafit.model.classes import config_of, model_class
+from lorafit.model.chart import chart_of
+from lorafit.model.classes import config_of, model_class, on_meta
+from lorafit.model.quantised import NONE, held_as, stored_quantisation
 from lorafit.model.source import ModelSource, first_line, split_revision
 
 if TYPE_CHECKING:
@@ -45,8 +48,11 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) -> PreTrainedModel:
-    """The model with its weights, all of them frozen, in `eval` mode.
+def load_model(
+    source: ModelSource, dtype: torch.dtype, device: torch.device, quantize: str = NONE
+) -> PreTrainedModel:
+    """The model with its weights, all of them frozen, in `eval` mode; its linear layers in few bits where
+    `quantize` or the checkpoint says so.
 
     Raises RequestError when there are no weights or they do not fill the model, RunError when
     memory does not suffice.
@@ -58,6 +64,7 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
 
     config = config_of(source)
     cls = model_class(config)
+    arguments, settled = _quantised(source, cls, dtype, device, quantize)
     place = source.place
     name, revision = split_revision(place)
     if Path(place).is_file():
@@ -76,13 +83,15 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
     try:
         loaded: Any = cls.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
-            ignore_mismatched_sizes=True, revision=revision or "main",
+            ignore_mismatched_sizes=True, revision=revision or "main", **arguments,
         )  # fmt: skip
-        model, info = loaded[0].to(device), loaded[1]
+        model, info = settled(loaded[0]), loaded[1]
     except torch.OutOfMemoryError:
         raise RunError(
             f"`{source.name}` does not fit on {device}", "a smaller dtype or model, or another --device"
         ) from None
+    except RunError:
+        raise
     except Exception as error:  # safetensors, the hub and the loader each have kinds of their own
         raise RequestError(
             f"the weights of `{source.name}` cannot be loaded: {first_line(error)}",
@@ -104,6 +113,29 @@ def load_model(source: ModelSource, dtype: torch.dtype, device: torch.device) ->
         )
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
+
+
+def _quantised(
+    source: ModelSource, cls: type[PreTrainedModel], dtype: torch.dtype, device: torch.device, quantize: str
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """(more arguments for loading, what is done with a loaded model): how its linear layers are held in few
+    bits, if at all, and how it comes to the device."""
+    if quantize == NONE and stored_quantisation(source.config) is None:
+        return {}, lambda model: model.to(device)
+    from lorafit.model.quantised_linear import loading, settle_layers
+
+    found = chart_of(source)
+    held, names = held_as(found, quantize), set(found.quantisable)
+    assert held is not None
+    arguments: dict[str, Any] = {"device_map": {"": device}}  # such a model is not moved once it is loaded
+    if not held.stored:
+        arguments["quantization_config"] = loading(held, dtype, on_meta(cls, config_of(source)), names)
+
+    def settled(model: Any) -> Any:
+        settle_layers(model, held, dtype, names)
+        return model
+
+    return arguments, settled
 
 
 def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:

@@ -176,7 +176,7 @@ def assemble(
     load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device)
+    model = load_model(source, dtype, device, config.quantize)
     peft_model = inject_plan(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
