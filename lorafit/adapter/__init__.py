@@ -16,10 +16,10 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import changes_its_base as changes_its_base
     from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
+    from lorafit.adapter.folder import recorded_quantize as recorded_quantize
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
     from lorafit.adapter.folder import tensor_names as tensor_names
-    from lorafit.adapter.folder import recorded_quantize as recorded_quantize
     from lorafit.adapter.folder import write_base as write_base
     from lorafit.adapter.inject import adapted_names as adapted_names
     from lorafit.adapter.inject import attach as attach

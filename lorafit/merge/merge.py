@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import run_of, tokenizer_place
+from lorafit.adapter import recorded_quantize, run_of, tokenizer_place
 from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
@@ -107,17 +107,26 @@ def merge_adapters(
     `rows` are the prompts of the proof (few tokens of each are used); without any, texts of our
     own are. `tick` is called with (bytes written, bytes in all).
 
-    Raises RequestError when the output exists or an adapter does not belong to the base; RunError
+    Raises RequestError when the output exists, the base is quantised, or an adapter does not belong to it; RunError
     when a merged tensor is not what base and adapters make it, or the merged model's logits differ by more
     than rounding: then it lies beside the output, and what was there is as it was.
     """
     output = settings.output
+    if model_map.quantised is not None:
+        raise RequestError(
+            f"`{source.name}` is quantised ({model_map.quantised.kind}): a merge would round it again, and is not base + adapter",
+            "serve the adapter beside its base, or train on the original model with --quantize nf4",
+        )
     local = [Path(source.place)] if source.local else []
     check_target(output, settings.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
     base = base_folder(source)
     held = replace(source, place=str(base))
-    notes = []
+    notes = [
+        f"`{folder.name}` was trained on a base in {kind} and is merged into the full weights, which differ from "
+        f"those; `lorafit eval {folder.name} --quantize none` measures what was merged"
+        for folder, _ in adapters if (kind := recorded_quantize(folder)) != "none"
+    ]  # fmt: skip
     with writing(output, "merge again"):
         work = work_folder(output, "merging")
     try:

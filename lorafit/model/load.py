@@ -127,6 +127,7 @@ def _quantised(
     found = chart_of(source)
     held, names = held_as(found, quantize), set(found.quantisable)
     assert held is not None
+    held.check(str(dtype).removeprefix("torch."), device.type)
     arguments: dict[str, Any] = {"device_map": {"": device}}  # such a model is not moved once it is loaded
     if not held.stored:
         arguments["quantization_config"] = loading(held, dtype, on_meta(cls, config_of(source)), names)

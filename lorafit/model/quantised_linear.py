@@ -14,6 +14,7 @@ O outputs, I inputs
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -115,14 +116,15 @@ def settle_layers(model: torch.nn.Module, held: Quantised, dtype: torch.dtype, q
             "this is a fault of lorafit: please report it with the model's config",
         )
     for layer in there.values():
-        layer.__class__ = _exact(type(layer))
+        kind: Any = type(layer)
+        layer.__class__ = _exact(kind)
     if held.stored:  # such a checkpoint ignores the dtype that is asked for
         for parameter in model.parameters():
             if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32):
                 parameter.data = parameter.data.to(dtype)
 
 
-def pretend(model: torch.nn.Module, names: set[str]) -> None:
+def pretend(model: torch.nn.Module, names: Iterable[str]) -> None:
     """Put layers that compute and allocate as quantised ones into a model on the meta device, in the place of
     the linear layers of those names."""
     for name in names:
@@ -150,5 +152,6 @@ def quantise_pretended(model: torch.nn.Module, held: Quantised, dtype: torch.dty
                 weight.data.cpu(), compress_statistics=held.double, quant_type=held.kind, module=made
             ).to(weight.device)
         made.bias = old.bias
-        made.__class__ = _exact(type(made))
+        kind: Any = type(made)
+        made.__class__ = _exact(kind)
         model.set_submodule(name, made)
