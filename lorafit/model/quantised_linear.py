@@ -118,10 +118,11 @@ def settle_layers(model: torch.nn.Module, held: Quantised, dtype: torch.dtype, q
     for layer in there.values():
         kind: Any = type(layer)
         layer.__class__ = _exact(kind)
-    if held.stored:  # such a checkpoint ignores the dtype that is asked for
-        for parameter in model.parameters():
-            if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32):
-                parameter.data = parameter.data.to(dtype)
+    for parameter in model.parameters():
+        if parameter.dtype in (torch.float16, torch.bfloat16, torch.float32):
+            # a checkpoint that is quantised already ignores the dtype that is asked for; and as copies, these do
+            # not hold on to the pages of the files, which are of no more use
+            parameter.data = parameter.data.to(dtype if held.stored else parameter.dtype, copy=True)
 
 
 def pretend(model: torch.nn.Module, names: Iterable[str]) -> None:

@@ -33,7 +33,15 @@ from lorafit.forward import (
     states_key,
     trained_in,
 )
-from lorafit.model import ModelMap, ModelSource, fingerprint, load_model, pick_device, pick_dtype
+from lorafit.model import (
+    ModelMap,
+    ModelSource,
+    fingerprint,
+    held_as,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
 from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
@@ -177,6 +185,8 @@ def assemble(
     before = memory_before(device)
     torch.manual_seed(config.seed)
     model = load_model(source, dtype, device, config.quantize)
+    if held_as(found, config.quantize) is not None:
+        memory_before(device)  # the peak is counted from here: loading went through pages of files alone
     peft_model = inject_plan(model, plan, found.task)
     if config.gradient_checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
