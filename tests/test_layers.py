@@ -29,11 +29,11 @@ ORDER = {name: number for number, row in enumerate(ROWS) for name in row}
 # What is imported without torch, transformers, peft or rich: what `--help`, refusals and cached answers need.
 LIGHT = [
     *(name for row in ROWS[:4] for name in row if name not in ("model", "demo")),
-    "lorafit", "demo", "hub", "model.roles", "model.map", "model.source", "model.chart", "model.classes", "model.load",
+    "lorafit", "demo", "hub", "model.roles", "model.map", "model.source", "model.chart", "model.classes", "model.load", "model.quantised",
     "settings.bands", "settings.options", "settings.run_config", "settings.preset", "settings.precedence",
     "adapter.plan", "adapter.peft_names", "adapter.folder", "adapter.base", "data.files", "data.formats", "data.batching",
     "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card",
-    "estimate.terms", "estimate.formulas", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
+    "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
     "cli", "cli.plan", "cli.train",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "rich"}

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import changes_its_base as changes_its_base
     from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
+    from lorafit.adapter.folder import recorded_quantize as recorded_quantize
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
     from lorafit.adapter.folder import tensor_names as tensor_names
@@ -47,7 +48,7 @@ __getattr__ = door(
     {
         "base": "common_base tokenizer_place",
         "continued": "check_continues put_in settings_of",
-        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base locate read_config run_of save_adapter tensor_names write_base",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base locate read_config recorded_quantize run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",

@@ -226,10 +226,10 @@ def _converting(path: Path) -> str:
     return f'cd {shlex.quote(str(path))} && python -c "{program}"'
 
 
-def write_base(folder: Path, name: str, fingerprint: str) -> None:
+def write_base(folder: Path, name: str, fingerprint: str, quantize: str = "none") -> None:
     """Keep what an adapter was trained on beside it: `base.json`. `fingerprint` is the identity of the
-    base's weights (model.identity)."""
-    text = json.dumps({"model": name, "fingerprint": fingerprint}, indent=1)
+    base's weights (model.identity), `quantize` how they were quantised when they were loaded."""
+    text = json.dumps({"model": name, "fingerprint": fingerprint, "quantize": quantize}, indent=1)
     (folder / BASE).write_text(text + "\n", encoding="utf-8")
 
 
@@ -239,9 +239,8 @@ def check_base(folder: str | Path, place: str) -> str:
     Returns the identity of the base, where it was compared; empty where the adapter does not say what it was trained on.
     Raises RequestError when they differ.
     """
-    try:
-        wanted = str(json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))["fingerprint"])
-    except (OSError, ValueError, KeyError, TypeError):  # not of ours: what it was trained on is not known
+    wanted = _recorded(folder, "fingerprint")
+    if not wanted:
         return ""
     # earlier versions kept 32 digits of samples
     found = sampled(place) if len(wanted) == OLD_DIGITS else fingerprint(place)
@@ -250,7 +249,20 @@ def check_base(folder: str | Path, place: str) -> str:
             f"`{folder}` was not trained on `{place}`: the weights differ, or have changed since",
             "--model names the base it was trained on",
         )
-    return found if wanted else ""
+    return found
+
+
+def recorded_quantize(folder: str | Path) -> str:
+    """How the base was quantised that an adapter of lorafit's was trained on: `nf4`, `int8` or `none`."""
+    return _recorded(folder, "quantize") or "none"
+
+
+def _recorded(folder: str | Path, name: str) -> str:
+    """A value of an adapter's `base.json`; empty where it is not of ours: what it was trained on is not known."""
+    try:
+        return str(json.loads((run_of(folder) / BASE).read_text(encoding="utf-8"))[name])
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
 
 
 def run_of(folder: str | Path) -> Path:

@@ -5,17 +5,22 @@ it, and casts the sum back: five passes over tensors of float32, and an input ke
 of the layers that read it. Here the adapter is computed in the base's dtype, as autocast does it, from
 float32 weights; its product is added where the base's output lies, and what is kept is the input itself.
 
+Over a weight in 4 or 8 bits it is the same, with the weight dequantised for each product and not kept.
+
 N tokens, I inputs, O outputs, R rank
 """
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.layer import Linear, LoraLayer
 from transformers.pytorch_utils import Conv1D
+
+from lorafit.model import dequantised, is_quantised
 
 DTYPES = (torch.float32, torch.bfloat16)  # float16 would lose small gradients of the adapter
 
@@ -26,30 +31,32 @@ def quicken(model: torch.nn.Module) -> None:
     for module in model.modules():
         if type(module) is Linear and type(module.base_layer) in (torch.nn.Linear, Conv1D):
             module.__class__ = Quick  # its forward as an attribute would be a cycle: never freed in time
+        elif isinstance(module, LoraLayer) and is_quantised(module.base_layer):
+            module.__class__ = _quick(type(module))
 
 
-class Quick(Linear):
-    """PEFT's adapted linear layer, with a short way."""
+class _Short:
+    """A short way through one of PEFT's adapted linear layers."""
 
-    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
+    def forward(self: Any, x: torch.Tensor, *more: Any, **named: Any) -> torch.Tensor:
         name = self.active_adapters[0] if len(self.active_adapters) == 1 else ""
         base: Any = self.base_layer
         if more or named or not self._is_plain(name, base, x.dtype):
-            return super().forward(x, *more, **named)
+            found: torch.Tensor = super().forward(x, *more, **named)  # type: ignore[misc]
+            return found
         weight_OI = base.weight.t() if isinstance(base, Conv1D) else base.weight
         y_NO = _LowRank.apply(  # type: ignore[no-untyped-call]
             x.reshape(-1, x.shape[-1]),
-            weight_OI,
+            base if is_quantised(base) else weight_OI,
             base.bias,
             self.lora_A[name].weight,
             self.lora_B[name].weight,
             self.scaling[name],
         )
         # shaped out here: of a view that a Function returns nothing may be changed in place (OLMo clamps it)
-        found: torch.Tensor = y_NO.view(*x.shape[:-1], y_NO.shape[-1])
-        return found
+        return y_NO.view(*x.shape[:-1], y_NO.shape[-1])  # type: ignore[no-any-return]
 
-    def _is_plain(self, name: str, base: Any, dtype: torch.dtype) -> bool:
+    def _is_plain(self: Any, name: str, base: Any, dtype: torch.dtype) -> bool:
         """Whether the one active adapter is W x + b + s B A x, over a frozen W and b of that dtype."""
         return not (
             name not in self.lora_A
@@ -59,7 +66,7 @@ class Quick(Linear):
             or self.merged
             or (self.training and not isinstance(self.lora_dropout[name], torch.nn.Identity))
             or dtype not in DTYPES
-            or dtype != base.weight.dtype
+            or (dtype != base.weight.dtype and not is_quantised(base))
             or base.weight.requires_grad
             or (base.bias is not None and base.bias.requires_grad)
             or base._forward_pre_hooks  # somebody wants the base layer to be called
@@ -68,14 +75,25 @@ class Quick(Linear):
         )
 
 
+class Quick(_Short, Linear):
+    """PEFT's adapted linear layer, with a short way."""
+
+
+@functools.cache
+def _quick(kind: Any) -> Any:
+    """PEFT's layer over a quantised weight, with a short way."""
+    return type(kind.__name__, (_Short, kind), {"__module__": __name__})
+
+
 class _LowRank(torch.autograd.Function):
-    """The layer's output and the gradients of its input and of both low-rank weights; W and b are frozen."""
+    """The layer's output and the gradients of its input and of both low-rank weights; W and b are frozen. A
+    quantised layer stands for its W."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_NI: torch.Tensor,
-        weight_OI: torch.Tensor,
+        weight_OI: torch.Tensor | torch.nn.Module,
         bias_O: torch.Tensor | None,
         a_RI: torch.Tensor,
         b_OR: torch.Tensor,
@@ -83,8 +101,14 @@ class _LowRank(torch.autograd.Function):
     ) -> torch.Tensor:
         a, sb = a_RI.to(x_NI.dtype), (b_OR * scaling).to(x_NI.dtype)
         h_NR = x_NI @ a.t()
+        if isinstance(weight_OI, torch.nn.Module):
+            ctx.layer, kept = weight_OI, None
+            bias_O = bias_O if bias_O is None else bias_O.to(x_NI.dtype)
+            weight_OI = dequantised(weight_OI, x_NI.dtype)
+        else:
+            ctx.layer, kept = None, weight_OI
         y_NO: torch.Tensor = F.linear(x_NI, weight_OI, bias_O).addmm_(h_NR, sb.t())
-        ctx.save_for_backward(x_NI, weight_OI, a, sb, h_NR)
+        ctx.save_for_backward(x_NI, kept, a, sb, h_NR)
         ctx.scaling = scaling
         return y_NO
 
@@ -97,5 +121,6 @@ class _LowRank(torch.autograd.Function):
         db_OR = (h_NR.t() @ dy_NO).t().float().mul_(ctx.scaling)
         dx_NI = None
         if ctx.needs_input_grad[0]:
+            weight_OI = weight_OI if ctx.layer is None else dequantised(ctx.layer, dy_NO.dtype)
             dx_NI = (dy_NO @ weight_OI).addmm_(u_NR, a)
         return dx_NI, None, None, da_RI, db_OR, None

@@ -8,7 +8,7 @@ exactly its modules (peft_names.py), else as the full names.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.adapter.peft_names import Spelling, pattern_value, spell
@@ -19,6 +19,7 @@ from lorafit.adapter.plan_checks import (
     fused_notes,
     missing_roles,
     no_role,
+    quantised_notes,
 )
 from lorafit.errors import RequestError, closest
 from lorafit.model import (
@@ -191,9 +192,10 @@ def resolve(
 def planned(model_map: ModelMap, preset: Preset, config: RunConfig, layers: str | None = None) -> Plan:
     """The plan of a run's settings, or of another choice of `layers` with its other settings.
 
-    Raises RequestError as `resolve` does.
+    Raises RequestError as `resolve` does, and for a base that cannot be quantised as they say.
     """
-    return resolve(
+    notes = quantised_notes(model_map, preset.lora, config)
+    made = resolve(
         model_map,
         preset,
         config.layers if layers is None else layers,
@@ -202,6 +204,7 @@ def planned(model_map: ModelMap, preset: Preset, config: RunConfig, layers: str 
         stack=config.stack,
         strict=config.strict,
     )
+    return replace(made, notes=(*made.notes, *notes))
 
 
 def _check_chosen(

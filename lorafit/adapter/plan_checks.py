@@ -6,9 +6,20 @@ from collections.abc import Sequence
 
 from lorafit.adapter.peft_names import pattern_value
 from lorafit.errors import RequestError
-from lorafit.model import ATTENTIONS, DEFAULT_PARTS, FEED_FORWARDS, ModelMap, Role, Slot
-from lorafit.settings import Lora, Preset
-from lorafit.units import index_ranges
+from lorafit.model import (
+    ATTENTIONS,
+    DEFAULT_PARTS,
+    FEED_FORWARDS,
+    ModelMap,
+    Part,
+    Role,
+    Slot,
+    held_as,
+    quantised_params,
+    sum_params,
+)
+from lorafit.settings import Lora, Preset, RunConfig
+from lorafit.units import index_ranges, percent, short
 
 
 def no_role(model_map: ModelMap, roles: Sequence[Role], within: Sequence[Slot]) -> RequestError:
@@ -146,3 +157,42 @@ def check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> No
             "choose roles or layers that do not share their weights; "
             f"see `lorafit inspect {model_map.model}`",
         )
+
+
+def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[str]:
+    """What a quantised base holds in few bits, and what it does not; nothing for a plain one.
+
+    Raises RequestError where it cannot be trained so.
+    """
+    held = held_as(model_map, config.quantize)
+    if held is None:
+        return []
+    held.check(config.dtype, config.device)
+    what = f"a base in {held.kind}" if held.stored else f"--quantize {held.kind}"
+    if not model_map.quantisable:
+        raise RequestError(
+            f"bitsandbytes can quantise no weight of `{model_map.model}`: its layers are of a kind of their own",
+            "leave --quantize out",
+        )
+    start = lora.init_lora_weights
+    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda")):
+        raise RequestError(
+            f"{what} does not go with a `{start}` start, which takes a part out of the base's weights",
+            "init_lora_weights: true in the preset, or --quantize none",
+        )
+    whole = [
+        n for n in lora.modules_to_save if any(f"{p}.".find(f"{n}.") >= 0 for p in model_map.quantisable)
+    ]
+    if whole:
+        raise RequestError(
+            f"{what} does not go with modules_to_save `{whole[0]}`: what is in few bits cannot be trained whole",
+            "adapt it, or leave it out of modules_to_save",
+        )
+    few, every = quantised_params(model_map), model_map.total_params
+    experts = sum_params(s for s in model_map.slots if s.part is Part.EXPERTS and s.kind == "parameter")
+    rest = f"{short(every - few)} stay in the base's dtype"
+    if experts:
+        rest += f", among them {short(experts)} of experts, whose tensors bitsandbytes does not take"
+    return [
+        f"{held.kind}: {short(few)} of {short(every)} parameters are in few bits ({percent(few, every)}); {rest}"
+    ]

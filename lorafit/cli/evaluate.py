@@ -29,7 +29,7 @@ ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
 
 @app.command(name="eval")
-@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "device")
+@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "quantize", "device")
 def evaluate(
     flags: Mapping[str, Any],
     adapters: Annotated[
@@ -163,6 +163,7 @@ def evaluate(
         from lorafit.evaluate import EvalRequest, Sampling, Tasks, compare, own_prompts
         from lorafit.model import load_tokenizer, pick_device, pick_dtype
 
+    quantize, said = _quantisation(given, adapters, found)
     device = pick_device(given.get("device", "auto"))
     tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
     size = given.get("batch_size", 8)
@@ -185,9 +186,11 @@ def evaluate(
     sampling = Sampling(temperature, seed, max_new_tokens or 0)
     dtype = pick_dtype(given.get("dtype", "auto"), device)
     with screen.bar("evaluating") as tick:
-        report, adapted = compare(request, source, found, adapters, tokenizer, dtype, sampling, device, tick)
+        report, adapted = compare(
+            request, source, found, adapters, tokenizer, dtype, sampling, device, tick, quantize
+        )
     written, why = _write_page(page, adapters, found, adapted, report)
-    notes = [*report.notes, *([why] if why else []), *_steps_kept(adapters)]
+    notes = [*report.notes, *said, *([why] if why else []), *_steps_kept(adapters)]
     report = replace(report, page=written, notes=tuple(notes))
     if json:
         screen.document(report)
@@ -216,6 +219,40 @@ def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tas
             "--by groups rows, and with --prompt or --tasks there are no rows without --data",
             "name a file with --data",
         )
+
+
+def _quantisation(
+    given: Mapping[str, Any], adapters: Sequence[str], found: ModelMap
+) -> tuple[str, list[str]]:
+    """(how the base is quantised, notes about it): as the adapters were trained, unless --quantize says it.
+
+    Raises RequestError where they were trained in different ways, or it cannot be run.
+    """
+    from lorafit.adapter import recorded_quantize
+    from lorafit.model import held_as
+
+    trained = {path: recorded_quantize(path) for path in adapters}
+    asked = given.get("quantize")
+    if asked is None and len(set(trained.values())) > 1:
+        (first, one), (other, two) = list({kind: path for path, kind in trained.items()}.items())[:2]
+        raise RequestError(
+            f"`{one}` was trained on a base in {first}, `{two}` in {other}",
+            "--quantize says which to evaluate on",
+        )
+    quantize = asked or trained[adapters[0]]
+    held = held_as(found, quantize)
+    if held is not None:
+        held.check(given.get("dtype", "auto"), given.get("device", "auto"))
+    notes = []
+    if asked is None and quantize != "none":
+        notes.append(
+            f"the base is in {quantize}, as in training; --quantize none is what a merge makes of it"
+        )
+    elif odd := [path for path, kind in trained.items() if kind != quantize and found.quantised is None]:
+        notes.append(
+            f"`{odd[0]}` was trained with --quantize {trained[odd[0]]}, and is evaluated with {quantize}"
+        )
+    return quantize, notes
 
 
 def _rows(

@@ -14,7 +14,7 @@ from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
 from lorafit.forward import Choice, choose
-from lorafit.model import ModelMap
+from lorafit.model import ModelMap, held_as, weight_bytes
 from lorafit.settings import STATE_BYTES
 from lorafit.units import bytes_text, percent, scaled
 
@@ -75,7 +75,7 @@ def estimate(
     return Estimate(
         shape=shape,
         memory=Memory(
-            weights=model_map.total_params * item,
+            weights=weight_bytes(model_map, item, held_as(model_map, shape.quantize)),
             adapter=adapter,
             gradients=adapter,
             # its state, and the adapter as it last was sound, in float32
@@ -98,11 +98,23 @@ def estimate(
         prefix_cache=replace(cache, bytes=size),
         assumptions=(
             *_assumptions(shape, profile, timing, device, rate, optimizer),
+            *_dequantising(model_map, shape, timing),
             *(_shared(processes, sent, link) if processes > 1 else ()),
             *notes,
         ),
         processes=processes,
     )
+
+
+def _dequantising(model_map: ModelMap, shape: Shape, timing: Timing) -> Iterator[str]:
+    """What a quantised base costs in time, in words."""
+    held = held_as(model_map, shape.quantize)
+    if held is None:
+        return
+    if timing.source:
+        yield f"{percent(timing.dequantising, 1)} of the time is spent on dequantising {held.kind} weights: longer micro-batches spend less"
+    else:
+        yield f"dequantising {held.kind} weights takes time that is not counted: once or twice for each micro-batch"
 
 
 def _shared(processes: int, sent: float, link: float) -> Iterator[str]:
@@ -140,8 +152,16 @@ def _assumptions(
         seconds = f"the machine is busy: timings differ by {agree}, so the predicted time is too high"
     return (
         f"micro-batch of {shape.batch} row{'s' * (shape.batch > 1)} of {shape.length} tokens, "
-        f"{percent(shape.supervised, 1)} in the loss, {shape.dtype} base weights on {device}",
+        f"{percent(shape.supervised, 1)} in the loss, {_weights(shape)} on {device}",
         f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
         memory,
         seconds,
+    )
+
+
+def _weights(shape: Shape) -> str:
+    return (
+        f"a base in {shape.quantize} and {shape.dtype}"
+        if shape.quantize != "none"
+        else f"{shape.dtype} base weights"
     )

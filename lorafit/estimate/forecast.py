@@ -10,7 +10,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from math import ceil
@@ -21,13 +21,14 @@ from lorafit.adapter import Plan, planned
 from lorafit.cache import cache_folder
 from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
+from lorafit.estimate.changes import changes
 from lorafit.estimate.cost import estimate
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
 from lorafit.estimate.kept import Kept
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
-from lorafit.model import ModelMap, ModelSource, pick_device
+from lorafit.model import ModelMap, ModelSource, held_as, pick_device, weight_bytes
 from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
 from lorafit.system import free_disk, free_memory, without_collecting
 from lorafit.units import parse_bytes
@@ -207,7 +208,7 @@ class Forecast:
         if found.memory.peak <= free:
             return Fit(self.device, free, True)
         options: list[Alternative] = []
-        for single in self._changes():
+        for single in changes(self.shape, self.config.layers, self.processes, self.found):
             single = [change for change in single if self._fixed(plan, change[1]) < free]
             for flags, shape, layers in single:  # from the smallest change on
                 other = self._alternative(plan, preset, timing, flags, shape, layers)
@@ -218,7 +219,8 @@ class Forecast:
 
     def _fixed(self, plan: Plan, shape: Shape) -> int:
         """Bytes that every step needs, whatever its shape."""
-        return self.found.total_params * ITEMSIZE.get(shape.dtype, 4) + 3 * plan.adapter_bytes
+        held = held_as(self.found, shape.quantize)
+        return weight_bytes(self.found, ITEMSIZE.get(shape.dtype, 4), held) + 3 * plan.adapter_bytes
 
     def _alternative(
         self,
@@ -229,52 +231,13 @@ class Forecast:
         shape: Shape,
         layers: str | None,
     ) -> Alternative | None:
-        made = plan
-        if layers is not None:
-            try:
-                made = planned(self.found, preset, self.config, layers)
-            except RequestError:
-                return None
+        try:
+            made = planned(self.found, preset, replace(self.config, quantize=shape.quantize), layers)
+        except RequestError:
+            return None
         other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
         cost = other.estimate(made, self.scaled(timing, plan, made, shape))
         return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
-
-    def _changes(self) -> Iterator[list[tuple[str, Shape, str | None]]]:
-        """Lists of changes that `train` supports, each from the smallest to the largest."""
-        shape, layers = self.shape, self.config.layers
-        halves = []
-        size = shape.batch // 2
-        while size >= 1:
-            accumulate = shape.accumulate * -(-shape.batch // size)
-            halves.append(
-                (
-                    f"--batch-size {size * self.processes} --accumulate {accumulate}",
-                    replace(shape, batch=size, accumulate=accumulate),
-                )
-            )
-            size //= 2
-        least = halves[-1] if halves else ("", shape)
-        yield [(flags, small, None) for flags, small in halves]
-        again = (
-            [] if shape.checkpointing else [("--gradient-checkpointing", replace(shape, checkpointing=True))]
-        )
-        yield [(flags, other, None) for flags, other in again]
-        yield [("--layers high", shape, "high")] if layers != "high" else []
-        shorter = [shape.length // 2, shape.length // 4]
-        yield [(f"--max-length {n}", replace(shape, length=n), None) for n in shorter if n >= 64]
-        if shape.dtype == "float32":
-            yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
-        both = replace(least[1], checkpointing=True)
-        flags = f"{least[0]} --gradient-checkpointing".strip()
-        together: list[tuple[str, Shape, str | None]] = [
-            (flags, both, None),
-            (f"{flags} --layers high", both, "high"),
-        ]
-        if shape.dtype == "float32":
-            half = replace(both, dtype="bfloat16")
-            together += [(f"{flags} --dtype bfloat16", half, None)]
-            together += [(f"{flags} --dtype bfloat16 --layers high", half, "high")]
-        yield together
 
     def matrix(self, presets: Sequence[Preset], bands: Sequence[str]) -> list[dict[str, Any]]:
         """Every strategy × band with its parameters and cost, or with an error."""
@@ -408,6 +371,7 @@ def prepare(
         config.accumulate,
         supervised,
         config.attention,
+        config.quantize,
     )
     made = Forecast(
         source,

@@ -14,7 +14,7 @@ from lorafit.events import DataReport
 from lorafit.jsonio import jsonable, keep
 from lorafit.system import installed
 
-PACKAGES = ("torch", "transformers", "peft")
+PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
 
 
 @dataclass(slots=True)

@@ -31,7 +31,7 @@ from lorafit.forward import (
     refusal,
     trained_in,
 )
-from lorafit.model import ModelMap, ModelSource, Slot, config_of, model_class, on_meta
+from lorafit.model import ModelMap, ModelSource, Slot, config_of, held_as, model_class, on_meta, pretend
 
 # The names of the depth in configs.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
@@ -222,6 +222,9 @@ def planned_model(
             _shorten(model, path, kept)
         plan = _plan_of(plan, path, kept)
     model = model.to(getattr(torch, shape.dtype)).requires_grad_(False)
+    if held_as(found, shape.quantize) is not None:
+        ((path, _), *_) = plan.cut.items()
+        pretend(model, found.quantisable if kept is None else _kept_names(found, path, kept))
     bare = replace(
         plan, lora=replace(plan.lora, init_lora_weights=True)
     )  # other initialisations read the weights
@@ -229,6 +232,19 @@ def planned_model(
     if shape.checkpointing:
         checkpoint_activations(peft_model, blocks_below(model, plan))
     return peft_model.train(), plan
+
+
+def _kept_names(found: ModelMap, path: str, kept: list[int]) -> list[str]:
+    """The names that quantised weights have in a stack that has only these layers."""
+    number = {f"{layer}": str(at) for at, layer in enumerate(kept)}
+    names = []
+    for name in found.quantisable:
+        layer, _, tail = name.removeprefix(f"{path}.").partition(".")
+        if not name.startswith(f"{path}."):
+            names.append(name)
+        elif layer in number:
+            names.append(f"{path}.{number[layer]}.{tail}")
+    return names
 
 
 def alike(source: ModelSource, found: ModelMap, plan: Plan) -> dict[Any, list[int]]:

@@ -16,8 +16,8 @@ ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """A micro-batch: its rows, tokens per row, the base's dtype; how many of them make an optimizer step,
-    the share (0 to 1) of the tokens in the loss, and the attention implementation."""
+    """A micro-batch: its rows, tokens per row, the base's dtype and how it is quantised; how many of them make
+    an optimizer step, the share (0 to 1) of the tokens in the loss, and the attention implementation."""
 
     batch: int
     length: int
@@ -26,6 +26,7 @@ class Shape:
     accumulate: int = 1
     supervised: float = 1.0
     attention: str = "auto"
+    quantize: str = "none"
 
     @property
     def tokens(self) -> int:
@@ -92,8 +93,8 @@ class Profile:
 @dataclass(frozen=True, slots=True)
 class Timing:
     """Seconds per token of a micro-batch, with all layers (`token`) and with the frozen layers cached
-    (`token_replayed`); seconds of the optimizer per step; tokens per row; the source in words; and the
-    relative spread of the fastest tries."""
+    (`token_replayed`); seconds of the optimizer per step; tokens per row; the source in words; the
+    relative spread of the fastest tries; and the share of `token` that dequantising takes."""
 
     token: float
     token_replayed: float
@@ -101,6 +102,7 @@ class Timing:
     length: int
     source: str
     spread: float = 0.0
+    dequantising: float = 0.0
 
     @property
     def sure(self) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,7 +15,7 @@ from lorafit.estimate.glibc_heap import keep_freed
 from lorafit.estimate.simulate import NotSimulated, alike, blocks_of, first_tensor, meta_batch, planned_model
 from lorafit.estimate.terms import SURE, Shape, Timing
 from lorafit.forward import Forward, base_of, blocks_below
-from lorafit.model import ModelMap, ModelSource
+from lorafit.model import ModelMap, ModelSource, dequantised, held_as, is_quantised, quantise_pretended
 from lorafit.system import free_memory
 from lorafit.units import bytes_text
 
@@ -39,6 +40,9 @@ def probe(
     _check_room(model, device)
     model = model.to_empty(device=device)
     _fill(model)
+    held, dtype = held_as(found, shape.quantize), getattr(torch, shape.dtype)
+    if held is not None:
+        quantise_pretended(model, held, dtype)
     blocks, below = blocks_of(model, short), len(blocks_below(base_of(model), short))
     times = [counts[layer] for layer in kept] if kept is not None else [1] * len(blocks)
     forward = Forward.of(model, found.task, 0)
@@ -80,17 +84,49 @@ def probe(
     except Exception as error:  # a model's code may fail on random weights, and memory may run out
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
     # other work on the machine only adds time, so the fastest try is the best estimate
-    token, replayed, step = min(taken)
+    whole, replayed, step = min(taken)
+    spent = _dequantising(blocks, below, times, dtype, device)  # of a micro-batch, however many tokens it has
+    token, token_replayed = (
+        max(0.0, taking - part) / (rows * length) + part / shape.tokens
+        for taking, part in zip((whole, replayed), spent, strict=True)
+    )
     spread = taken_apart(taken)
     share = plan.trainable_params / max(1, sum(p.numel() for p in trained))
     return Timing(
-        token / (rows * length),
-        replayed / (rows * length),
+        token,
+        token_replayed,
         step * share,
         length,
         f"one block of each kind timed on {rows} row{'s' * (rows > 1)} of {length} tokens",
         round(spread, 3),
+        spent[0] / shape.tokens / token,
     )
+
+
+def _dequantising(
+    blocks: list[torch.nn.Module], below: int, times: list[int], dtype: torch.dtype, device: torch.device
+) -> tuple[float, float]:
+    """(seconds that dequantising takes of a micro-batch, and of one with the prefix replayed): once forward,
+    and once more backward at and above the cut."""
+    whole = replayed = 0.0
+    for number, (block, many) in enumerate(zip(blocks, times, strict=True)):
+        layers = [module for module in block.modules() if is_quantised(module)]
+        tries = []
+        for _ in range(2):
+            began = _now(device)
+            for layer in layers:
+                dequantised(layer, dtype)
+            tries.append(many * (_now(device) - began))
+        whole += min(tries) * (1 if number < below else 2)
+        replayed += min(tries) * (0 if number < below else 2)
+    return whole, replayed
+
+
+def _now(device: torch.device) -> float:
+    """The clock, once the device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def taken_apart(taken: list[tuple[float, float, float]]) -> float:
@@ -131,11 +167,7 @@ def _timed(
     """(seconds of the micro-batch over the whole depth, the same with the prefix replayed, of the
     optimizer) after one step of the short model."""
 
-    def now() -> float:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        return time.perf_counter()
-
+    now = partial(_now, device)
     began: dict[int, float] = {}
     forwards = [0.0] * len(blocks)
     arrived: dict[int, float] = {}

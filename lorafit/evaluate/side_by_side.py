@@ -80,13 +80,14 @@ def compare(
     sampling: Sampling,
     device: torch.device,
     tick: Callable[[int, int], None] = lambda done, total: None,
+    quantize: str = "none",
 ) -> tuple[EvalReport, dict[str, tuple[str, ...]]]:
     """(base and adapters over the same rows, and side by side; by adapter the names of what it adapts).
 
     `tick` is called with (rows done, rows in all).
     Raises RequestError when an adapter does not fit the base.
     """
-    base: Any = load_model(source, dtype, device)
+    base: Any = load_model(source, dtype, device, quantize=quantize)
     forward = Forward.of(base, found.task)
     sets = {**({"": request.rows} if request.rows is not None else {}), **request.also}
     size = request.batch_size
@@ -127,7 +128,7 @@ def compare(
         of_adapters.append(run_model(peft_model, prefix or Prefix(), path))
         base = peft_model.unload()
         if changes_its_base(read_config(path)) and number + 1 < len(adapters):
-            base = load_model(source, dtype, device)
+            base = load_model(source, dtype, device, quantize=quantize)
             prefixes = _moved(prefixes, base, found)
     scores = {
         name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)

@@ -199,8 +199,8 @@ def states_folder() -> Path:
 
 
 def states_key(base: torch.nn.Module, stack: str, cut: int, rows: Iterable[str], weights: str) -> str:
-    """A digest of all that decides the states: the base's weights, the micro-batches' tokens, the cut,
-    dtype, device, attention, and the versions of what computes them.
+    """A digest of all that decides the states: the base's weights and how they are quantised, the micro-batches'
+    tokens, the cut, dtype, device, attention, and the versions of what computes them.
 
     `weights` is the identity of the base's files (model.identity.fingerprint). Raises ValueError without one.
     """
@@ -213,6 +213,8 @@ def states_key(base: torch.nn.Module, stack: str, cut: int, rows: Iterable[str],
         first.device.type, getattr(config, "_attn_implementation", ""), type(base).__name__, weights,
     ]  # fmt: skip
     settings = {name: value for name, value in config.to_dict().items() if name != "_name_or_path"}
+    if "quantization_config" in settings:
+        facts.append(installed("bitsandbytes"))
     found = hashlib.sha256(json.dumps([*facts, settings], sort_keys=True, default=str).encode())
     for row in rows:
         found.update(row.encode())

@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import run_of, tokenizer_place
+from lorafit.adapter import recorded_quantize, run_of, tokenizer_place
 from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
@@ -107,17 +107,18 @@ def merge_adapters(
     `rows` are the prompts of the proof (few tokens of each are used); without any, texts of our
     own are. `tick` is called with (bytes written, bytes in all).
 
-    Raises RequestError when the output exists or an adapter does not belong to the base; RunError
+    Raises RequestError when the output exists, the base is quantised, or an adapter does not belong to it; RunError
     when a merged tensor is not what base and adapters make it, or the merged model's logits differ by more
     than rounding: then it lies beside the output, and what was there is as it was.
     """
     output = settings.output
+    _check_base(source, model_map)
     local = [Path(source.place)] if source.local else []
     check_target(output, settings.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
     base = base_folder(source)
     held = replace(source, place=str(base))
-    notes = []
+    notes = _trained_on_another(adapters)
     with writing(output, "merge again"):
         work = work_folder(output, "merging")
     try:
@@ -164,6 +165,27 @@ def merge_adapters(
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report
+
+
+def _check_base(source: ModelSource, model_map: ModelMap) -> None:
+    """Raises RequestError for a base whose weights are quantised."""
+    if model_map.quantised is not None:
+        raise RequestError(
+            f"`{source.name}` is quantised ({model_map.quantised.kind}): a merge would round it again, "
+            "and is not base + adapter",
+            "serve the adapter beside its base, or train on the original model with --quantize nf4",
+        )
+
+
+def _trained_on_another(adapters: Sequence[tuple[Path, float]]) -> list[str]:
+    """A note for each adapter that was trained on a quantised base: the full one that it is merged into differs."""
+    kinds = {folder.name: recorded_quantize(folder) for folder, _ in adapters}
+    return [
+        f"`{name}` was trained on a base in {kind} and is merged into the full weights, which differ from those; "
+        f"`lorafit eval {name} --quantize none` measures what was merged"
+        for name, kind in kinds.items()
+        if kind != "none"
+    ]
 
 
 def _runs(adapters: Sequence[tuple[Path, float]]) -> list[tuple[Run, float]]:

@@ -33,6 +33,16 @@ if TYPE_CHECKING:
     from lorafit.model.map import Stack as Stack
     from lorafit.model.map import Uncovered as Uncovered
     from lorafit.model.map import sum_params as sum_params
+    from lorafit.model.quantised import KINDS as KINDS
+    from lorafit.model.quantised import Quantised as Quantised
+    from lorafit.model.quantised import held_as as held_as
+    from lorafit.model.quantised import quantised_params as quantised_params
+    from lorafit.model.quantised import weight_bytes as weight_bytes
+    from lorafit.model.quantised_linear import Pretended as Pretended
+    from lorafit.model.quantised_linear import dequantised as dequantised
+    from lorafit.model.quantised_linear import is_quantised as is_quantised
+    from lorafit.model.quantised_linear import pretend as pretend
+    from lorafit.model.quantised_linear import quantise_pretended as quantise_pretended
     from lorafit.model.roles import ATTENTIONS as ATTENTIONS
     from lorafit.model.roles import DEFAULT_PARTS as DEFAULT_PARTS
     from lorafit.model.roles import FEED_FORWARDS as FEED_FORWARDS
@@ -60,6 +70,8 @@ __getattr__ = door(
         "classes": "config_of model_class on_meta",
         "load": "load_model load_tokenizer pick_device pick_dtype stored_dtype",
         "map": "ModelMap Slot Stack Uncovered sum_params",
+        "quantised": "KINDS Quantised held_as quantised_params weight_bytes",
+        "quantised_linear": "Pretended dequantised is_quantised pretend quantise_pretended",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
         "identity": "fingerprint local_folder sampled",

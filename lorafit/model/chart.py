@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from lorafit.cache import cache_folder
 from lorafit.model.checkpoint import check_head
 from lorafit.model.classes import config_of, model_class, on_meta, task_of
 from lorafit.model.map import MapCache, ModelMap, Slot, Stack, Uncovered
+from lorafit.model.quantised import stored_quantisation
 from lorafit.model.roles import (
     ATTENTIONS,
+    DEFAULT_PARTS,
     FEED_FORWARDS,
     ROUTERS,
     Part,
@@ -180,6 +182,7 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
     stacks = _stacks(tree, placing.lists, {s.stack for s in slots}, config)
     # a weight in a stack without any slot lies in no layer that can be chosen
     unplaced = [s for s in placing.unplaced if s.stack in {stack.path for stack in stacks} & used]
+    held = stored_quantisation(config.to_dict())
     return ModelMap(
         model=name,
         family=config.model_type,
@@ -197,7 +200,29 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
         unplaced=tuple(unplaced),
         modules=tuple(path for path in tree.modules if path),
         reinterpreted=_reinterpreted(config.model_type, slots),
+        quantisable=tuple(_quantisable(tree, config, None if held else slots)),
+        quantised=held,
     )
+
+
+def _quantisable(tree: ModuleTree, config: PreTrainedConfig, slots: Sequence[Slot] | None) -> Iterator[str]:
+    """The linear layers that are held in few bits: the text's weights that play a role in `slots`, or
+    without them all that transformers takes for a checkpoint that is quantised already."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import HfQuantizer
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    stored: Any = getattr(config, "quantization_config", None)
+    skipped = stored.get("llm_int8_skip_modules") if isinstance(stored, dict) else None
+    kept = getattr(tree.model, "_keep_in_fp32_modules", None)
+    patterns = HfQuantizer.get_modules_to_not_convert(tree.model, skipped, kept)
+    parts = DEFAULT_PARTS | {Part.CROSS_ATTENTION}
+    text = None if slots is None else {s.path for s in slots if s.roles and s.part in parts}
+    for path, module in tree.modules.items():
+        linear = isinstance(module, Conv1D) or type(module) is torch.nn.Linear
+        if linear and (text is None or path in text) and should_convert_module(path, patterns):
+            yield path
 
 
 def _containers(tree: ModuleTree, path: str, stack: str, layer: int, inside: bool) -> list[tuple[str, str]]:

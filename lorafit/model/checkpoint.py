@@ -13,6 +13,7 @@ from typing import Any
 
 from lorafit.errors import RequestError
 from lorafit.model.headers import shards, stored_tensors
+from lorafit.model.quantised import stored_quantisation
 
 DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst", ".zip")
 
@@ -91,14 +92,15 @@ def not_a_model(folder: Path, name: str) -> tuple[str, str]:
 
 
 def check_trainable(name: str, config: Mapping[str, Any], place: Path | None) -> None:
-    """Check that a checkpoint is one of plain weights. `place` is its folder, or its config, where it is on
-    this machine.
+    """Check that a checkpoint is one of plain weights, or of bitsandbytes' in 4 or 8 bits. `place` is its
+    folder, or its config, where it is on this machine.
 
-    Raises RequestError for quantised weights and for an adapter in the model's own folder.
+    Raises RequestError for other quantised weights and for an adapter in the model's own folder.
     """
-    if quantised := quantisation(config):
+    held = stored_quantisation(config)
+    if held is None and (quantised := quantisation(config)):
         raise RequestError(
-            f"`{name}` is quantised ({quantised}): lorafit trains on plain weights and merges into them",
+            f"`{name}` is quantised ({quantised}): lorafit trains on plain weights, and on those of bitsandbytes",
             ORIGINAL,
         )
     if place is None or not place.is_dir():
@@ -113,6 +115,8 @@ def check_trainable(name: str, config: Mapping[str, Any], place: Path | None) ->
         raise RequestError(
             f"the weights of `{name}` are GGUF files, quantised or packed for llama.cpp", ORIGINAL
         )
+    if held is not None:
+        return
     there = stored_tensors(place)
     odd = next((n for n, entry in there.items() if CODES.search(n) or entry.dtype.startswith("F8_")), "")
     if odd:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError, RunError
-from lorafit.model.classes import config_of, model_class
+from lorafit.model.chart import chart_of
+from lorafit.model.classes import config_of, model_class, on_meta
+from lorafit.model.quantised import NONE, held_as, stored_quantisation
 from lorafit.model.source import ModelSource, first_line, split_revision
 
 if TYPE_CHECKING:
@@ -46,10 +49,14 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
 
 
 def load_model(
-    source: ModelSource, dtype: torch.dtype, device: torch.device, attention: str = "auto"
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    attention: str = "auto",
+    quantize: str = NONE,
 ) -> PreTrainedModel:
-    """The model with its weights, all of them frozen, in `eval` mode; `attention` is the implementation, by
-    transformers' name.
+    """The model with its weights, all of them frozen, in `eval` mode. `attention` is the implementation, by
+    transformers' name; the linear layers are held in few bits where `quantize` or the checkpoint says so.
 
     Raises RequestError when there are no weights, they do not fill the model or it has no such attention,
     RunError when memory does not suffice.
@@ -61,6 +68,7 @@ def load_model(
 
     config = config_of(source)
     cls = model_class(config)
+    arguments, settled = _quantised(source, cls, dtype, device, quantize)
     place = source.place
     name, revision = split_revision(place)
     if Path(place).is_file():
@@ -80,14 +88,15 @@ def load_model(
         loaded: Any = cls.from_pretrained(
             name, config=config, dtype=dtype, output_loading_info=True, local_files_only=source.local,
             ignore_mismatched_sizes=True, revision=revision or "main",
-            attn_implementation=None if attention == "auto" else attention,
-            device_map={"": device} if device.type == "cuda" else None,  # each tensor goes there as it is read
+            attn_implementation=None if attention == "auto" else attention, **arguments,
         )  # fmt: skip
-        model, info = loaded[0].to(device), loaded[1]
+        model, info = settled(loaded[0]), loaded[1]
     except torch.OutOfMemoryError:
         raise RunError(
             f"`{source.name}` does not fit on {device}", "a smaller dtype or model, or another --device"
         ) from None
+    except RunError:
+        raise
     except Exception as error:  # safetensors, the hub and the loader each have kinds of their own
         if attention != "auto" and "attention" in str(error).lower():
             raise RequestError(
@@ -113,6 +122,30 @@ def load_model(
         )
     frozen: PreTrainedModel = model.requires_grad_(False).eval()
     return frozen
+
+
+def _quantised(
+    source: ModelSource, cls: type[PreTrainedModel], dtype: torch.dtype, device: torch.device, quantize: str
+) -> tuple[dict[str, Any], Callable[[Any], Any]]:
+    """(more arguments for loading, what is done with a loaded model): how its linear layers are held in few
+    bits, if at all, and how it comes to the device."""
+    arguments: dict[str, Any] = {"device_map": {"": device}}  # each tensor goes there as it is read
+    if quantize == NONE and stored_quantisation(source.config) is None:
+        return arguments if device.type == "cuda" else {}, lambda model: model.to(device)
+    from lorafit.model.quantised_linear import loading, settle_layers
+
+    found = chart_of(source)
+    held, names = held_as(found, quantize), set(found.quantisable)
+    assert held is not None
+    held.check(str(dtype).removeprefix("torch."), device.type)
+    if not held.stored:
+        arguments["quantization_config"] = loading(held, dtype, on_meta(cls, config_of(source)), names)
+
+    def settled(model: Any) -> Any:
+        settle_layers(model, held, dtype, names)
+        return model
+
+    return arguments, settled
 
 
 def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:

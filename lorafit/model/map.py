@@ -16,6 +16,7 @@ from typing import Any
 from lorafit import __version__
 from lorafit.cache import code_digest
 from lorafit.jsonio import keep
+from lorafit.model.quantised import Quantised
 from lorafit.model.roles import Part, Role
 from lorafit.system import installed
 
@@ -82,7 +83,8 @@ class ModelMap:
     The sizes are the config's own words, 0 where it says nothing. `modules` are the names of
     all modules, for PEFT's matching rule. `unplaced` are the weights in blocks that could be
     adapted but play no role: `uncovered` counts them, and a literal module name reaches them.
-    `reinterpreted` are names that PEFT takes for expert parameters in this family.
+    `reinterpreted` are names that PEFT takes for expert parameters in this family. `quantised` says how the
+    checkpoint holds its `quantisable` weights; without it, those are the ones that `--quantize` is for.
     """
 
     model: str
@@ -108,6 +110,8 @@ class ModelMap:
     modules: tuple[str, ...]
     reinterpreted: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    quantisable: tuple[str, ...] = ()
+    quantised: Quantised | None = None
 
     def stack(self, path: str) -> Stack:
         return next(stack for stack in self.stacks if stack.path == path)
@@ -139,6 +143,8 @@ def from_json(data: dict[str, Any]) -> ModelMap:
             "modules": tuple(data["modules"]),
             "reinterpreted": tuple(data["reinterpreted"]),
             "notes": tuple(data["notes"]),
+            "quantisable": tuple(data["quantisable"]),
+            "quantised": Quantised(**data["quantised"]) if data["quantised"] else None,
         }
     )
 

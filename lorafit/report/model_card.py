@@ -164,6 +164,8 @@ def _results(run: Run) -> Iterable[tuple[str, str]]:
             f"{count(report['steps'])} steps of {settings.get('batch_size')} rows × {settings.get('accumulate')}, "
             f"learning rate {settings.get('learning_rate')}, {settings.get('scheduler')}, seed {settings.get('seed')}",
         )
+        if (kind := settings.get("quantize", "none")) != "none":
+            yield "base weights in training", f"{kind}, quantised by bitsandbytes"
     before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
     yield (
         "held-out loss, nats per token",

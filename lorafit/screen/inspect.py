@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.text import Text
 
 from lorafit.estimate import ITEMSIZE
-from lorafit.model import ModelMap, Part, Role, Slot, Stack, sum_params
+from lorafit.model import ModelMap, Part, Role, Slot, Stack, sum_params, weight_bytes
 from lorafit.screen.console import Screen, Table, table_of, times_text
 from lorafit.settings import BANDS, TILED_FROM
 from lorafit.units import bytes_text, count, index_ranges, short
@@ -25,10 +25,11 @@ def show_map(screen: Screen, found: ModelMap, named: str) -> None:
 
     `named` is the model as the user wrote it, for the next command.
     """
-    size = found.total_params * ITEMSIZE.get(found.dtype, 4)
+    size = weight_bytes(found, ITEMSIZE.get(found.dtype, 4), found.quantised)
+    kind = f"{found.quantised.kind} and {found.dtype}" if found.quantised else found.dtype
     screen.answer(
         f"[bold]{escape(found.model)}[/]  {found.architecture}  "
-        f"{short(found.total_params)} parameters, {bytes_text(size)} in {found.dtype}"
+        f"{short(found.total_params)} parameters, {bytes_text(size)} in {kind}"
     )
     screen.answer()
     for line in _drawing(found, screen.out.width):

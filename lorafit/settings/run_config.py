@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
+from lorafit.model import KINDS
 from lorafit.settings.optimizers import OPTIMIZERS
 from lorafit.settings.options import (
     DATA,
@@ -265,6 +266,13 @@ class RunConfig:
         "auto",
         one_of(*DTYPES),
         "Dtype of the base weights; `auto` is bfloat16 on a GPU that supports it, else float32",
+        TRAINING,
+        training=True,
+    )
+    quantize: str = option(
+        "none",
+        one_of(*KINDS),
+        "Hold the base's linear layers in 4 or 8 bits, through bitsandbytes",
         TRAINING,
         training=True,
     )

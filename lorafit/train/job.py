@@ -34,7 +34,15 @@ from lorafit.forward import (
     states_key,
     trained_in,
 )
-from lorafit.model import ModelMap, ModelSource, fingerprint, load_model, pick_device, pick_dtype
+from lorafit.model import (
+    ModelMap,
+    ModelSource,
+    fingerprint,
+    held_as,
+    load_model,
+    pick_device,
+    pick_dtype,
+)
 from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
@@ -177,7 +185,9 @@ def assemble(
     load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device, config.attention)
+    model = load_model(source, dtype, device, config.attention, config.quantize)
+    if held_as(found, config.quantize) is not None:
+        memory_before(device)  # the peak is counted from here: loading went through pages of files alone
     peft_model = inject_plan(model, plan, found.task)
     if config.from_adapter:
         put_in(peft_model, locate(config.from_adapter))

@@ -115,7 +115,7 @@ def recorded(
             settings = job.config.as_file()
             run_file = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
             (folder.work / RUN_FILE).write_text(run_file, encoding="utf-8")
-            write_base(folder.work, job.found.model, job.fingerprint)
+            write_base(folder.work, job.found.model, job.fingerprint, job.config.quantize)
             save_rows(job.rows.held_out, folder.work / HELD_OUT)
             notes = _tell(active, lambda listener: listener.start(first, settings))
             for event in chain([first], notes, events):

@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM
 
 from lorafit.adapter.lora_linear import Quick, quicken
 from lorafit.estimate.memory_trace import MemoryTrace
+from lorafit.model import find, load_model
 
 TARGETS = {"llama": ["q_proj", "up_proj", "down_proj"], "gpt2": ["c_attn", "c_fc", "c_proj"]}
 
@@ -198,3 +199,23 @@ def test_a_layer_is_freed_with_its_model():
         assert not any(layer() is not None for layer in layers)
     finally:
         gc.enable()
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8"])
+@pytest.mark.parametrize(("family", "dtype", "off"), [("llama", torch.float32, 1e-6), ("gpt2", torch.float32, 1e-6),
+                                                      ("llama", torch.bfloat16, 0.1)])  # fmt: skip
+def test_over_a_quantised_weight_it_is_what_peft_computes(kind, family, dtype, off, tiny):
+    base = load_model(find(str(tiny(family))), dtype, torch.device("cpu"), kind)
+    config = LoraConfig(target_modules=TARGETS[family], r=4, lora_alpha=12)
+    model = get_peft_model(base, config).eval()
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(0, 0.02)
+    loss, wanted = gradients(model)
+    model.zero_grad()
+    quicken(model)
+    assert "_LowRankBackward" in steps(loss_of(model))
+    again, found = gradients(model)
+    assert again == pytest.approx(loss, rel=off) and found.keys() == wanted.keys()
+    for name in wanted:
+        assert (found[name] - wanted[name]).norm() <= off * wanted[name].norm(), name

@@ -49,8 +49,11 @@ def refused(run, model, *words, pairs):
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
-        ({"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, "bitsandbytes, 4 bits"),
-        ({"quant_method": "bitsandbytes", "_load_in_8bit": True}, "bitsandbytes, 8 bits"),
+        ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bitsandbytes, 4 bits"),
+        (
+            {"quant_method": "bitsandbytes", "_load_in_8bit": True, "llm_int8_has_fp16_weight": True},
+            "bitsandbytes, 8 bits",
+        ),
     ],
 )
 def test_quantised_bases(run, folder, pairs, config, word):

@@ -9,7 +9,7 @@ from jobs import events_of, job_for
 
 from lorafit.errors import RequestError
 from lorafit.events import Note
-from lorafit.settings import OPTIMIZERS, PACKAGES, settle
+from lorafit.settings import OPTIMIZERS, PACKAGES, optimizers, settle
 from lorafit.train.optimizer import KINDS, make_optimizer
 
 
@@ -41,7 +41,10 @@ def test_an_optimizer_lowers_a_loss_and_keeps_what_it_says(name):
         optimizer.zero_grad()
     assert losses[-1] < 0.9 * losses[0]
     tensors = [
-        v for p in own for v in optimizer.state.get(p, {}).values() if isinstance(v, torch.Tensor) and v.ndim
+        v
+        for p in own
+        for key, v in optimizer.state.get(p, {}).items()
+        if isinstance(v, torch.Tensor) and v.ndim and not key.startswith("qmap")  # two tables for all of them
     ]
     kept, stated = (
         sum(v.numel() * v.element_size() for v in tensors),
@@ -50,8 +53,11 @@ def test_an_optimizer_lowers_a_loss_and_keeps_what_it_says(name):
     assert kept <= stated and (name == "adafactor" or kept >= 0.9 * stated)
 
 
-@pytest.mark.parametrize("name", [n for n in OPTIMIZERS if not here(n)])
-def test_a_package_that_is_missing_is_named_before_anything_is_loaded(name, run, tiny, pairs, tmp_path):
+@pytest.mark.parametrize("name", PACKAGES)
+def test_a_package_that_is_missing_is_named_before_anything_is_loaded(
+    name, run, tiny, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(optimizers, "find_spec", lambda package: None)
     done = run("train", tiny("llama"), "--data", pairs, "--optimizer", name, "-o", tmp_path / "r")
     assert done.code == 2 and f"--optimizer {name} needs `bitsandbytes`" in done.err
     assert "pip install bitsandbytes" in done.err and not list(tmp_path.iterdir())
