@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,6 +21,9 @@ from lorafit.system import free_memory
 from lorafit.units import bytes_text
 
 FEW = 64  # tokens of the probe's first try
+
+# seconds of the micro-batch over the whole depth, of the same with the frozen layers cached, of the optimizer
+Taken = tuple[float, float, float]
 
 ROOM = 0.5  # share of the free memory that the probe's blocks may take
 
@@ -49,7 +53,7 @@ def probe(
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=1e-5, fused=device.type != "mps")
 
-    def once(rows: int, length: int) -> tuple[float, float, float]:
+    def once(rows: int, length: int) -> Taken:
         batch = meta_batch(replace(shape, batch=rows, length=length), found.task, str(device))
         return _timed(model, forward, batch, optimizer, blocks, below, times, device)
 
@@ -57,30 +61,8 @@ def probe(
         keep_freed()
     if device.type == "cuda":  # backward's own thread: its first product would warn of a missing context
         torch.ones(1, device=device, requires_grad=True).mul(2).backward()
-    taken: list[tuple[float, float, float]] = []
-    rows, length = 1, min(FEW, shape.length)
     try:
-        once(rows, length)  # warm-up: on a GPU it reads libraries and kernels from the disk
-        started = time.perf_counter()
-        while True:
-            if device.type == "cuda":
-                once(rows, length)  # loads the kernels of that shape
-            began = time.perf_counter()
-            taken = [once(rows, length)]
-            alone = (time.perf_counter() - began) / (rows * length)
-            # the most tokens that fit three times into what is left of the time: small products run slower
-            # than large ones, on a GPU by so much that a second look finds room for more
-            tokens = int((seconds - (time.perf_counter() - started)) / (3 * alone))
-            longer = min(shape.length, max(length, tokens))
-            more = max(1, min(shape.batch, tokens // longer))
-            if more * longer < 2 * rows * length:
-                break
-            rows, length = more, longer
-        while len(taken) < 3 or (time.perf_counter() - started < seconds and len(taken) < 9):
-            taken.append(once(rows, length))
-        again = time.perf_counter() + max(1.0, seconds)
-        while taken_apart(taken) > SURE and time.perf_counter() < again and len(taken) < 40:
-            taken.append(once(rows, length))
+        taken, rows, length = _tries(once, shape, seconds, device)
     except Exception as error:  # a model's code may fail on random weights, and memory may run out
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
     # other work on the machine only adds time, so the fastest try is the best estimate
@@ -129,7 +111,36 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def taken_apart(taken: list[tuple[float, float, float]]) -> float:
+def _tries(
+    once: Callable[[int, int], Taken], shape: Shape, seconds: float, device: torch.device
+) -> tuple[list[Taken], int, int]:
+    """(what several tries took, their rows, their tokens per row), at the most tokens there is time for."""
+    rows, length = 1, min(FEW, shape.length)
+    once(rows, length)  # warm-up: on a GPU it reads libraries and kernels from the disk
+    started = time.perf_counter()
+    while True:
+        if device.type == "cuda":
+            once(rows, length)  # loads the kernels of that shape
+        began = time.perf_counter()
+        taken = [once(rows, length)]
+        alone = (time.perf_counter() - began) / (rows * length)
+        # the most tokens that fit three times into what is left of the time: small products run slower
+        # than large ones, on a GPU by so much that a second look finds room for more
+        tokens = int((seconds - (time.perf_counter() - started)) / (3 * alone))
+        longer = min(shape.length, max(length, tokens))
+        more = max(1, min(shape.batch, tokens // longer))
+        if more * longer < 2 * rows * length:
+            break
+        rows, length = more, longer
+    while len(taken) < 3 or (time.perf_counter() - started < seconds and len(taken) < 9):
+        taken.append(once(rows, length))
+    again = time.perf_counter() + max(1.0, seconds)
+    while taken_apart(taken) > SURE and time.perf_counter() < again and len(taken) < 40:
+        taken.append(once(rows, length))
+    return taken, rows, length
+
+
+def taken_apart(taken: list[Taken]) -> float:
     """How much slower the third fastest try is than the fastest, as a share: near 0 on a quiet machine."""
     fastest = sorted(whole for whole, _, _ in taken)
     return fastest[min(2, len(fastest) - 1)] / fastest[0] - 1
