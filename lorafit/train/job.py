@@ -182,11 +182,14 @@ def assemble(
     if device.type == "cpu":
         keep_freed()
     dtype = pick_dtype(config.dtype, device)
+    held = held_as(found, config.quantize)
+    if held is not None:
+        import bitsandbytes  # noqa: F401  # its code is there before memory is counted
     load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
     model = load_model(source, dtype, device, config.attention, config.quantize)
-    if held_as(found, config.quantize) is not None:
+    if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
     peft_model = inject_plan(model, plan, found.task)
     if config.from_adapter:
