@@ -93,6 +93,8 @@ def _dequantising(
     whole = replayed = 0.0
     for number, (block, many) in enumerate(zip(blocks, times, strict=True)):
         layers = [module for module in block.modules() if is_quantised(module)]
+        if not layers:
+            continue
         tries = []
         for _ in range(2):
             began = _now(device)

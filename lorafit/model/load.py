@@ -99,9 +99,8 @@ def load_model(
         raise
     except Exception as error:  # safetensors, the hub and the loader each have kinds of their own
         if attention != "auto" and "attention" in str(error).lower():
-            raise RequestError(
-                f"--attention {attention}: {first_line(error)}", "--attention sdpa, or auto"
-            ) from error
+            said = f"--attention {attention}: {first_line(error)}"
+            raise RequestError(said, "--attention sdpa, or auto") from error
         raise RequestError(
             f"the weights of `{source.name}` cannot be loaded: {first_line(error)}",
             "check that the files are whole",
