@@ -21,7 +21,7 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 
 @app.command()
-@run_options("output", "overwrite")
+@run_options("overwrite")
 def merge(
     flags: Mapping[str, Any],
     run: Annotated[
@@ -43,6 +43,17 @@ def merge(
         ),
     ] = None,
     model: Base = None,
+    output: Annotated[
+        Optional[str],
+        typer.Option(
+            "--output",
+            "-o",
+            help="Folder for the merged model; it must be named.",
+            metavar="DIR",
+            rich_help_panel=OUTPUT,
+            show_default=False,
+        ),
+    ] = None,
     dtype: Annotated[
         Optional[str],
         typer.Option(
@@ -89,7 +100,7 @@ def merge(
     named = [(locate(path), weight) for path, weight in named]
     if not named:
         raise RequestError("merge needs an adapter", f"lorafit merge {last_run() or 'RUN'} -o DIR")
-    output, first = given.get("output"), named[0][0]
+    first = named[0][0]
     if not output:
         raise RequestError("merge needs an output folder", f"lorafit merge {first} -o DIR")
     if dtype is not None and dtype not in DTYPES:

@@ -73,7 +73,7 @@ def shown_help(option: Option) -> str:
         text = f"{text.removesuffix('.')}: {', '.join(option.kind.choices)}."
     if option.derived:
         return f"{text} [dim]\\[from {option.derived}][/]"
-    if option.default in (None, (), False, True):
+    if option.default is None or option.default == () or isinstance(option.default, bool):
         return text
     return f"{text} [dim]\\[{option.default}][/]"
 

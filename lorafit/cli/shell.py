@@ -55,7 +55,8 @@ class Boundary(TyperGroup):
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:
-            code = _report(_usage(error, list(sys.argv[1:] if args is None else args)))
+            wrong = _usage(error, list(sys.argv[1:] if args is None else args))
+            code = _report(wrong) if wrong.message else wrong.exit_code  # a bare `lorafit` has shown its help
         except (KeyboardInterrupt, typer.Abort):
             code = _report(LorafitError("interrupted"), INTERRUPTED)
         except Terminated:

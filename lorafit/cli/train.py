@@ -155,6 +155,8 @@ def _prepared(
     cost = ahead.estimate(made, ahead.timing(made))
     show_data(screen, settings, rows.look)
     if world.first:
+        for text in dict.fromkeys(ahead.notes):
+            screen.note(text)
         _check_memory(screen, ahead, made, chosen, cost, force)
     return _Prepared(settings, source, found, chosen, made, rows, tokenizer, target, reads, ahead, cost)
 

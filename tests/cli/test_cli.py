@@ -28,6 +28,24 @@ def test_help_is_instant_and_imports_nothing_heavy():
         assert done.returncode == 0, done.stderr
 
 
+def test_a_bare_command_shows_its_help_and_no_error(run):
+    done = run()
+    assert done.code == 2 and "Usage" in done.out + done.err and "error" not in done.err
+
+
+def test_help_shows_defaults_of_zero_and_none_that_are_not_there(run):
+    train, merge = run("train", "--help").out, run("merge", "--help").out
+    decay = train[train.index("--weight-decay") :][:400]
+    assert "[0.0]" in decay and "from model, preset" not in merge and "must be named" in merge
+
+
+def test_what_the_prediction_lacks_is_said_before_training(run, pairs, tiny, tmp_path):
+    done = run(
+        "train", tiny("llama"), "--data", pairs, "--batch-size", 5000, "--max-steps", 1, "-o", tmp_path / "x"
+    )
+    assert done.code == 0 and "a batch of 5,000 rows is more than" in " ".join(done.err.split())
+
+
 def test_version(run):
     from lorafit import __version__
 
