@@ -42,6 +42,7 @@ CASES = {
     "prefix in memory": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "memory"}),
     "prefix on disk": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "disk"}),
     "activation checkpointing": ("llama", {"batch_size": 8, "epochs": 2, "gradient_checkpointing": True}),
+    "a base in 4 bits": ("llama", {"batch_size": 7, "epochs": 2, "quantize": "nf4"}),
     "masked LM": ("bert", {"batch_size": 6, "epochs": 2}),
     "sequence to sequence": ("t5", {"batch_size": 6, "epochs": 2}),
     "a mixture": ("mixtral", {"batch_size": 6, "epochs": 2}),
