@@ -268,6 +268,23 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 101)]
 
 
+def test_a_full_disk_under_the_first_process_ends_both_with_one_error(tmp_path):
+    script = tmp_path / "full.py"
+    script.write_text(
+        "import os, resource\n"
+        "if os.environ['RANK'] == '0':\n"  # an adapter of the demo takes 276 kB
+        "    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))\n"
+        "from lorafit.__main__ import main\n"
+        "main()\n"
+    )
+    train = ["train", "--preset", "ffn", "--layers", "high", "--max-steps", "9", "--save-steps", "2"]
+    started = time.monotonic()
+    done = launched(script, *train, "-o", tmp_path / "r", XDG_CACHE_HOME=str(tmp_path / "cache"))
+    assert done.returncode != 0 and time.monotonic() - started < 120
+    assert len(lines_of(done.stderr)) == 2 and "the disk is full" in lines_of(done.stderr)[0], done.stderr
+    assert not (tmp_path / "r").exists()
+
+
 @pytest.mark.parametrize(
     "environment, words",
     [
