@@ -87,7 +87,7 @@ def compare(
     `tick` is called with (rows done, rows in all).
     Raises RequestError when an adapter does not fit the base.
     """
-    base: Any = load_model(source, dtype, device, quantize=quantize)
+    base: Any = load_model(source, dtype, device, quantize)
     forward = Forward.of(base, found.task)
     sets = {**({"": request.rows} if request.rows is not None else {}), **request.also}
     size = request.batch_size
@@ -128,7 +128,7 @@ def compare(
         of_adapters.append(run_model(peft_model, prefix or Prefix(), path))
         base = peft_model.unload()
         if changes_its_base(read_config(path)) and number + 1 < len(adapters):
-            base = load_model(source, dtype, device, quantize=quantize)
+            base = load_model(source, dtype, device, quantize)
             prefixes = _moved(prefixes, base, found)
     scores = {
         name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)

@@ -52,8 +52,8 @@ def load_model(
     source: ModelSource,
     dtype: torch.dtype,
     device: torch.device,
-    attention: str = "auto",
     quantize: str = NONE,
+    attention: str = "auto",
 ) -> PreTrainedModel:
     """The model with its weights, all of them frozen, in `eval` mode. `attention` is the implementation, by
     transformers' name; the linear layers are held in few bits where `quantize` or the checkpoint says so.

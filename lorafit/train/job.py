@@ -188,7 +188,7 @@ def assemble(
     load_kernels(device, dtype)
     before = memory_before(device)
     torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device, config.attention, config.quantize)
+    model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
     peft_model = inject_plan(model, plan, found.task)

@@ -228,7 +228,7 @@ def test_a_map_seen_before_needs_no_torch(tmp_path):
 def test_attention_is_what_was_asked_for(tiny):
     source, cpu = find(str(tiny("llama"))), torch.device("cpu")
     for name, got in (("auto", "sdpa"), ("eager", "eager")):
-        assert load_model(source, torch.float32, cpu, name).config._attn_implementation == got
+        assert load_model(source, torch.float32, cpu, attention=name).config._attn_implementation == got
     with pytest.raises(RequestError, match="--attention flash_attention_2: ") as refused:
-        load_model(source, torch.float32, cpu, "flash_attention_2")
+        load_model(source, torch.float32, cpu, attention="flash_attention_2")
     assert "--attention sdpa" in refused.value.hint
