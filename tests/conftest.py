@@ -13,6 +13,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # nothing in the tests may reach for the network
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, each on a core of its own
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 from hub_cache import hub  # noqa: F401  # a fixture that several files use
