@@ -34,7 +34,8 @@ def step(number):
     return Stepped(number, 1, 1.5, 200, 100, 0.5, 5e-4, 1.0)
 
 
-def test_a_log_has_a_line_at_each_evaluation_and_not_the_value_of_the_end(capfd):
+def test_a_log_has_a_line_at_each_evaluation_and_not_the_value_of_the_end(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     steps = [step(n) for n in range(1, 41)]
     watched([*started(), *steps[:20], Evaluated(20, 1.25, 100), *steps[20:], Evaluated(40, 1.125, 100)])
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("  step ")]
@@ -42,7 +43,8 @@ def test_a_log_has_a_line_at_each_evaluation_and_not_the_value_of_the_end(capfd)
     assert len(lines) == 1 and re.fullmatch(shape, lines[0])
 
 
-def test_a_log_has_a_line_now_and_then(capfd):
+def test_a_log_has_a_line_now_and_then(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "100")
     steps = [step(n) for n in range(1, 41)]
     watched([*started(), *steps])
     assert "  step " not in capfd.readouterr().err, "nothing within 30 s"
