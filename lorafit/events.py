@@ -116,7 +116,7 @@ class DataReport:
         if self.overlap:
             yield (
                 f"{count(self.overlap)} of the {rows_text(self.held_out_rows)} held out "
-                f"{'is' if self.overlap == 1 else 'are'} trained on too: the held-out loss flatters"
+                f"{'is' if self.overlap == 1 else 'are'} in the training data too: the held-out loss is optimistic"
             )
         if self.no_end:
             yield (
@@ -183,7 +183,8 @@ class PrefixCache:
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """The held-out loss after so many steps; 0 is before training. `best` where it is the lowest so far."""
+    """The held-out loss, in nats per supervised token, after `step` optimizer steps; step 0 is before training.
+    `best` says that it is the lowest so far."""
 
     step: int
     loss: float

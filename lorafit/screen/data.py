@@ -50,7 +50,7 @@ def show_look(screen: Screen, look: DataReport, answer: bool) -> None:
 
 
 def _show_sources(screen: Screen, look: DataReport, answer: bool, most: int) -> None:
-    """Where the rows come from, at most so many sources by name, and how many they are."""
+    """Show where the rows come from, naming at most `most` sources, and how many rows there are."""
     named = ", ".join(
         f"{s.name} ({s.format}{f', {s.weight:g} times' if s.weight != 1 else ''})"
         for s in look.sources[:most]

@@ -9,7 +9,7 @@ import torch
 from lorafit.evaluate import Evaluator, Generator, Prompt, Sampling, row_prompts
 from lorafit.train.job import Job
 
-TOKENS, SECONDS = 48, 10.0  # an answer has at most so many tokens, and takes so long
+TOKENS, SECONDS = 48, 10.0  # limits of one answer: its length in tokens, and the time to generate it
 
 
 def prompt_of(held_out: Evaluator) -> Prompt:

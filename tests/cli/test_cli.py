@@ -530,7 +530,7 @@ def test_a_terminal_without_unicode(arguments):
     assert json.loads(found.stdout)["presets"][0]["name"] == "basic"
 
 
-# only Linux has a device that is always full; the code under test is the same everywhere
+# skipped elsewhere: only Linux has a device that is always full, and the code under test is the same everywhere
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full: not Linux")
 @pytest.mark.parametrize("arguments", ["presets", "inspect demo --json", "--version", "help data"])
 def test_output_that_cannot_be_written(arguments):
@@ -538,6 +538,11 @@ def test_output_that_cannot_be_written(arguments):
     full = subprocess.run(f"{command} > /dev/full", shell=True, capture_output=True, text=True)
     assert full.returncode == 1 and full.stderr.startswith("error: cannot write the output: no space left")
     assert len(full.stderr.splitlines()) == 1
+
+
+@pytest.mark.parametrize("arguments", ["presets", "inspect demo --json", "--version", "help data"])
+def test_output_that_is_closed(arguments):
+    command = f"{sys.executable} -m lorafit {arguments}"
     closed = subprocess.run(f"{command} >&-", shell=True, capture_output=True, text=True)
     assert closed.returncode == 0 and closed.stderr == ""
 

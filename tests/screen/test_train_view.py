@@ -90,19 +90,14 @@ def on_a_terminal(*arguments):
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()), process.wait()
 
 
+def short_run(tiny, pairs, folder):
+    """The arguments of a run of six steps that is evaluated at every second one."""
+    limits = ("--max-steps", 6, "--eval-steps", 2)
+    return ("train", tiny("llama"), "--data", pairs, *limits, "-o", folder)
+
+
 def test_a_terminal_shows_each_held_out_loss_once(tiny, pairs, tmp_path):
-    words = (
-        "train",
-        tiny("llama"),
-        "--data",
-        pairs,
-        "--max-steps",
-        6,
-        "--eval-steps",
-        2,
-        "-o",
-        tmp_path / "r",
-    )
+    words = short_run(tiny, pairs, tmp_path / "r")
     shown, code = on_a_terminal(*words)
     assert code == 0 and "\r" in shown, shown
     assert re.findall(r"held out +step (\d+)", shown) == ["2", "4"] and "\n  step " not in shown
@@ -110,18 +105,7 @@ def test_a_terminal_shows_each_held_out_loss_once(tiny, pairs, tmp_path):
 
 
 def test_a_log_is_a_log_whatever_colours_are_asked_for(tiny, pairs, tmp_path):
-    words = (
-        "train",
-        tiny("llama"),
-        "--data",
-        pairs,
-        "--max-steps",
-        6,
-        "--eval-steps",
-        2,
-        "-o",
-        tmp_path / "r",
-    )
+    words = short_run(tiny, pairs, tmp_path / "r")
     done = subprocess.run(
         [sys.executable, "-m", "lorafit", *map(str, words)], capture_output=True, text=True,
         env={**os.environ, "FORCE_COLOR": "1", "COLUMNS": "80"},
