@@ -141,7 +141,7 @@ class Started:
     """The run is set up: how many steps, rows and tokens there are to do."""
 
     steps: int
-    epochs: int
+    epochs: float
     rows: int
     held_out_rows: int
     tokens: int
@@ -250,6 +250,7 @@ class Said:
 class TrainReport:
     """What a finished run amounts to. `tokens_per_second` counts time in training steps only. `adapter_step` is
     the step of the saved adapter, whose held-out loss is `eval["after"]`; `eval["last"]` is that of the last step.
+    `eval` is empty where no rows are held out.
     """
 
     output: str

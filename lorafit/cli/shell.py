@@ -14,29 +14,13 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lorafit.cli.other_tools import ours
 from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
 from lorafit.outputs import last_run
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-# What other tools call our options.
-ELSEWHERE = {
-    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--output-dir": "--output",
-    "--output_dir": "--output", "--per-device-train-batch-size": "--batch-size",
-    "--per_device_train_batch_size": "--batch-size", "--num-train-epochs": "--epochs", "--num_train_epochs": "--epochs",
-    "--gradient-accumulation-steps": "--accumulate", "--gradient_accumulation_steps": "--accumulate",
-    "--lora-r": "--rank", "--lora_r": "--rank", "--r": "--rank", "--lora-alpha": "--alpha", "--lora_alpha": "--alpha",
-    "--lora-dropout": "--dropout", "--lora_dropout": "--dropout", "--target-modules": "--modules",
-    "--target_modules": "--modules", "--max-seq-length": "--max-length", "--max_seq_length": "--max-length",
-    "--cutoff-len": "--max-length", "--lr-scheduler-type": "--scheduler", "--lr_scheduler_type": "--scheduler",
-    "--warmup-ratio": "--warmup", "--warmup-steps": "--warmup", "--warmup_ratio": "--warmup", "--dataset": "--data",
-    "--train-file": "--data", "--base-model": "MODEL, the first argument", "--model": "MODEL, the first argument",
-    "--model-name-or-path": "MODEL, the first argument", "--model_name_or_path": "MODEL, the first argument",
-    "--save-total-limit": "--keep", "--eval-split": "--holdout", "--val-size": "--holdout", "--template": "--chat-template",
-    "--bf16": "--dtype bfloat16", "--fp16": "--dtype float16",
-    "--report_to": "--track", "--run-name": "--track-name", "--run_name": "--track-name",
-}  # fmt: skip
 debug = False  # --debug: errors show where they came from
 
 
@@ -122,8 +106,11 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
     if context is not None:
         command = f"lorafit {context.info_name}" if context.parent is not None else "lorafit"
     name = getattr(error, "option_name", "")
-    if name in ELSEWHERE:
-        return RequestError(f"there is no option `{name}`", f"lorafit calls it {ELSEWHERE[name]}")
+    known = (
+        [flag for parameter in context.command.params for flag in parameter.opts] if name and context else []
+    )
+    if name and (hint := ours(name, known)):
+        return RequestError(f"there is no option `{name}`", hint)
     if name and getattr(error, "possibilities", None):
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
     if command == "lorafit merge" and "unexpected extra argument" in message:

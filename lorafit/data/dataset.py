@@ -91,13 +91,13 @@ def load(
     stores: list[RowStore] = []
     train: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    chosen = iter(() if apart else held_out_rows(own, config))
+    chosen = iter(() if apart or not config.holds_out else held_out_rows(own, config))
     for data in own:
         keeping = []
         for part in data.parts:
             numbers = np.arange(len(part.store)) + sum(map(len, stores))
             stores.append(part.store)
-            out = np.zeros(len(numbers), dtype=bool) if apart else next(chosen)
+            out = next(chosen, np.zeros(len(numbers), dtype=bool))
             kept.append(numbers[out])
             keeping.append(numbers[~out])
         train.append(as_often(np.concatenate(keeping), data.weight, config.seed))
@@ -109,15 +109,17 @@ def load(
     whole = tuple(stores)
     counts = [part.counts for data in made for part in data.parts]
     sets = RowSet(whole, np.concatenate(train)), RowSet(whole, np.concatenate(kept))
-    if not len(sets[0]) or not len(sets[1]):
+    if not len(sets[0]) or (config.holds_out and not len(sets[1])):
         raise RequestError(*nothing_left("training" if not len(sets[0]) else "held-out", counts, config))
-    name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data, at most 200"
+    name = ", ".join(Path(spec).name for spec in apart)
+    if config.holds_out and not apart:
+        name = f"{config.holdout:.0%} of the data, at most 200"
     return Rows(*sets, look_of(*sets, own, counts, name, tokenizer, task))
 
 
 def files_of(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a run trains on, and what it holds out that lies apart; without `data`, the demo's."""
-    apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
+    apart = config.eval_data or (() if config.data or not config.holds_out else (str(demo.HELD_OUT),))
     return config.data or (str(demo.TRAIN),), apart
 
 

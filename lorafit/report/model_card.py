@@ -166,11 +166,12 @@ def _results(run: Run) -> Iterable[tuple[str, str]]:
         )
         if (kind := settings.get("quantize", "none")) != "none":
             yield "base weights in training", f"{kind}, quantised by bitsandbytes"
-    before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-    yield (
-        "held-out loss, nats per token",
-        f"{figures(before, 4)} before, {figures(after, 4)} after {steps_text(report)}",
-    )
+    if losses := report["eval"]:
+        before, after = losses["before"]["loss"], losses["after"]["loss"]
+        yield (
+            "held-out loss, nats per token",
+            f"{figures(before, 4)} before, {figures(after, 4)} after {steps_text(report)}",
+        )
     yield (
         "speed",
         f"{short(report['tokens_per_second'])} tok/s, {seconds_text(report['seconds'])} in training steps, "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -25,7 +26,7 @@ from lorafit.events import (
 )
 from lorafit.outputs import PAGE
 from lorafit.screen.console import LABEL, Screen, clip
-from lorafit.units import bytes_text, compared, count, figures, rows_text, seconds_text, short
+from lorafit.units import bytes_text, compared, count, epochs_text, figures, rows_text, seconds_text, short
 
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
 PRELUDE = 15  # lines before the first step, at most
@@ -42,7 +43,8 @@ class TrainView:
         self.progress: Progress | None = None
         self.task: Any = None
         self.settings: Mapping[str, Any] = {}
-        self.epochs = 1
+        self.epochs = 1.0
+        self.held_out = True
         self.loss = 0.0
         self.recent: list[Stepped] = []
         self.marks: list[float] = []  # when the last steps ended
@@ -75,6 +77,8 @@ class TrainView:
                 self.screen.line("cache", _cache_text(event))
                 if self.before:
                     self._show_notes()
+                    if not self.held_out:
+                        self._open()
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -96,10 +100,12 @@ class TrainView:
 
     def _started(self, event: Started) -> None:
         self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
-        plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
+        self.held_out = event.held_out_rows > 0
+        plan = f"{epochs_text(event.epochs)}, {count(event.steps)} step{'s' if event.steps > 1 else ''}"
         if self.settings:
             parts = self.settings["accumulate"]
-            plan += f" of {rows_text(self.settings['batch_size'])}{f' × {parts}' if parts > 1 else ''}"
+            rows = min(self.settings["batch_size"], event.rows)
+            plan += f" of {rows_text(rows)}{f' × {parts}' if parts > 1 else ''}"
             plan += (
                 f", learning rate {figures(self.settings['learning_rate'], 2)} ({self.settings['scheduler']})"
             )
@@ -139,7 +145,7 @@ class TrainView:
         )
         self.progress.start()
         self.task = self.progress.add_task(
-            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, now=""
+            "", total=self.steps, completed=self.at, epoch=1, epochs=ceil(self.epochs), now=""
         )
 
     def _stepped(self, event: Stepped) -> None:
@@ -219,12 +225,13 @@ def _cache_text(event: PrefixCache) -> str:
 
 def show_train_report(screen: Screen, report: TrainReport) -> None:
     """The result of the run, and the next commands."""
-    before, after = report.eval["before"], report.eval["after"]
-    screen.line(
-        "after",
-        f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
-        answer=True,
-    )
+    if report.eval:
+        before, after = report.eval["before"], report.eval["after"]
+        screen.line(
+            "after",
+            f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
+            answer=True,
+        )
     guess = report.predicted
     time_off = compared(guess.seconds, report.seconds) if guess else ""
     memory_off = compared(guess.peak_memory_bytes, report.memory_growth_bytes) if guess else ""

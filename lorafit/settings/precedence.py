@@ -119,16 +119,28 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
-    if values["patience"] and not values["eval_steps"]:
-        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
-    if values["min_delta"] and not values["patience"]:
-        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
+    _check_evaluations(values)
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
         lora = replace(lora, init_lora_weights=True)
     config = RunConfig(**values, origin=origin)
     return config, replace(preset, lora=lora)
+
+
+def _check_evaluations(values: Mapping[str, Any]) -> None:
+    """Raises RequestError for options about evaluations where there are none."""
+    if values["patience"] and not values["eval_steps"]:
+        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
+    if values["min_delta"] and not values["patience"]:
+        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
+    if not (values["holdout"] or values["eval_data"]):
+        for name in ("eval_steps", "patience", "group_by"):
+            if values[name]:
+                raise RequestError(
+                    f"{OPTIONS[name].flag} needs held-out rows, and --holdout 0 holds none out",
+                    "a share such as --holdout 0.05, or --eval-data FILE",
+                )
 
 
 def as_recorded(file: str) -> RunConfig:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from random import Random
@@ -87,7 +86,7 @@ class Job:
         return self.config.batch_size or 1
 
     @property
-    def epochs(self) -> int:
+    def epochs(self) -> float:
         return self.config.epochs or 1
 
     @property
@@ -97,11 +96,11 @@ class Job:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return min(self.steps_per_epoch * self.epochs, self.config.max_steps or sys.maxsize)
+        return self.config.steps(self.steps_per_epoch)
 
     def optimizer_steps(self, done: int) -> Iterator[tuple[int, int, list[Batch]]]:
         """(number, epoch, micro-batches) of each optimizer step after the first `done`; numbers begin at 1."""
-        for epoch in range(done // self.steps_per_epoch, self.epochs):
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
             first = epoch * self.steps_per_epoch
             for at, group in enumerate(self.micro_batches(epoch + 1), first + 1):
                 if at > self.steps:

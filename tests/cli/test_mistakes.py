@@ -10,8 +10,10 @@ TYPED = [
     (["train", "--output-dir", "x"], "`--output-dir`", "--output"),
     (["train", "--lora-r", "8"], "`--lora-r`", "--rank"),
     (["train", "--lerning-rate", "1"], "`--lerning-rate`", "--learning-rate"),
-    (["train", "--epochs", "three"], "`three`", "whole number"),
-    (["train", "--epochs", "0"], "--epochs is 0", "from 1 on"),
+    (["train", "--epochs", "three"], "`three`", "e.g. `3` or `0.5`"),
+    (["train", "--epochs", "0"], "--epochs is 0", "above 0"),
+    (["train", "--epochs", "-1"], "--epochs is -1", "above 0"),
+    (["train", "--epochs", "nan"], "--epochs is nan", "above 0"),
     (["train", "--dropout", "1.5"], "--dropout is 1.5", "up to 1"),
     (["train", "--scheduler", "linaer"], "`linaer`", "linear"),
     (["train", "--data"], "'--data'", "lorafit train --help"),
@@ -41,6 +43,76 @@ def test_a_mistake_is_named_and_the_next_step_with_it(run, tmp_path, monkeypatch
     assert lines[0].startswith("error: ") and len(lines) <= 3
     assert named in done.err and offered in done.err, done.err
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+# Names that people know from TRL, the transformers Trainer, PEFT, Axolotl and others.
+KNOWN = {
+    "--lr": "--learning-rate",
+    "--learning_rate": "--learning-rate",
+    "--num_train_epochs": "--epochs",
+    "--num-train-epochs": "--epochs",
+    "--num_epochs": "--epochs",
+    "--per_device_train_batch_size": "--batch-size",
+    "--micro_batch_size": "--batch-size",
+    "--batch": "--batch-size",
+    "--gradient_accumulation_steps": "--accumulate",
+    "--lora_r": "--rank",
+    "-r": "--rank",
+    "--lora_alpha": "--alpha",
+    "--lora_dropout": "--dropout",
+    "--target_modules": "--modules",
+    "--lora_target_linear": "--preset all",
+    "--layers_to_transform": "--layers",
+    "--model_name_or_path": "MODEL",
+    "--base_model": "MODEL",
+    "--model": "MODEL",
+    "--dataset": "--data",
+    "--dataset_name": "--data",
+    "--val_set_size": "--holdout",
+    "--warmup_ratio": "--warmup",
+    "--lr_scheduler_type": "--scheduler",
+    "--max_seq_length": "--max-length",
+    "--sequence_len": "--max-length",
+    "--packing": "leave it out",
+    "--bf16": "--dtype bfloat16",
+    "--load_in_4bit": "--quantize nf4",
+    "--load_in_8bit": "--quantize int8",
+    "--optim": "--optimizer",
+    "--report_to": "--report-to",
+    "--run_name": "--track-name",
+    "--output_dir": "--output",
+    "--save_total_limit": "--keep",
+    "--eval_strategy": "--eval-steps",
+    "--resume_from_checkpoint": "--resume RUN",
+    "--early_stopping_patience": "--patience",
+    "--logging_steps": "leave it out",
+    "--attn_implementation": "--attention",
+    "--trust_remote_code": "leave it out",
+    "--hub_model_id": "--push-to-hub",
+    "--completion_only_loss": "--loss-on",
+}
+
+
+@pytest.mark.parametrize("name, ours", KNOWN.items())
+def test_names_of_other_tools_are_answered(run, name, ours):
+    done = run("train", name, "1")
+    assert done.code == 2 and f"there is no option `{name}`" in done.err and ours in done.err, done.err
+
+
+def test_every_answer_is_an_option_of_train(run):
+    """A table of names that is right on the day it is written, and later."""
+    import typer
+
+    from lorafit.cli import app
+    from lorafit.cli.other_tools import LORAFITS, ours
+
+    group = typer.main.get_command(app)
+    train, plan = ({f for p in group.commands[n].params for f in p.opts} for n in ("train", "plan"))
+    for theirs, found in LORAFITS.items():
+        assert not found.startswith("--") or found.split()[0] in train, (theirs, found)
+        assert f"--{theirs}" not in train, f"{theirs} is an option of lorafit's own"
+    assert ours("--output_dir", plan) == "`lorafit train` calls it --output"
+    assert ours("--nothing-known", train) == ""
 
 
 def test_a_batch_larger_than_the_data_is_the_data(run):
