@@ -269,6 +269,9 @@ class TrainReport:
     best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
     sample: Said | None = None
     adapter_step: int = 0
+    task: str = "causal"
+    settings: dict[str, Any] = field(default_factory=dict)  # model, data, preset, layers, … as in run.yaml
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

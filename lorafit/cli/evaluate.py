@@ -163,7 +163,7 @@ def evaluate(
         from lorafit.evaluate import EvalRequest, Sampling, Tasks, compare, own_prompts
         from lorafit.model import load_tokenizer, pick_device, pick_dtype
 
-    quantize, said = _quantisation(given, adapters, found)
+    quantize, said = quantisation(given, adapters, found)
     device = pick_device(given.get("device", "auto"))
     tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
     size = given.get("batch_size", 8)
@@ -221,9 +221,7 @@ def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tas
         )
 
 
-def _quantisation(
-    given: Mapping[str, Any], adapters: Sequence[str], found: ModelMap
-) -> tuple[str, list[str]]:
+def quantisation(given: Mapping[str, Any], adapters: Sequence[str], found: ModelMap) -> tuple[str, list[str]]:
     """(how the base is quantised, notes about it): as the adapters were trained, unless --quantize says it.
 
     Raises RequestError where they were trained in different ways, or it cannot be run.
@@ -239,7 +237,7 @@ def _quantisation(
             f"`{one}` was trained on a base in {first}, `{two}` in {other}",
             "--quantize says which to evaluate on",
         )
-    quantize = asked or trained[adapters[0]]
+    quantize = asked or next(iter(trained.values()), "none")
     held = held_as(found, quantize)
     if held is not None:
         held.check(given.get("dtype", "auto"), given.get("device", "auto"))

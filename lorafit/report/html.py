@@ -396,7 +396,7 @@ def _settings(run: Run) -> Html:
     rows = [
         [name, "–" if value in (None, [], "") else str(value), str(origin.get(name, ""))]
         for name, value in run.settings.items()
-        if name != "origin"
+        if name not in ("origin", "environment")
     ]
     return el(
         "details",

@@ -262,5 +262,8 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     screen.line("saved", f"{report.output} ({step})", answer=True)
     screen.line("page", f"{report.output}/{PAGE}", answer=True)
     name = report.output.rstrip("/").rpartition("/")[2]
-    screen.command("next", shlex.join(["lorafit", "eval", report.output]))
-    screen.command("", shlex.join(["lorafit", "merge", report.output, "-o", f"{name}-merged"]))
+    commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
+    commands += [["chat", report.output]] if report.task != "masked" else []
+    commands += [["merge", report.output, "-o", f"{name}-merged"]]
+    for number, command in enumerate(commands):
+        screen.command("" if number else "next", shlex.join(["lorafit", *command]))

@@ -35,6 +35,7 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     """
     data = read_yaml(Path(path).expanduser(), "run file")
     origin = data.pop("origin", {}) or {}
+    data.pop("environment", None)  # of the run that wrote it
     if not isinstance(origin, dict) or not all(isinstance(v, str) for v in origin.values()):
         raise RequestError(f"run file `{path}`: `origin` is not a mapping of options to texts")
     values: dict[str, Any] = {}

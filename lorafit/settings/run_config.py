@@ -46,6 +46,7 @@ from lorafit.settings.values import (
     QUOTE,
     SCHEDULERS,
 )
+from lorafit.system import git_state
 
 # what the rows of a run follow from
 SHAPE = ("model", "data", "format", "map", "chat_template", "template_args", "as_chat")
@@ -409,6 +410,12 @@ class RunConfig:
         # a pattern reads files of its folder, a config.json those of the model's folder
         found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
         return tuple(path for path in found if path.exists())
+
+    def data_state(self) -> dict[str, str]:
+        """The git commit of each file or folder of data that is in a repository, by name."""
+        paths = [Path(weighted(spec)[0]).expanduser() for spec in (*self.data, *self.eval_data)]
+        found = {f"commit of {path.name}": git_state(path) for path in paths if path.exists()}
+        return {name: state for name, state in found.items() if state}
 
     def as_file(self) -> dict[str, Any]:
         """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""

@@ -43,7 +43,7 @@ from lorafit.model import (
     pick_dtype,
 )
 from lorafit.settings import RunConfig
-from lorafit.system import free_disk, free_memory
+from lorafit.system import environment, free_disk, free_memory
 from lorafit.train.checkpoint import trainable
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
 from lorafit.train.run_folder import RunFolder
@@ -71,10 +71,19 @@ class Job:
     fingerprint: str = ""  # of the base's weights
     memory_before: int = 0  # bytes that the process held before the model was loaded
     world: World = ALONE
+    environment: dict[str, str] = field(
+        default_factory=dict
+    )  # versions, machine, command, date, git state of data
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        self.environment = {
+            **environment(),
+            "device": _device_name(self.device),
+            "attention": str(getattr(base_of(self.model).config, "_attn_implementation", "")),
+            **self.config.data_state(),
+        }
         self.parameters = list(trainable(self.model).values())
         lengths = self.rows.train.lengths
         if self.task == "seq2seq":
@@ -156,6 +165,13 @@ class Job:
             for part, rows in enumerate(batch)
             if self.world.share(rows)
         ]
+
+
+def _device_name(device: torch.device) -> str:
+    """`cpu`, or a GPU by its name."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
 
 
 def assemble(

@@ -32,7 +32,6 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
-from lorafit.system import environment
 from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import (
     last_whole,
@@ -153,11 +152,7 @@ def _start(
         resumed_at=state.step,
         damaged=damaged,
         processes=job.world.size,
-        environment={
-            **environment(),
-            "device": _device_name(job.device),
-            "attention": str(getattr(base_of(job.model).config, "_attn_implementation", "")),
-        },
+        environment=job.environment,
     )
     if not state.step:
         yield job.rows.look
@@ -174,13 +169,6 @@ def _start(
     if routes_for_loss(base_of(job.model)):
         yield Note(_router_note(forward))
     yield caching
-
-
-def _device_name(device: torch.device) -> str:
-    """`cpu`, or a GPU by its name."""
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return str(device)
 
 
 def _router_note(forward: Forward) -> str:
@@ -359,6 +347,9 @@ def _report(job: Job, state: State, after: Loss | None) -> TrainReport:
         predicted=job.predicted,
         eval={} if state.before is None or after is None else {"before": state.before, "after": after},
         adapter_step=state.step,
+        task=job.task,
+        settings={name: value for name, value in job.config.as_file().items() if name != "origin"},
+        environment=job.environment,
         best=None
         if state.best is None
         else Evaluated(state.best_step or 0, state.best.loss, state.best.tokens),
