@@ -8,7 +8,7 @@ from pathlib import Path
 
 from lorafit.adapter.folder import CONFIG, base_of, check_base, check_values, read_config, run_of
 from lorafit.errors import RequestError
-from lorafit.model import HUB_ID, ModelMap, ModelSource, chart_of, find, split_revision
+from lorafit.model import HUB_ID, ModelMap, ModelSource, chart_of, find, hub_reached, split_revision
 
 
 def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[ModelSource, ModelMap]:
@@ -55,6 +55,8 @@ def is_model(name: str) -> bool:
             if isinstance(try_to_load_from_cache(hub, file, revision=revision or None), str):
                 return file != CONFIG
     if "/" not in hub:  # a folder's name, misspelt
+        return False
+    if not hub_reached():
         return False
     try:
         hf_hub_download(hub, CONFIG, revision=revision or None)

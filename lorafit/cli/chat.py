@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -115,7 +116,7 @@ def _opened(
     if found.task == "masked":
         raise RequestError(
             f"`{found.model}` is a masked model: it fills masks and does not chat",
-            f"lorafit eval {name} --prompt TEXT fills the masks of a text",
+            f"lorafit eval {shlex.quote(name)} --prompt TEXT fills the masks of a text",
         )
     quantize, notes = quantisation(given, adapters, found)
 

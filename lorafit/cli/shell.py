@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -113,10 +115,26 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
         return RequestError(f"there is no option `{name}`", hint)
     if name and getattr(error, "possibilities", None):
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
-    if command == "lorafit merge" and "unexpected extra argument" in message:
-        return RequestError(message[:1].lower() + message[1:], "--adapter PATH names each further adapter")
-    offer = f"the last run: {command} {last}; " if "ADAPTER" in message and (last := last_run()) else ""
+    if (extra := re.search(r"unexpected extra arguments? ?(?:\(s\))? ?\((.*)\)", message)) is not None:
+        return _too_many(command, extra[1], arguments)
+    offer = (
+        f"the last run: {command} {shlex.quote(last)}; "
+        if "ADAPTER" in message and (last := last_run())
+        else ""
+    )
     return RequestError(message[:1].lower() + message[1:], f"{offer}see `{command.strip()} --help`")
+
+
+def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
+    """An argument too many, and what it was probably meant as."""
+    first = extra.split()[0]
+    before = next((word for word in arguments[1:] if not word.startswith("-") and word != first), "RUN")
+    hint = f"see `{command} --help`"
+    if command == "lorafit merge":
+        hint = shlex.join([*command.split(), before, "--adapter", first, "-o", "DIR"])
+    elif command in ("lorafit train", "lorafit plan", "lorafit data"):
+        hint = f"was it meant as --data {shlex.quote(first)}?"
+    return RequestError(f"`{first}` is one argument too many for `{command}`", hint)
 
 
 @contextmanager

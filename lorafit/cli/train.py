@@ -118,13 +118,14 @@ def _prepared(
     from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import prepare
-    from lorafit.model import chart_of, find, load_tokenizer, pick_device
+    from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer, pick_device
     from lorafit.screen import show_data, show_header
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
 
-    source = find(settings.model, settings.revision)
     find_sources(settings)
+    source = find(settings.model, settings.revision)
+    check_tokenizer(source.name, Path(source.place))
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
     target = _target(settings, reads) if world.first else None
     resumed = target is not None and settings.resume and not settings.overwrite

@@ -19,7 +19,7 @@ from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
 from lorafit.data.counts import Counts, faults
 from lorafit.data.example import Reading
-from lorafit.data.files import records, resembles_json, sources
+from lorafit.data.files import find_sources, records, resembles_json, sources
 from lorafit.data.formats import parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
@@ -72,8 +72,7 @@ def load(
     `tick` is called with (bytes read, bytes in all). Raises RequestError for anything wrong with the data, and when
     nothing is left to learn.
     """
-    if not config.data and config.model != "demo":
-        raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
+    find_sources(config)
     specs, apart = files_of(config)
     if apart and config.group_by and config.data:
         raise RequestError(

@@ -8,7 +8,14 @@ from collections.abc import Mapping
 from math import ceil
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lorafit.events import (
     DataReport,
@@ -28,6 +35,7 @@ from lorafit.outputs import PAGE
 from lorafit.screen.console import LABEL, Screen, clip
 from lorafit.units import bytes_text, compared, count, epochs_text, figures, rows_text, seconds_text, short
 
+BAR, SHORTEST_BAR = 12, 5  # columns of the bar
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
 PRELUDE = 15  # lines before the first step, at most
 NOTE_LINES = 2  # of a note among them
@@ -46,6 +54,7 @@ class TrainView:
         self.epochs = 1.0
         self.held_out = True
         self.loss = 0.0
+        self.parts: dict[str, int] = {}  # of the bar's line, with their columns
         self.recent: list[Stepped] = []
         self.marks: list[float] = []  # when the last steps ended
         self.shown_at = 0.0
@@ -92,7 +101,7 @@ class TrainView:
             case EpochDone() if not self.screen.quiet:
                 self._epoch(event)
             case Saved() if not event.best:  # that of the best is shown as it is evaluated
-                self.screen.line("saved", event.path)
+                self.screen.command("saved", event.path, answer=False)
             case TrainReport():
                 self.close()
             case _:
@@ -134,15 +143,16 @@ class TrainView:
         self.screen.say()
         if not self.screen.live:
             return
-        self.progress = Progress(
-            TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.screen.talk,
-            transient=True,
-        )
+        self.parts = bar_parts(self.screen.talk.width, self.steps, ceil(self.epochs))
+        columns: dict[str, ProgressColumn] = {
+            "epoch": TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            "bar": BarColumn(bar_width=self.parts.get("bar")),
+            "count": MofNCompleteColumn(),
+            "loss": TextColumn("{task.fields[now]}"),
+            "left": TimeRemainingColumn(compact=True),
+        }
+        shown = [column for name, column in columns.items() if name in self.parts]
+        self.progress = Progress(TextColumn(" "), *shown, console=self.screen.talk, transient=True)
         self.progress.start()
         self.task = self.progress.add_task(
             "", total=self.steps, completed=self.at, epoch=1, epochs=ceil(self.epochs), now=""
@@ -154,7 +164,9 @@ class TrainView:
         self.marks = [*self.marks[-49:], time.monotonic()]
         if self.progress is not None:
             target = short(self._rate(sum(e.supervised_tokens for e in self.recent)))
-            now = f"loss {self.loss:.3f}  {self._speed()}, {target} target tok/s"
+            now = f"loss {self.loss:.3f}"
+            now += f"  {self._speed()}" if "speed" in self.parts else ""
+            now += f", {target} target tok/s" if "target" in self.parts else ""
             self.progress.update(self.task, completed=event.step, epoch=event.epoch, now=now)
         elif self.marks[-1] - self.shown_at >= self.every and event.step < self.steps:
             self._progress_line()
@@ -213,6 +225,26 @@ class TrainView:
             self.progress = None
 
 
+def bar_parts(width: int, steps: int, epochs: int) -> dict[str, int]:
+    """The parts of the bar's line that fit into so many columns, each with its own: parts are left out before a
+    figure is cut, and the bar takes what is left."""
+    wide = {
+        "count": 2 * len(str(steps)) + 1,
+        "loss": len("loss 0.000"),
+        "left": len("1:00:00"),
+        "epoch": len(f"epoch {epochs}/{epochs}"),
+        "speed": len("  1.23 M tok/s") - 1,  # in the column of the loss
+        "target": len(", 1.23 M target tok/s") - 1,
+    }
+    room, shown = width - 2, dict[str, int]()
+    for name, columns in wide.items():
+        if room < columns + 1:
+            return shown
+        room -= columns + 1
+        shown[name] = columns
+    return shown if room <= SHORTEST_BAR else {**shown, "bar": min(BAR, room - 1)}
+
+
 def _cache_text(event: PrefixCache) -> str:
     if event.where == "off":
         return f"frozen-layer cache off: {event.reason}"
@@ -259,8 +291,8 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         texts = (("before", said.before), ("after", said.after))
         for label, text in (("sample", said.prompt), *wanted, *texts):
             screen.line(label, clip(text, 240) or "(nothing)", answer=True)
-    screen.line("saved", f"{report.output} ({step})", answer=True)
-    screen.line("page", f"{report.output}/{PAGE}", answer=True)
+    screen.command("saved", f"{report.output} ({step})")
+    screen.command("page", f"{report.output}/{PAGE}")
     name = report.output.rstrip("/").rpartition("/")[2]
     commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
     commands += [["chat", report.output]] if report.task != "masked" else []

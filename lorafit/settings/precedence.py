@@ -7,6 +7,7 @@ and a value is derived again when a flag changes what it was derived from.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError, closest
-from lorafit.model import ModelMap
+from lorafit.model import DATA_FILES, ModelMap
+from lorafit.outputs import RUN_FILE
 from lorafit.settings.optimizers import check_optimizer
-from lorafit.settings.preset import Preset, load_preset, read_yaml
+from lorafit.settings.preset import LORA, TOP, Preset, load_preset, read_yaml
 from lorafit.settings.run_config import OPTIONS, RunConfig
 from lorafit.settings.trackers import check_trackers
 from lorafit.units import figures
+
+PRESETS_OWN = {*TOP, *LORA, "roles"} - {*OPTIONS}  # keys that no run file has
 
 TOKENS_PER_STEP = 2048
 ENOUGH_STEPS, MOST_EPOCHS = 250, 3
@@ -33,7 +37,13 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     Raises RequestError for a key that is unknown (with the closest one) or a value of the
     wrong type or out of bounds.
     """
+    if Path(path).suffix.lower() in DATA_FILES:
+        raise RequestError(f"`{path}` is data, not a run file", f"--data {shlex.quote(path)}")
+    if Path(path).expanduser().is_dir() and (Path(path).expanduser() / RUN_FILE).is_file():
+        raise RequestError(f"`{path}` is a run's folder", f"--config {shlex.quote(f'{path}/{RUN_FILE}')}")
     data = read_yaml(Path(path).expanduser(), "run file")
+    if PRESETS_OWN & data.keys():
+        raise RequestError(f"`{path}` is a preset, not a run file", f"--preset {shlex.quote(path)}")
     origin = data.pop("origin", {}) or {}
     data.pop("environment", None)  # of the run that wrote it
     if not isinstance(origin, dict) or not all(isinstance(v, str) for v in origin.values()):
@@ -41,7 +51,8 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in OPTIONS:
-            raise RequestError(f"run file `{path}`: unknown key `{name}`", closest(name, OPTIONS))
+            hint = closest(name, OPTIONS, "lorafit help options lists the keys")
+            raise RequestError(f"run file `{path}`: unknown key `{name}`", hint)
         option = OPTIONS[name]
         if value is None or not option.kept or (option.many and value == []):
             continue
