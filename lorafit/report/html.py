@@ -108,8 +108,14 @@ def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
             sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
     else:
         for run in runs:
-            before, after = run.report["eval"]["before"]["loss"], run.report["eval"]["after"]["loss"]
-            name = run.folder.name if len(runs) > 1 else "The adapter"
+            name, losses = run.folder.name if len(runs) > 1 else "The adapter", run.report["eval"]
+            if not losses:
+                time = seconds_text(run.report["seconds"])
+                sentences.append(
+                    f"{name} was trained for {steps_text(run.report)} ({time}), without held-out rows."
+                )
+                continue
+            before, after = losses["before"]["loss"], losses["after"]["loss"]
             effect = "lowers" if after < before else "raises" if after > before else "does not change"
             sentences.append(
                 f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
@@ -215,8 +221,9 @@ def _predicted(runs: Sequence[Run]) -> Html:
     for run in runs:
         report, guess = run.report, run.report.get("predicted")
         name = [run.folder.name] if len(runs) > 1 else []
-        before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-        rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
+        if losses := report["eval"]:
+            before, after = losses["before"]["loss"], losses["after"]["loss"]
+            rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
         trained = count(report["trainable_params"])
         rows.append(
             [*name, "trainable parameters", count(guess["trainable_params"]) if guess else "", trained, ""]
@@ -390,7 +397,7 @@ def _settings(run: Run) -> Html:
     rows = [
         [name, "–" if value in (None, [], "") else str(value), str(origin.get(name, ""))]
         for name, value in run.settings.items()
-        if name != "origin"
+        if name not in ("origin", "environment")
     ]
     return el(
         "details",

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lorafit.screen.ascii import allow_ascii as allow_ascii
     from lorafit.screen.cache import show_caches as show_caches
     from lorafit.screen.cache import show_removed as show_removed
+    from lorafit.screen.chat import ChatView as ChatView
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
     from lorafit.screen.data import show_tokens as show_tokens
@@ -30,6 +31,7 @@ __getattr__ = door(
     {
         "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
+        "chat": "ChatView",
         "console": "Screen",
         "data": "show_data show_tokens",
         "evaluate": "show_eval",

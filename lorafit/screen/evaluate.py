@@ -40,7 +40,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for a, name in zip(group.adapters, named, strict=True):
             screen.line(name, _significance(a, group.rows), answer=True)
     if report.benchmarks:
-        names = {"base": "base", **dict(zip(report.paths, named, strict=True))}
+        names = {"base": _own(report.paths), **dict(zip(report.paths, named, strict=True))}
         table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
         for b in report.benchmarks:
             error = "" if b.stderr is None else f"± {b.stderr:.4f}"
@@ -63,11 +63,15 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer()
         screen.line(f"sample {number}", clip(sample.prompt), answer=True)
         reference = [("reference", sample.reference)] if sample.reference else []
-        for label, text in (*reference, ("base", sample.base), *zip(named, sample.adapters, strict=True)):
+        for label, text in (
+            *reference,
+            (_own(report.paths), sample.base),
+            *zip(named, sample.adapters, strict=True),
+        ):
             screen.line(label, clip(text) or "(nothing)", answer=True)
     if report.page:
         screen.answer()
-        screen.line("page", report.page, answer=True)
+        screen.command("page", report.page)
     for note in report.notes:
         screen.note(note, answer=True)
 
@@ -82,16 +86,22 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     return ["adapter"] if len(paths) == 1 else [f"adapter {n}" for n in range(1, len(paths) + 1)]
 
 
+def _own(adapters: Sequence[object]) -> str:
+    """What the model without an adapter is called: the base, or the one model that was scored."""
+    return "base" if adapters else "model"
+
+
 def _scores_table(base: Score, adapters: Sequence[AdapterScore], exact: bool) -> Table:
     """One line per model."""
-    columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else []), "difference"]
+    columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
+    columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
-    for label, score in (("base", base), *((a.path, a) for a in adapters)):
+    for label, score in ((_own(adapters), base), *((a.path, a) for a in adapters)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
         if exact:
             values.append("" if score.exact is None else f"{score.exact:.1%}")
         differs = f"{score.delta:+.4f} ± {score.stderr:.4f}" if isinstance(score, AdapterScore) else ""
-        table.add_row(f"  {escape(label)}", *values, differs)
+        table.add_row(f"  {escape(label)}", *values, *([differs] if adapters else []))
     return table
 
 
@@ -114,7 +124,7 @@ def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Tab
         table.add_row(
             f"  {escape(clip(group.name, 40)) or '(empty)'}",
             *sizes,
-            "base",
+            _own(group.adapters),
             f"{base.loss:.4f}",
             f"{base.accuracy:.1%}",
             "",
