@@ -154,6 +154,7 @@ def _prepared(
         settings, source, found, look=rows.look, seconds=1.0, probing=world.first, processes=world.size
     )
     cost = ahead.estimate(made, ahead.timing(made))
+    settings = settings.settled("prefix_residency", "auto", *cost.residency)
     show_data(screen, settings, rows.look)
     if world.first:
         for text in dict.fromkeys(ahead.notes):
