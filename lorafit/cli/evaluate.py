@@ -30,7 +30,7 @@ ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
 
 @app.command(name="eval")
-@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "quantize", "device")
+@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "quantize", "device", "prefix_residency")
 def evaluate(
     flags: Mapping[str, Any],
     adapters: Annotated[
@@ -193,7 +193,17 @@ def evaluate(
     dtype = pick_dtype(given.get("dtype", "auto"), device)
     with screen.bar("evaluating") as tick:
         report, adapted = compare(
-            request, source, found, adapters, tokenizer, dtype, sampling, device, tick, quantize
+            request,
+            source,
+            found,
+            adapters,
+            tokenizer,
+            dtype,
+            sampling,
+            device,
+            tick,
+            quantize,
+            given.get("prefix_residency", "auto"),
         )
     written, why = _write_page(page, adapters, found, adapted, report)
     notes = [*report.notes, *said, *([why] if why else []), *_steps_kept(adapters)]

@@ -12,9 +12,9 @@ from dataclasses import replace
 
 from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
-from lorafit.estimate.streaming import DISK_RATE, FULL, not_streamable, streamed
+from lorafit.estimate.streaming import DISK_RATE, not_streamable, streamed
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Residency, Shape, Timing, Work
-from lorafit.forward import Choice, choose
+from lorafit.forward import Choice, choose, fits_whole
 from lorafit.model import ModelMap, held_as, weight_bytes
 from lorafit.settings import STATE_BYTES
 from lorafit.units import bytes_text, percent, scaled
@@ -96,7 +96,9 @@ def estimate(
         less, streaming = streamed(memory, plan, model_map, shape, work, once, free)
         if device != "cuda" and once.where == "memory":
             less = replace(less, prefix_cache=size)
-        if shape.residency == "stream" or 0 < FULL * room < memory.peak > less.peak:
+        if shape.residency == "stream" or (
+            room and not fits_whole(memory.peak, room) and less.peak < memory.peak
+        ):
             why = (
                 "--prefix-residency stream"
                 if shape.residency == "stream"

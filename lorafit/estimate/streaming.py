@@ -14,8 +14,6 @@ from lorafit.model import ModelMap
 
 DISK_RATE = 1e9  # bytes a second at which weights are assumed to be read
 
-FULL = 0.9  # of the memory that is free: what a run that holds all layers may take of it
-
 
 def layer_params(found: ModelMap, stack: str) -> list[int]:
     """The parameters of each block of a stack."""
