@@ -347,7 +347,7 @@ def _write_page(
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:
-        return "", f"no report page: the events or settings of `{runs[0].folder}` are damaged"
+        return "", f"no report page: the events or settings of `{title}` are damaged"
     try:
         write_page(path, shown)
     except OSError as error:

@@ -1,6 +1,7 @@
 """Mistakes people make, and what they are told: what was wrong, with the value, and what to do next."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -265,7 +266,12 @@ def test_a_model_is_scored_alone(run, desk, monkeypatch):
     beside = run("eval", "a", "--data", "d.jsonl", "--samples", 0, "--json").document
     alone = run("eval", "m", "--data", "d.jsonl", "--samples", 0, "--json").document
     assert alone["base"] == beside["base"] and alone["adapters"] == [] and alone["rows"] == 40
-    out = run("eval", "m", "--data", "d.jsonl", "--samples", 1).out
+    out = run("eval", "m", "--data", "d.jsonl", "--samples", 1, "--report", "page.html").out
+    page = pathlib.Path("page.html")
+    assert (
+        "The model on these rows" in page.read_text() and "adapter" not in page.read_text().split("<body")[1]
+    )
+    page.unlink()
     assert "  model" in out and "base" not in out and "difference" not in out
     assert run("merge", "a", "-o", "merged", "-q").code == 0
     merged = run("eval", "merged", "--data", "d.jsonl", "--samples", 0, "--json").document["base"]["loss"]
