@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from math import exp
 from typing import Any
@@ -371,11 +371,6 @@ class EvalReport:
     benchmarks: tuple[Benchmark, ...] = ()
     page: str = ""
     notes: tuple[str, ...] = ()
-
-
-def name_without(adapters: Sequence[object]) -> str:
-    """What the model without an adapter is called: the base of these, or the one model that was scored."""
-    return "base" if adapters else "model"
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,8 +147,9 @@ def evaluate(
     """
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import locate, tokenizer_place
+    from lorafit.adapter import CONFIG, locate, tokenizer_place
     from lorafit.data import find_files
+    from lorafit.evaluate import check_holds_out
     from lorafit.outputs import check_file
     from lorafit.report import PAGE_MARK
     from lorafit.screen import Screen, show_eval
@@ -161,6 +162,8 @@ def evaluate(
     find_files((*given.get("data", ()), *(also or ())))
     alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks))
     adapters = [] if alone else [locate(adapter) for adapter in adapters]
+    if adapters and not (given.get("data") or prompt or tasks) and (Path(adapters[0]) / CONFIG).is_file():
+        check_holds_out(adapters[0])
     source, found = _base(adapters, model or alone)
 
     with without_collecting():
@@ -317,7 +320,7 @@ def _rows(
     rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
     if data:
         rows = read(data, config=settings)
-    elif held_out:
+    elif held_out and adapter:
         rows = held_out_rows(adapter, tokenizer, found)
     labels = labelled(rows, by, specs, settings if data else stored) if by and rows is not None else ()
     return rows, labels, {file: read([file], config=beside) for file in also or ()}, settings

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lorafit.report.model_card import merged_card as merged_card
     from lorafit.report.run import DAMAGED as DAMAGED
     from lorafit.report.run import Run as Run
+    from lorafit.report.run import name_without as name_without
     from lorafit.report.run import read_back as read_back
     from lorafit.report.run import steps_text as steps_text
 
@@ -26,6 +27,6 @@ __getattr__ = door(
         "html": "PAGE_MARK make_page write_page",
         "elsewhere": "Use uses_of_adapter uses_of_merged",
         "model_card": "adapter_card merged_card",
-        "run": "DAMAGED Run read_back steps_text",
+        "run": "DAMAGED Run name_without read_back steps_text",
     },
 )

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorafit import __version__
-from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score, name_without
+from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
-from lorafit.report.run import Run, steps_text
+from lorafit.report.run import Run, name_without, steps_text
 from lorafit.report.svg import curves
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
 
