@@ -1,8 +1,8 @@
-"""The frozen prefix, run once a micro-batch: the hidden state that enters the cut is kept and handed on.
+"""The frozen prefix, replayed: the hidden state that enters the cut is handed on in place of the blocks below.
 
 Everything under the lowest adapted layer is frozen, so what it makes of the same tokens is the same
-in every epoch. In the first the state that enters the cut is captured as it goes by; afterwards the
-blocks below are stood in for (stand_in.py), while the model still builds its own masks and positions. It is exact,
+in every epoch. prefix_fill.py runs it once over every micro-batch, before the first step; afterwards the blocks
+below are stood in for (stand_in.py), while the model still builds its own masks and positions. It is exact,
 and tried on a real micro-batch before it is used, or it is refused with the reason.
 """
 
@@ -10,18 +10,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from lorafit.adapter import Plan
 from lorafit.data import Batch
+from lorafit.errors import RunError
 from lorafit.forward.head import routes_for_loss
+from lorafit.forward.placement import refused_by_map
 from lorafit.forward.prefix_store import MemoryStore, StateStore
-from lorafit.forward.stand_in import HandOn, Tap, in_place
+from lorafit.forward.stand_in import Fetched, HandOn, StandIn, Tap, in_place
 from lorafit.model import ModelMap
+
+# Entered with the first of some blocks and the one after the last: while in it, they hold their weights.
+Held = Callable[[int, int], AbstractContextManager[None]]
+
+READS_BELOW = "something above the cut reads the layers below it"
 
 
 def refusal(
@@ -33,17 +41,9 @@ def refusal(
     base, `model` the base with an adapter in it. What is random in training alone speaks against it
     in `training` alone.
     """
-    if training and found.task == "masked":
-        return "a masked model hides other tokens in each epoch"
-    if len(found.text_stacks) > 1:
-        return f"`{found.model}` has several stacks"
-    if len(cut) != 1:
-        return "adapters stand outside the text's one stack"
+    if reason := refused_by_map(found, cut, training):
+        return reason
     ((path, lowest),) = cut.items()
-    if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
-        return "the adapted layers are shared, or not of the text"
-    if lowest == 0:
-        return "the band begins at layer 0: nothing is frozen below it"
     depth = len(list(model.get_submodule(path).children()))
     above = tuple(f"{path}.{layer}." for layer in range(lowest, depth))
     for name in trained:
@@ -98,14 +98,13 @@ def _noise_below(model: torch.nn.Module, above: tuple[str, ...]) -> str:
 class Prefix:
     """The blocks of a stack below the cut, and what is known of their output."""
 
-    def __init__(self, stack: torch.nn.Module | None = None, cut: int = 0) -> None:
-        """Without a stack: every pass is a whole one."""
+    def __init__(self, stack: torch.nn.Module | None = None, cut: int = 0, held: Held | None = None) -> None:
+        """Without a stack: every pass is a whole one. Blocks below the cut that hold no weights do in `held`."""
         self.stack = stack
         self.blocks: dict[str, torch.nn.Module] = dict(stack.named_children()) if stack is not None else {}
         self.cut = cut
+        self.held = held
         self.store: StateStore = MemoryStore()
-        self.replayed = self.captured = 0  # micro-batches
-        self.given_up = ""  # why there is a cache no longer
         self.forms: dict[int, int] = {}  # the members of each lower block's output; 0 for a bare tensor
 
     @classmethod
@@ -115,40 +114,30 @@ class Prefix:
 
     @contextmanager
     def around(self, batch: Batch) -> Iterator[None]:
-        """Around a forward pass: replayed where the micro-batch was seen before, else captured."""
-        if not self.cut or not batch.key:
+        """Around a forward pass: replayed where the state of the micro-batch is stored, else a whole one."""
+        state = self.store.get(batch.key) if self.cut and batch.key else None
+        if state is None and self.held is not None:
+            self.store.close()  # which removes what is damaged
+            raise RunError("a stored state of the frozen layers is damaged", "run the command again")
+        if state is None:
             yield
             return
-        state = self.store.get(batch.key)
-        if state is not None:
-            with self._replayed(state.to(batch.places.device, non_blocking=True)):
-                yield
-            self.replayed += 1
-        else:
-            with self._captured() as tap:
-                yield
-            self.captured += 1
-            try:
-                self.store.put(batch.key, tap.state)
-            except OSError as error:  # nothing is lost but time: every pass is a whole one from here on
-                self.store.close()
-                self.cut, self.given_up = 0, f"its file could not be written: {error.strerror}"
+        with self.replayed(state.to(batch.places.device, non_blocking=True)):
+            yield
 
-    def prove(self, batch: Batch, losses: Callable[[Batch], Any]) -> None:
-        """Compare one state of a store that was found with a fresh pass over that micro-batch: where they
-        differ, nothing that was stored is used. `losses` runs the pass."""
-        if not getattr(self.store, "proved", True):
-            with self.around(batch):
-                losses(batch)
-            self.captured = 0
+    def give_up(self) -> None:
+        """Run every pass whole from here on."""
+        self.store.filled()
+        self.store.close()
+        self.cut = 0
 
     def close(self) -> None:
-        """Let go of the states; a file that is not whole is removed."""
+        """Let go of the states."""
         self.store.close()
 
     @torch.no_grad()
-    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> str:
-        """Why a replay of that micro-batch is not what a whole pass is; empty when it is.
+    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> tuple[str, torch.Tensor]:
+        """(why a replay of that micro-batch is not what a whole pass is, empty when it is; the state of it).
 
         `losses` runs one pass and says what each supervised token lost, (N,). Another text goes through
         in between, so that what a layer left behind for those above it is another's. Equal to the bit,
@@ -158,25 +147,39 @@ class Prefix:
         ids = batch.inputs["input_ids"]
         other = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(1)})
         try:
-            with self._captured() as tap:
-                whole = losses(batch)
-            state = tap.state.clone()
+            whole, state = self.run_whole(batch, losses)
+            kept = state.clone()
             losses(other)
-            with self._replayed(tap.state):
+            with self.replayed(state):
                 replayed = losses(batch)
         except Exception as error:  # a model's own code may fail on blocks that only pass on
-            return f"the model does not take it: {type(error).__name__}"
-        if not torch.equal(state, tap.state):
-            return "a block changes its input in place"
+            return f"the model does not take it: {type(error).__name__}", torch.empty(0)
+        if not torch.equal(kept, state):
+            return "a block changes its input in place", kept
         off = (whole - replayed).abs().max().item()
         if off and off > 4 * (whole - losses(batch)).abs().max().item():
-            return "something above the cut reads the layers below it"
-        return ""
+            return READS_BELOW, kept
+        return "", kept
+
+    def run_whole(
+        self, batch: Batch, losses: Callable[[Batch], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what each supervised token lost in a whole pass, (N,); the state that entered the cut, (B, T, D))."""
+        assert self.stack is not None
+        blocks = list(self.blocks.items())
+        name, block = blocks[self.cut]
+        tap = Tap(block)
+        stand_ins: dict[str, StandIn] = {name: tap}
+        if self.held is not None:
+            for number, (below, module) in enumerate(blocks[: self.cut]):
+                stand_ins[below] = Fetched(module, partial(self.held, number, number + 1))
+        with self.noting(0, self.cut), in_place(self.stack, stand_ins):
+            whole = losses(batch)
+        return whole, tap.state
 
     @contextmanager
-    def _captured(self) -> Iterator[Tap]:
-        """While here, what stands at the cut keeps the state that enters it."""
-        assert self.stack is not None
+    def noting(self, first: int, last: int) -> Iterator[None]:
+        """While here, the blocks from `first` to before `last` note the form of their output."""
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -184,23 +187,23 @@ class Prefix:
 
             return seen
 
-        (name, block), below = list(self.blocks.items())[self.cut], list(self.blocks.values())[: self.cut]
-        tap, hooks = Tap(block), []
-        if not self.forms:
-            hooks = [lower.register_forward_hook(note(n)) for n, lower in enumerate(below)]
+        numbers = [number for number in range(first, last) if number not in self.forms]
+        blocks = list(self.blocks.values())
+        hooks = [blocks[number].register_forward_hook(note(number)) for number in numbers]
         try:
-            with in_place(self.stack, {name: tap}):
-                yield tap
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
 
     @contextmanager
-    def _replayed(self, state: torch.Tensor) -> Iterator[None]:
-        """While here, the blocks below the cut hand on what they are given, the first one the state."""
+    def replayed(self, state: torch.Tensor | None, cut: int | None = None) -> Iterator[None]:
+        """While here, the blocks below the cut, or below another one, hand on what they are given, the first of
+        them the state."""
         assert self.stack is not None
-        below = list(self.blocks.items())[: self.cut]
+        below = list(self.blocks.items())[: self.cut if cut is None else cut]
         stand_ins = {name: HandOn(block, self.forms.get(n, 0)) for n, (name, block) in enumerate(below)}
-        next(iter(stand_ins.values())).state = state
+        if stand_ins:
+            next(iter(stand_ins.values())).state = state
         with in_place(self.stack, stand_ins):
             yield

@@ -10,7 +10,6 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.adapter import Plan
-from lorafit.events import MergeReport
 from lorafit.model import split_revision
 from lorafit.report.elsewhere import (
     CLASSES,
@@ -21,6 +20,7 @@ from lorafit.report.elsewhere import (
     why_not_vllm,
 )
 from lorafit.report.run import DAMAGED, Run, steps_text
+from lorafit.results import MergeReport
 from lorafit.settings import takes_from_base
 from lorafit.units import bytes_text, count, figures, layers_text, seconds_text, short
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from lorafit.events import MergeReport
+from lorafit.results import MergeReport
 from lorafit.screen.console import Screen, show_uses
 from lorafit.units import bytes_text, count, seconds_text
 

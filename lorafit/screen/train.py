@@ -22,6 +22,7 @@ from lorafit.events import (
     EpochDone,
     Evaluated,
     Event,
+    Filling,
     Loss,
     Note,
     Predicted,
@@ -60,7 +61,7 @@ class TrainView:
         self.parts: dict[str, int] = {}  # of the bar's line, with their columns
         self.recent: list[Stepped] = []
         self.marks: list[float] = []  # when the last steps ended
-        self.shown_at = 0.0
+        self.shown_at = time.monotonic()
         self.notes: list[str] = []  # of the prelude, shown at its end
         self.before = True  # the prelude goes on
         self.headed = False  # the head of the epochs' table is printed
@@ -91,6 +92,8 @@ class TrainView:
                     self._show_notes()
                     if not self.held_out:
                         self._open()
+            case Filling():
+                self._filling(event)
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -141,6 +144,37 @@ class TrainView:
             more = f"{count(len(left))} more; " if left else ""
             screen.line("", f"{more}--verbose and the report show all notes in full")
 
+    def _filling(self, event: Filling) -> None:
+        """How far the layers below the cut are: a bar, or a line now and then."""
+        speed = f"{short(event.done / max(1e-9, event.seconds))} tok/s"
+        if event.done == event.tokens:
+            self.close()
+            self.screen.line(
+                "cached", f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
+            )
+        elif self.screen.live:
+            if self.progress is None:
+                columns = (
+                    TextColumn("frozen layers"),
+                    BarColumn(bar_width=12),
+                    TextColumn("{task.fields[now]}"),
+                    TimeRemainingColumn(compact=True),
+                )
+                self._show(*columns, total=event.tokens, now="")
+            assert self.progress is not None
+            self.progress.update(self.task, completed=event.done, now=speed)
+        elif time.monotonic() - self.shown_at >= self.every:
+            left = event.seconds * (event.tokens / max(1, event.done) - 1)
+            done = f"{count(event.done)} of {count(event.tokens)} tokens"
+            self.screen.line("caching", f"{done}, {speed}, {seconds_text(left)} left")
+            self.shown_at = time.monotonic()
+
+    def _show(self, *columns: ProgressColumn, **fields: Any) -> None:
+        """A live bar of these columns."""
+        self.progress = Progress(TextColumn(" "), *columns, console=self.screen.talk, transient=True)
+        self.progress.start()
+        self.task = self.progress.add_task("", **fields)
+
     def _open(self) -> None:
         self.shown_at = time.monotonic()
         self.screen.say()
@@ -155,11 +189,8 @@ class TrainView:
             "left": TimeRemainingColumn(compact=True),
         }
         shown = [column for name, column in columns.items() if name in self.parts]
-        self.progress = Progress(TextColumn(" "), *shown, console=self.screen.talk, transient=True)
-        self.progress.start()
-        self.task = self.progress.add_task(
-            "", total=self.steps, completed=self.at, epoch=1, epochs=ceil(self.epochs), now=""
-        )
+        fields = {"epoch": 1, "epochs": ceil(self.epochs), "now": ""}
+        self._show(*shown, total=self.steps, completed=self.at, **fields)
 
     def _stepped(self, event: Stepped) -> None:
         self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
@@ -253,7 +284,7 @@ def _cache_text(event: PrefixCache) -> str:
         return f"frozen-layer cache off: {event.reason}"
     layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
     return (
-        f"{layers} once per row; later epochs read the result from {event.where} "
+        f"{layers} once per row; every epoch reads the result from {event.where} "
         f"({bytes_text(event.bytes)}; {event.reason})"
     )
 

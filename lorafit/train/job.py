@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -16,34 +15,22 @@ from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoc
 from lorafit.distributed import ALONE, World
 from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
-from lorafit.evaluate import Evaluator, mask_id
-from lorafit.events import Predicted, PrefixCache
-from lorafit.forward import (
-    Choice,
-    DiskStore,
-    Forward,
-    MemoryStore,
-    Prefix,
-    base_of,
-    blocks_below,
-    checkpoint_activations,
-    choose,
-    refusal,
-    states_folder,
-    states_key,
-    trained_in,
-)
+from lorafit.evaluate import mask_id
+from lorafit.events import Predicted
+from lorafit.forward import base_of, blocks_below, checkpoint_activations, refused_by_map
 from lorafit.model import (
     ModelMap,
     ModelSource,
+    Streamed,
     fingerprint,
     held_as,
     load_model,
+    load_streamed,
     pick_device,
     pick_dtype,
 )
 from lorafit.settings import RunConfig
-from lorafit.system import environment, free_disk, free_memory
+from lorafit.system import environment
 from lorafit.train.checkpoint import trainable
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
 from lorafit.train.run_folder import RunFolder
@@ -71,6 +58,7 @@ class Job:
     fingerprint: str = ""  # of the base's weights
     memory_before: int = 0  # bytes that the process held before the model was loaded
     world: World = ALONE
+    streamed: Streamed | None = None  # the base, where the layers below the cut are read as they run
     environment: dict[str, str] = field(
         default_factory=dict
     )  # versions, machine, command, date, git state of data
@@ -144,6 +132,20 @@ class Job:
             return collate_rows(rows, pad, self.task)
         return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, f"train {number}.{part}")
 
+    def ahead(self, done: int) -> list[tuple[int, int]]:
+        """(batch, part) of each micro-batch that comes after the first `done` steps and in which this process
+        has rows, once."""
+        numbers: set[int] = set()
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
+            first = epoch * self.steps_per_epoch
+            start, end = max(0, done - first), self.steps - first
+            if end <= 0 or len(numbers) == len(self.batches):
+                break
+            order = in_epoch(len(self.batches), self.config.seed, epoch + 1)
+            numbers.update(order[start * self.config.accumulate : end * self.config.accumulate])
+        parts = ((n, part) for n in sorted(numbers) for part in range(len(self.batches[n])))
+        return [(n, part) for n, part in parts if self.world.share(self.batches[n][part])]
+
     def first_batch(self) -> Batch | None:
         """The first micro-batch in which this process has a row; None where it never has one."""
         parts = ((n, part) for n, batch in enumerate(self.batches) for part in range(len(batch)))
@@ -174,6 +176,11 @@ def _device_name(device: torch.device) -> str:
     return str(device)
 
 
+def not_streamed(reason: str) -> RequestError:
+    """The error where the frozen layers were to be streamed and cannot be."""
+    return RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
+
+
 def assemble(
     source: ModelSource,
     found: ModelMap,
@@ -202,10 +209,20 @@ def assemble(
         import bitsandbytes  # noqa: F401  # its code is there before memory is counted
     load_kernels(device, dtype)
     before = memory_before(device)
-    torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device, config.quantize, config.attention)
+    streamed = None
+    if config.prefix_residency == "stream":
+        if reason := refused_by_map(found, plan.cut):
+            raise not_streamed(reason)
+        if held is not None:
+            raise not_streamed(f"the base is in {held.kind}")
+        ((stack, cut),) = plan.cut.items()
+        streamed = load_streamed(source, dtype, device, stack, cut, config.attention)
+        model = streamed.model
+    else:
+        model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
+    torch.manual_seed(config.seed)  # not before: loading some models draws
     peft_model = inject_plan(model, plan, found.task)
     if config.from_adapter:
         put_in(peft_model, locate(config.from_adapter))
@@ -226,59 +243,5 @@ def assemble(
         fingerprint(source.place),
         before,
         world,
+        streamed,
     )
-
-
-def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
-    """What is done with the layers below the cut, tried on the run's first micro-batch.
-
-    Raises RequestError when the cache was asked for by name and would not be exact.
-    """
-    asked, base = job.config.prefix_cache, base_of(job.model)
-
-    def refused(reason: str) -> tuple[Prefix, PrefixCache]:
-        if asked != "auto":
-            raise RequestError(
-                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
-            )
-        return Prefix(), PrefixCache("off", reason)
-
-    if asked == "off":
-        return Prefix(), PrefixCache("off", "--prefix-cache off")
-    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
-        return refused(reason)
-    ((stack, cut),) = job.plan.cut.items()
-    lengths = job.rows.train.lengths
-    shares = [rows for batch in job.batches for part in batch if (rows := job.world.share(part))]
-    processed = sum(len(rows) * int(lengths[list(rows)].max()) for rows in shares)
-    dtype = next(job.model.parameters()).dtype
-    size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
-    composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    if not job.world.alone:
-        composition.append(f"process {job.world.rank} of {job.world.size}")
-    place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
-    passes = job.steps / job.steps_per_epoch
-    free, on_disk = free_memory(), free_disk(states_folder())
-    choice = choose(asked, passes, size, free, on_disk, place.exists())
-    where, reason = job.world.told([choice.where, choice.reason])
-    choice = Choice(where, reason, size)
-    if choice.where == "off":
-        return Prefix(), PrefixCache("off", choice.reason)
-    prefix = Prefix.below(base, stack, cut)
-    job.model.eval()
-    first = job.first_batch()
-    reason = ""
-    if first is not None:
-        first = first.to(job.device)
-        reason = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
-    if job.world.agreed(bool(reason)):
-        return refused(reason or "another process found a replay to differ from a whole pass")
-    if choice.where == "disk":
-        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
-        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
-        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-        if first is not None:
-            prefix.prove(first, lambda batch: forward.scores(job.model, batch))
-    else:
-        prefix.store = MemoryStore(size)
-    return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -42,7 +42,8 @@ from lorafit.train.checkpoint import (
     state_of,
 )
 from lorafit.train.divergence import Divergence
-from lorafit.train.job import Job, prepare_prefix
+from lorafit.train.frozen import fill_prefix, first_look, prepare
+from lorafit.train.job import Job
 from lorafit.train.measure import peak_memory
 from lorafit.train.objective import TokenLoss
 from lorafit.train.optimizer import make_optimizer
@@ -81,7 +82,7 @@ def _run(job: Job) -> Iterator[Event]:
     config, model = job.config, job.model
     optimizer = make_optimizer(config, job.parameters)
     scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
-    forward = Forward.of(model, job.task, config.head_chunk or 0)
+    forward, trial = first_look(job)
     held_out = Evaluator(
         job.rows.held_out,
         forward,
@@ -94,7 +95,8 @@ def _run(job: Job) -> Iterator[Event]:
     state = State(rate=job.matrix_rate())
     with job.world.one_error():
         last, damaged = _resumed(job, state, optimizer, scaler)
-    prefix, caching = prepare_prefix(job, forward, held_out)
+    frozen = prepare(job, forward, held_out, trial)
+    prefix, caching = frozen.prefix, frozen.caching
     held_out = replace(held_out, prefix=prefix)
     stepper = Stepper(
         model,
@@ -111,6 +113,8 @@ def _run(job: Job) -> Iterator[Event]:
         restore_random(last)
     with closing(prefix):
         yield from _start(job, state, forward, caching, tuple(damaged))
+        if prefix.cut:
+            caching = yield from fill_prefix(job, state, forward, held_out, frozen)
         yield from _steps(job, state, stepper, held_out, prefix, caching)
 
 
@@ -190,7 +194,7 @@ def _steps(
     config = job.config
     if state.before is None and held_out.rows:
         state.before = _held_out_loss(job, held_out)
-        if config.sample and job.world.first:
+        if config.sample and job.streamed is None and job.world.first:
             with suppress(Exception):  # of the model's own code; at the end it is told
                 state.said = sample.answer(job, held_out)
     if state.before is not None:
@@ -221,9 +225,6 @@ def _steps(
         state.add(stepped)
         started = time.perf_counter()
         yield stepped
-        if prefix.given_up and caching.where != "off":
-            caching = PrefixCache("off", prefix.given_up)
-            yield caching
         best = False
         if config.eval_steps and number % config.eval_steps == 0 and not last:
             found = _held_out_loss(job, held_out)
@@ -294,7 +295,7 @@ def _end(
             report = replace(report, adapter_step=report.best.step, eval=losses)
         except RequestError as error:
             yield Note(f"the last adapter is saved, not the best: {error.message}")
-    if job.config.sample and job.world.first and held_out.rows:
+    if job.config.sample and job.streamed is None and job.world.first and held_out.rows:
         try:
             prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
             report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))
@@ -342,6 +343,7 @@ def _report(job: Job, state: State, after: Loss | None) -> TrainReport:
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(1e-9, state.seconds),
         epochs=tuple(state.epochs),
+        fill_seconds=state.fill_seconds,
         peak_memory_bytes=peak_memory(job.device),
         memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,
