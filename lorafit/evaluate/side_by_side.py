@@ -103,7 +103,7 @@ def compare(
     batches = (batch for each in evaluators for _, batch in each.batches())
     for _ in fill(list(prefixes.values()), batches, partial(forward.run, base), device) if prefixes else ():
         pass
-    of_base = run_model(base, _exact(prefixes.get(max(cuts)), forward, base, evaluators), "base")
+    of_base = run_model(base, _exact(prefixes.get(max(cuts, default=0)), forward, base, evaluators), "base")
     of_adapters, adapted = [], {}
     for number, path in enumerate(adapters):
         peft_model = attach(base, path)

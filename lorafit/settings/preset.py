@@ -125,6 +125,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or "not a YAML file"
+        if isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
+            why = f"it is not valid YAML: {why}"
         raise RequestError(f"{what} `{path}{where}`: {why}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{what} `{path}` cannot be read: {error}") from None

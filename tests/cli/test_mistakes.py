@@ -38,6 +38,9 @@ TYPED = [
     (["merge", "nowhere", "-o", "c"], "`nowhere`", ""),
     (["eval", "nowhere"], "`nowhere`", ""),
     (["trian"], "trian", "train"),
+    (["chat", "x", "--temperature", "hot"], "--temperature is `hot`", "a number from 0 on, at most 10"),
+    (["chat", "x", "--max-new-tokens", "0"], "--max-new-tokens is `0`", "a whole number from 1 on"),
+    (["data", "--row", "x"], "--row is `x`", "a whole number from 1 on"),
 ]
 
 
@@ -159,6 +162,13 @@ TAKEN = [
     ("eval a --data nowhere.jsonl", "`nowhere.jsonl`", ".jsonl"),
     ("train bare --data d.jsonl", "no tokenizer", "where the model came from"),
     ("plan bare --data d.jsonl", "no tokenizer", "where the model came from"),
+    ("train m --data d.jsonl --chat-template none.jinja", "`none.jinja`", "No such file"),
+    (
+        "train m --data d.jsonl --chat-template bad.jinja",
+        "`bad.jinja:2` is not a valid template",
+        "Jinja template",
+    ),
+    ("train m --data d.jsonl --config bad.yaml", "`bad.yaml:3`: it is not valid YAML", ""),
     ("train nobody/nothing --data d.jsonl", "HF_HUB_OFFLINE is set", "check the name"),
     ("eval nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
     ("chat nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
@@ -194,6 +204,8 @@ def desk(tiny, pairs, tmp_path_factory):
         (folder / name).write_bytes(b"GGUF" + bytes(64))
     (folder / "p.yaml").write_text("description: mine\nroles: [q]\nlora: {r: 4}\n")
     (folder / "odd.yaml").write_text("wxyz: red\n")
+    (folder / "bad.jinja").write_text("{{ bos_token }}\n{% for")
+    (folder / "bad.yaml").write_text("preset: ffn\nlayers: [\n")
     (folder / "link").symlink_to("gone")
     return folder
 
@@ -232,6 +244,13 @@ def test_bitsandbytes_that_is_missing_is_named(run, desk, monkeypatch):
     done = run("train", "m", "--data", "d.jsonl", "--quantize", "nf4")
     assert done.code == 2 and "needs `bitsandbytes`, which is not installed" in done.err, done.err
     assert "pip install 'lorafit[quant]'" in done.err
+
+
+def test_attention_that_is_not_installed_is_named(run, desk, monkeypatch):
+    monkeypatch.setattr("lorafit.settings.values.find_spec", lambda name: None)
+    monkeypatch.chdir(desk)
+    done = run("train", "m", "--data", "d.jsonl", "--attention", "flash_attention_2")
+    assert done.code == 2 and "needs the package `flash-attn`" in done.err and "sdpa" in done.err
 
 
 def test_a_hub_that_is_not_reached_is_tried_once(run, desk, monkeypatch):
