@@ -124,7 +124,7 @@ class SharedBase:
 
     def _streamed_below(self, residency: str, whole_passes: bool) -> int:
         """The lowest layer that an adapter changes, where the layers below it are streamed; else 0."""
-        if residency == "resident":
+        if residency == "resident" or not self.adapters:
             return 0
         held = held_as(self.found, self.quantize)
         cuts = [cut_of(self.found, _changed(path)) for path in self.adapters]

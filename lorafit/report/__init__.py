@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.report.elsewhere import Use as Use
+    from lorafit.report.elsewhere import uses_of_adapter as uses_of_adapter
+    from lorafit.report.elsewhere import uses_of_merged as uses_of_merged
     from lorafit.report.html import PAGE_MARK as PAGE_MARK
     from lorafit.report.html import make_page as make_page
     from lorafit.report.html import write_page as write_page
@@ -14,6 +17,7 @@ if TYPE_CHECKING:
     from lorafit.report.model_card import merged_card as merged_card
     from lorafit.report.run import DAMAGED as DAMAGED
     from lorafit.report.run import Run as Run
+    from lorafit.report.run import name_without as name_without
     from lorafit.report.run import read_back as read_back
     from lorafit.report.run import steps_text as steps_text
 
@@ -21,7 +25,8 @@ __getattr__ = door(
     __name__,
     {
         "html": "PAGE_MARK make_page write_page",
+        "elsewhere": "Use uses_of_adapter uses_of_merged",
         "model_card": "adapter_card merged_card",
-        "run": "DAMAGED Run read_back steps_text",
+        "run": "DAMAGED Run name_without read_back steps_text",
     },
 )

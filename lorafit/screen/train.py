@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -33,8 +33,11 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.outputs import PAGE
-from lorafit.screen.console import LABEL, Screen, clip
+from lorafit.screen.console import LABEL, Screen, clip, show_uses
 from lorafit.units import bytes_text, compared, count, epochs_text, figures, rows_text, seconds_text, short
+
+if TYPE_CHECKING:
+    from lorafit.report import Use
 
 BAR, SHORTEST_BAR = 12, 5  # columns of the bar
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
@@ -286,8 +289,8 @@ def _cache_text(event: PrefixCache) -> str:
     )
 
 
-def show_train_report(screen: Screen, report: TrainReport) -> None:
-    """The result of the run, and the next commands."""
+def show_train_report(screen: Screen, report: TrainReport, uses: Sequence[Use] = ()) -> None:
+    """The result of the run, the next commands, and the lines for other tools."""
     if report.eval:
         before, after = report.eval["before"], report.eval["after"]
         screen.line(
@@ -328,5 +331,5 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
     commands += [["chat", report.output]] if report.task != "masked" else []
     commands += [["merge", report.output, "-o", f"{name}-merged"]]
-    for number, command in enumerate(commands):
-        screen.command("" if number else "next", shlex.join(["lorafit", *command]))
+    screen.commands("next", (shlex.join(["lorafit", *command]) for command in commands))
+    show_uses(screen, uses)
