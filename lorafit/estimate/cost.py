@@ -27,6 +27,9 @@ LINK_RATE = {"cuda": 2e10, "cpu": 3e8}
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
 
 
+NOT_EXACT = "no frozen layers below the band that can be cached exactly"
+
+
 def estimate(
     plan: Plan,
     model_map: ModelMap,
@@ -54,60 +57,41 @@ def estimate(
     one; they share the work, and a ring sends 2 (W - 1) / W of the gradients' bytes a step (Patarasuk and
     Yuan, Bandwidth optimal all-reduce algorithms, 2009).
     """
-    item = ITEMSIZE.get(shape.dtype, 4)
     profile = profile or by_formula(plan, model_map, shape)
-    adapter = plan.adapter_bytes
-    size = 0
-    cache = Choice(
-        "off",
-        "no frozen layers below the band that can be cached exactly"
-        if not replay
-        else "the number of rows is unknown",
-    )
-    if work and replay:
+
+    def states(passes: float) -> Choice:
+        """Where the frozen layers' output is kept in so many passes over the rows."""
+        if not (work and replay):
+            return Choice("off", "the number of rows is unknown" if replay else NOT_EXACT)
+        item = ITEMSIZE.get(shape.dtype, 4)
         size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens) // processes
-        cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
-    kept = replace(cache, bytes=size)
+        return replace(choose(prefix_cache, passes, size, free, free_on_disk, False), bytes=size)
+
+    cache = states(work.passes if work else 0.0)
     rate = ASSUMED_RATE.get(device, 1e11)
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    sent = 2 * (processes - 1) / processes * adapter
+    sent = 2 * (processes - 1) / processes * plan.adapter_bytes
     link = LINK_RATE.get(device, 3e8)
     timing = replace(timing, step=timing.step + sent / link)
-    memory = Memory(
-        weights=weight_bytes(model_map, item, held_as(model_map, shape.quantize)),
-        adapter=adapter,
-        gradients=adapter,
-        # its state, and the adapter as it last was sound, in float32
-        optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
-        activations=profile.activations,
-        logits=profile.logits,
-        workspace=profile.workspace,
-        heap=profile.heap,
-        # a GPU's lies in the host's memory
-        prefix_cache=size if cache.where == "memory" and device != "cuda" else 0,
-    )
+    memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
     residency = Residency("resident", "")
     reason = not_streamable(model_map, plan, shape, processes, replay)
     if shape.residency != "resident" and not reason:
-        once = choose(prefix_cache, max(2.0, work.passes), size, free, free_on_disk, False) if work else cache
-        once = replace(once, bytes=size)
-        less, streaming = streamed(memory, plan, model_map, shape, work, once, free)
-        if device != "cuda" and once.where == "memory":
-            less = replace(less, prefix_cache=size)
-        if shape.residency == "stream" or (
-            room and not fits_whole(memory.peak, room) and less.peak < memory.peak
-        ):
-            why = (
-                "--prefix-residency stream"
-                if shape.residency == "stream"
-                else (f"holding all layers takes {bytes_text(memory.peak)} of {bytes_text(room)} free")
-            )
-            memory, residency, kept = less, replace(streaming, reason=why), once
+        once = states(
+            max(2.0, work.passes if work else 0.0)
+        )  # streamed layers run once, however short the run
+        whole_peak, less = memory.peak, _memory(plan, model_map, shape, profile, optimizer, once, device)
+        less, streaming = streamed(less, plan, model_map, shape, work, once, free)
+        why = f"holding all layers takes {bytes_text(whole_peak)} of {bytes_text(room)} free"
+        if shape.residency == "stream":
+            memory, residency, cache = less, replace(streaming, reason="--prefix-residency stream"), once
+        elif room and not fits_whole(whole_peak, room) and less.peak < whole_peak:
+            memory, residency, cache = less, replace(streaming, reason=why), once
     elif shape.residency == "stream":
         residency = Residency("resident", reason)
-    whole, replayed, total = _seconds(timing, work, processes, replay, kept.where != "off", residency)
+    whole, replayed, total = _seconds(timing, work, processes, replay, cache.where != "off", residency)
     return Estimate(
         shape=shape,
         memory=memory,
@@ -119,7 +103,7 @@ def estimate(
         seconds_per_epoch_replayed=replayed,
         seconds=total,
         tokens_per_second=processes / timing.token if timing.token else 0.0,
-        prefix_cache=kept,
+        prefix_cache=cache,
         prefix_residency=residency,
         assumptions=(
             *_assumptions(shape, profile, timing, device, rate, optimizer),
@@ -129,6 +113,32 @@ def estimate(
             *notes,
         ),
         processes=processes,
+    )
+
+
+def _memory(
+    plan: Plan,
+    model_map: ModelMap,
+    shape: Shape,
+    profile: Profile,
+    optimizer: str,
+    cache: Choice,
+    device: str,
+) -> Memory:
+    """The memory of a step that holds all layers."""
+    adapter = plan.adapter_bytes
+    return Memory(
+        weights=weight_bytes(model_map, ITEMSIZE.get(shape.dtype, 4), held_as(model_map, shape.quantize)),
+        adapter=adapter,
+        gradients=adapter,
+        # its state, and the adapter as it last was sound, in float32
+        optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
+        activations=profile.activations,
+        logits=profile.logits,
+        workspace=profile.workspace,
+        heap=profile.heap,
+        # a GPU's lies in the host's memory
+        prefix_cache=cache.bytes if cache.where == "memory" and device != "cuda" else 0,
     )
 
 

@@ -183,7 +183,7 @@ class Forecast:
             prefix_cache=self.config.prefix_cache,
             optimizer=self.config.optimizer,
             processes=self.processes,
-            free=free_memory(),
+            free=min(free_memory(), self.room or free_memory()) if self.device == "cpu" else free_memory(),
             room=self.room,
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),

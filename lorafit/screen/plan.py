@@ -153,6 +153,8 @@ def _time_text(estimate: Estimate) -> str:
     plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
     if estimate.prefix_cache.where == "off" or estimate.seconds is None:
         return f"{text}{plain} at {speed}"
+    if estimate.prefix_residency.where == "stream":
+        return f"{text}{seconds_text(estimate.seconds)} with the reading"
     return f"{text}{seconds_text(estimate.seconds)} with the frozen-layer cache, {plain} without"
 
 

@@ -149,9 +149,9 @@ class TrainView:
         speed = f"{short(event.done / max(1e-9, event.seconds))} tok/s"
         if event.done == event.tokens:
             self.close()
-            self.screen.line(
-                "cached", f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
-            )
+            read = f", {bytes_text(event.bytes_read)} of weights read" if event.bytes_read else ""
+            done = f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
+            self.screen.line("cached", done + read)
         elif self.screen.live:
             if self.progress is None:
                 columns = (
@@ -282,7 +282,11 @@ def bar_parts(width: int, steps: int, epochs: int) -> dict[str, int]:
 def _cache_text(event: PrefixCache) -> str:
     if event.where == "off":
         return f"frozen-layer cache off: {event.reason}"
-    layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
+    several = event.layers > 1
+    layers = f"layers 0–{event.layers - 1}" if several else "layer 0"
+    if event.streamed:
+        layers += " are read from disk as they" if several else " is read from disk as it"
+    layers += " run" if several else " runs"
     return (
         f"{layers} once per row; every epoch reads the result from {event.where} "
         f"({bytes_text(event.bytes)}; {event.reason})"
