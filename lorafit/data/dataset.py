@@ -100,7 +100,7 @@ def load(
             out = np.zeros(len(numbers), dtype=bool) if apart else next(chosen)
             kept.append(numbers[out])
             keeping.append(numbers[~out])
-        train.append(as_often(np.concatenate(keeping), data.weight, config.seed))
+        train.append(as_often(np.concatenate(keeping), data.weight, config.seed_of_data))
     for data in others:
         for part in data.parts:
             kept.append(np.arange(len(part.store)) + sum(map(len, stores)))

@@ -8,8 +8,11 @@ from lorafit.lazy import door
 
 if TYPE_CHECKING:
     from lorafit.train.checkpoint import STATE_FILES as STATE_FILES
+    from lorafit.train.job import Base as Base
     from lorafit.train.job import Job as Job
     from lorafit.train.job import assemble as assemble
+    from lorafit.train.job import load_base as load_base
+    from lorafit.train.job import put_on as put_on
     from lorafit.train.loggers import Listener as Listener
     from lorafit.train.loggers import recorded as recorded
     from lorafit.train.loggers import records as records
@@ -22,7 +25,7 @@ __getattr__ = door(
     __name__,
     {
         "checkpoint": "STATE_FILES",
-        "job": "Job assemble",
+        "job": "Base Job assemble load_base put_on",
         "loggers": "Listener recorded records",
         "loop": "run",
         "run_folder": "RunFolder claim",

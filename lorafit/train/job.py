@@ -51,7 +51,7 @@ from lorafit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(slots=True)
@@ -80,7 +80,7 @@ class Job:
         lengths = self.rows.train.lengths
         if self.task == "seq2seq":
             lengths = lengths + self.rows.train.target_lengths
-        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed)
+        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed_of_data)
 
     @property
     def batch_size(self) -> int:
@@ -159,22 +159,20 @@ class Job:
         ]
 
 
-def assemble(
-    source: ModelSource,
-    found: ModelMap,
-    config: RunConfig,
-    plan: Plan,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: RunFolder,
-    stop: Callable[[], int] = lambda: 0,
-    predicted: Predicted | None = None,
-    world: World = ALONE,
-) -> Job:
-    """Load the model and put the planned adapter in, checked to be what was planned.
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A model, loaded, for one job after another. `before` is what the process held before, in bytes."""
 
-    `predicted` is the forecast of the run; it is reported beside what is measured.
-    """
+    model: PreTrainedModel
+    source: ModelSource
+    found: ModelMap
+    device: torch.device
+    fingerprint: str
+    before: int
+
+
+def load_base(source: ModelSource, found: ModelMap, config: RunConfig, world: World = ALONE) -> Base:
+    """Load the model of a run. Raises RequestError and RunError as `load_model` does."""
     device = pick_device(config.device)
     if device.type == "cuda" and not world.alone:
         device = torch.device("cuda", world.local_rank)
@@ -191,27 +189,64 @@ def assemble(
     model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
-    peft_model = inject_plan(model, plan, found.task)
+    return Base(model, source, found, device, fingerprint(source.place), before)
+
+
+def put_on(
+    base: Base,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
+    world: World = ALONE,
+) -> Job:
+    """Put the planned adapter into a base, checked to be what was planned; what it starts with follows from the
+    seed alone.
+
+    `predicted` is the forecast of the run; it is reported beside what is measured.
+    """
+    torch.manual_seed(config.seed)
+    peft_model = inject_plan(base.model, plan, base.found.task)
     if config.from_adapter:
         put_in(peft_model, locate(config.from_adapter))
     if config.gradient_checkpointing:
-        checkpoint_activations(peft_model, blocks_below(model, plan))
+        checkpoint_activations(peft_model, blocks_below(base.model, plan))
     return Job(
         peft_model,
-        found.task,
+        base.found.task,
         config,
         plan,
         rows,
         tokenizer,
-        found,
-        device,
+        base.found,
+        base.device,
         folder,
         stop,
         predicted,
-        fingerprint(source.place),
-        before,
+        base.fingerprint,
+        base.before,
         world,
     )
+
+
+def assemble(
+    source: ModelSource,
+    found: ModelMap,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
+    world: World = ALONE,
+) -> Job:
+    """Load the model and put the planned adapter in."""
+    base = load_base(source, found, config, world)
+    return put_on(base, config, plan, rows, tokenizer, folder, stop, predicted, world)
 
 
 def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
