@@ -21,6 +21,7 @@ ROWS = [
     ["estimate"],
     ["evaluate"],
     ["train", "merge"],
+    ["compare"],
     ["hub", "screen"],
     ["cli"],
     ["__main__"],

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix import trained_in as trained_in
     from lorafit.forward.prefix_store import DiskStore as DiskStore
     from lorafit.forward.prefix_store import MemoryStore as MemoryStore
+    from lorafit.forward.prefix_store import StateStore as StateStore
     from lorafit.forward.prefix_store import states_folder as states_folder
     from lorafit.forward.prefix_store import states_key as states_key
 
@@ -33,6 +34,6 @@ __getattr__ = door(
         "loss": "chunk_for",
         "placement": "COMFORTABLE Choice choose",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
-        "prefix_store": "DiskStore MemoryStore states_folder states_key",
+        "prefix_store": "DiskStore MemoryStore StateStore states_folder states_key",
     },
 )

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from lorafit.train.loggers import recorded as recorded
     from lorafit.train.loggers import records as records
     from lorafit.train.loop import run as run
+    from lorafit.train.measure import memory_before as memory_before
+    from lorafit.train.measure import peak_memory as peak_memory
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
     from lorafit.train.trackers import trackers_of as trackers_of
@@ -28,6 +30,7 @@ __getattr__ = door(
         "job": "Base Job assemble load_base put_on",
         "loggers": "Listener recorded records",
         "loop": "run",
+        "measure": "memory_before peak_memory",
         "run_folder": "RunFolder claim",
         "trackers": "trackers_of",
     },

@@ -25,6 +25,7 @@ from lorafit.forward import (
     Forward,
     MemoryStore,
     Prefix,
+    StateStore,
     base_of,
     blocks_below,
     checkpoint_activations,
@@ -74,6 +75,9 @@ class Job:
     world: World = ALONE
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
+    states: Callable[[str, int], tuple[StateStore, dict[int, int]]] | None = (
+        None  # by cut, shared by several jobs
+    )
 
     def __post_init__(self) -> None:
         self.parameters = list(trainable(self.model).values())
@@ -279,7 +283,7 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
     passes = job.steps / job.steps_per_epoch
     free, on_disk = free_memory(), free_disk(states_folder())
-    choice = choose(asked, passes, size, free, on_disk, place.exists())
+    choice = choose(asked, passes if job.states is None else 2, size, free, on_disk, place.exists())
     where, reason = job.world.told([choice.where, choice.reason])
     choice = Choice(where, reason, size)
     if choice.where == "off":
@@ -293,7 +297,10 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         reason = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
-    if choice.where == "disk":
+    if job.states is not None:
+        prefix.store, prefix.forms = job.states(stack, cut)
+        choice = Choice("memory", "shared by all candidates with this cut", size)
+    elif choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)

@@ -1,0 +1,135 @@
+"""What a comparison will take before it starts: seconds, memory and disk of each candidate, and how many steps fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lorafit.compare.candidates import Candidate
+from lorafit.errors import RequestError
+from lorafit.estimate import Estimate, Forecast, prepare
+from lorafit.events import DataReport
+from lorafit.model import ModelMap, ModelSource
+from lorafit.settings import RunConfig
+from lorafit.units import seconds_text
+
+EACH = 0.4  # seconds that a candidate takes beside its passes: putting it in, saving, its page
+FEWEST = 10  # steps of a candidate, at least: fewer tell nothing
+FILES = 300_000  # bytes of a run's folder beside the adapter: settings, events, page, held-out rows
+
+Tick = Callable[[float, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """The candidates with their settings completed, and what each will cost; `fill` is the seconds of the one pass
+    that makes the states of all cuts, `states` their bytes."""
+
+    candidates: tuple[Candidate, ...]
+    costs: Mapping[str, Estimate]
+    seconds: Mapping[str, float]
+    fill: float
+    states: int
+    forecasts: Mapping[str, Forecast]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole comparison."""
+        return self.fill + sum(self.seconds.values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak: of the largest candidate, and the states of the other cuts."""
+        return max(cost.memory.peak - cost.memory.prefix_cache for cost in self.costs.values()) + self.states
+
+    @property
+    def disk(self) -> int:
+        """Bytes that all run folders take."""
+        return sum(one.plan.adapter_bytes + FILES for one in self.candidates)
+
+
+def look_ahead(
+    source: ModelSource,
+    found: ModelMap,
+    candidates: Sequence[Candidate],
+    look: DataReport,
+    budget: float | None = None,
+    tick: Tick = lambda done, total: None,
+) -> Ahead:
+    """The forecast of all candidates, as `plan` makes it, with one timing for all; within `budget` seconds, where one
+    is set: all take as many steps as then fit.
+
+    Raises RequestError where fewer than FEWEST steps do.
+    """
+    made = _forecast(source, found, candidates, look, tick)
+    if budget is None:
+        return made
+    steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
+    beside = made.fill + sum(EACH for _ in candidates)
+    each = sum((made.seconds[name] - EACH) / steps[name] for name in steps)
+    fit = int((budget - beside) / each) if each else max(steps.values())
+    if fit < FEWEST:
+        least = beside + FEWEST * each
+        raise RequestError(
+            f"--budget {seconds_text(budget)} allows {max(0, fit)} steps for each of {len(candidates)} candidates, and "
+            f"{FEWEST} is the least",
+            f"--budget {round(least) + 1}s, or fewer candidates",
+        )
+    if fit >= max(steps.values()):
+        return made
+    cut = [replace(one, config=_limited(one, fit)) for one in candidates]
+    return _forecast(source, found, cut, look, tick)
+
+
+def _limited(one: Candidate, steps: int) -> RunConfig:
+    """The settings with that many steps at most."""
+    config = one.config
+    least = min(steps, config.max_steps or steps)
+    return replace(config, max_steps=least, origin={**config.origin, "max_steps": "derived: to fit --budget"})
+
+
+def _forecast(
+    source: ModelSource, found: ModelMap, candidates: Sequence[Candidate], look: DataReport, tick: Tick
+) -> Ahead:
+    done, costs, seconds, forecasts, notes = [], {}, {}, {}, []
+    first: tuple[Candidate, Forecast] | None = None
+    timing = None
+    states: dict[tuple[tuple[str, int], ...], int] = {}
+    fill = 0.0
+    for number, one in enumerate(candidates):
+        ahead, config = prepare(one.config, source, found, look=look, seconds=1.0)
+        one = replace(one, config=config)
+        if first is None:
+            first, timing = (one, ahead), ahead.timing(one.plan)
+        scaled = first[1].scaled(timing, first[0].plan, one.plan, ahead.shape)
+        cost = ahead.estimate(one.plan, scaled)
+        done.append(one)
+        costs[one.name], forecasts[one.name] = cost, ahead
+        notes += ahead.notes
+        whole, replayed = cost.seconds_per_epoch or 0.0, cost.seconds_per_epoch_replayed
+        shares = replayed is not None and config.prefix_cache != "off" and any(cut for _, cut in one.cut)
+        if shares and replayed is not None:
+            states[one.cut] = cost.prefix_cache.bytes
+            fill = max(fill, whole - replayed)
+        passes = (replayed if shares and replayed is not None else whole) * (cost.epochs or 1.0)
+        # held-out rows are scored three times, forward only: a third of a training pass
+        beside = whole / max(1, look.tokens) * look.held_out_tokens
+        seconds[one.name] = passes + beside + EACH
+        tick(number + 1, len(candidates))
+    return Ahead(
+        tuple(done), costs, seconds, fill, sum(states.values()), forecasts, tuple(dict.fromkeys(notes))
+    )
+
+
+def parse_duration(text: str, flag: str = "--budget") -> float:
+    """`10m`, `90s`, `1h`, `1h30m` in seconds. Raises RequestError for anything else, a number without a unit among
+    it."""
+    match = re.fullmatch(
+        r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text
+    )
+    found = [float(part or 0) for part in match.groups()] if match else [0.0]
+    if not sum(found):
+        raise RequestError(f"{flag} is `{text}`: it takes a time with its unit", "e.g. 10m, 90s or 1h30m")
+    return 3600 * found[0] + 60 * found[1] + found[2]
