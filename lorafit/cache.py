@@ -28,6 +28,10 @@ SMALL = {"maps": "models", "forecasts": "estimates", "digests": "weight files"}
 
 INDEX, FILLING = "index.json", ".filling-"
 
+JOURNAL = "journal.jsonl"  # in an entry that is filled: what is in it so far, where another process may go on
+
+LEFT = 7 * 24 * 3600  # seconds that what a killed process left may be gone on with
+
 
 @dataclass(frozen=True, slots=True)
 class Stored:
@@ -84,13 +88,25 @@ def folder(kind: str) -> Path:
     return cache_folder() / kind
 
 
-def filling(entry: Path) -> Path:
-    """The name under which this process fills an entry; its folder is made, killed ones are swept."""
+def filling(entry: Path, taking_over: bool = False) -> Path:
+    """The name under which this process fills an entry; its folder is made, killed ones are swept. With
+    `taking_over` it is the folder of a killed process that filled the same entry, where there is one."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    _sweep(entry.parent)
     beside = entry.with_name(f"{entry.name}{FILLING}{os.getpid()}")
+    for left in entry.parent.glob(f"{entry.name}{FILLING}*") if taking_over and not beside.exists() else ():
+        if _is_left(left):
+            with suppress(OSError):  # another process was first
+                left.rename(beside)
+                break
+    _sweep(entry.parent)
     beside.mkdir(exist_ok=True)
     return beside
+
+
+def leave(beside: Path) -> None:
+    """Leave a folder that is not whole to the next process that fills the same entry."""
+    with suppress(OSError):  # another one is left already
+        beside.rename(beside.with_name(f"{beside.name.partition(FILLING)[0]}{FILLING}left"))
 
 
 def finish(beside: Path, entry: Path, index: dict[str, Any]) -> None:
@@ -111,17 +127,44 @@ def index_of(entry: Path) -> dict[str, Any] | None:
 
 def _sweep(parent: Path) -> None:
     for path in parent.glob(f"*{FILLING}*"):
-        pid = path.name.rpartition("-")[2]
-        if not pid.isdigit() or not alive(int(pid)):
+        if _is_left(path) and not _resumable(path):
             shutil.rmtree(path, ignore_errors=True)
 
 
+def _is_left(path: Path) -> bool:
+    """Whether the process that filled that folder is gone."""
+    pid = path.name.rpartition("-")[2]
+    return not pid.isdigit() or not alive(int(pid))
+
+
+def _resumable(path: Path) -> bool:
+    """Whether another process may go on with what lies in that folder."""
+    try:
+        return time.time() - (path / JOURNAL).stat().st_mtime < LEFT
+    except OSError:
+        return False
+
+
+def _about_left(path: Path) -> dict[str, Any] | None:
+    """What the journal of a folder that is not whole says of it; None where no process may go on with it."""
+    if not (_is_left(path) and _resumable(path)):
+        return None
+    try:
+        lines = (path / JOURNAL).read_text(encoding="utf-8").splitlines()
+        found = json.loads(lines[0])
+        share = (len(lines) - 1) / found["expected"]
+        made = (path / JOURNAL).stat().st_mtime
+        return {**found, "about": f"{found['about']}, {share:.0%} filled", "made": made}
+    except (OSError, ValueError, LookupError, TypeError):
+        return None
+
+
 def kept() -> list[Stored]:
-    """The whole entries on this machine, the newest first."""
+    """The entries on this machine, the newest first: whole ones, and those that another process may go on with."""
     found = []
     for kind in KINDS:
         for path in folder(kind).glob("*"):
-            index = index_of(path) if FILLING not in path.name else None
+            index = index_of(path) if FILLING not in path.name else _about_left(path)
             if index is None:
                 continue
             with suppress(ValueError, TypeError):  # an index that was damaged

@@ -13,7 +13,7 @@ HOUSE = ROOT / "lorafit"
 ROWS = [
     ["errors", "units", "jsonio", "system", "lazy"],
     ["cache", "distributed"],
-    ["digests", "events", "demo"],
+    ["digests", "events", "results", "demo"],
     ["outputs", "model"],
     ["settings"],
     ["data", "adapter"],

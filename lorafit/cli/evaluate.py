@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.data import RowSet
-    from lorafit.events import EvalReport
     from lorafit.model import ModelMap
+    from lorafit.results import EvalReport
     from lorafit.settings import RunConfig
 
 GENERATION, BENCHMARKS = "Generation", "Benchmarks"

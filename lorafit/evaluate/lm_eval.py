@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError, RunError
-from lorafit.events import Benchmark
+from lorafit.results import Benchmark
 from lorafit.settings import read_yaml
 
 if TYPE_CHECKING:

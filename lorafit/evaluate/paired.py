@@ -8,7 +8,8 @@ from math import sqrt
 
 import numpy as np
 
-from lorafit.events import AdapterScore, Loss, Score
+from lorafit.events import Loss
+from lorafit.results import AdapterScore, Score
 
 DRAWS, COVERED = 2000, 0.95  # resamplings of the rows behind an interval, and what it covers
 

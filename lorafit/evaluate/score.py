@@ -61,6 +61,11 @@ class Evaluator:
         lengths = self.rows.lengths
         return int(sum(len(part) * lengths[list(part)].max() for part in self.world.share(self.parts)))
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the rows that this process runs."""
+        return int(sum(self.rows.lengths[list(part)].sum() for part in self.world.share(self.parts)))
+
     def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
         """(row numbers, batch) of this process's share in one fixed order, on the device."""
         task = self.forward.task

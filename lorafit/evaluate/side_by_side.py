@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -12,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lorafit.adapter import adapted_names, attach, changes_its_base, read_config, tensor_names
-from lorafit.data import Batch, RowSet, rendered
+from lorafit.data import RowSet, rendered
 from lorafit.evaluate.generate import Generator, Prompt, Sampling, row_prompts
 from lorafit.evaluate.lm_eval import Tasks
 from lorafit.evaluate.paired import RowScore, paired_score, summed
 from lorafit.evaluate.score import Evaluator
-from lorafit.events import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
-from lorafit.forward import COMFORTABLE, Forward, MemoryStore, Prefix, cut_of, refusal
+from lorafit.forward import COMFORTABLE, Forward, MemoryStore, Prefix, cut_of, fill, refusal
 from lorafit.model import ModelMap, ModelSource, load_model
+from lorafit.results import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
 from lorafit.system import free_memory
 
 if TYPE_CHECKING:
@@ -53,20 +52,6 @@ class _ModelResult:
     scores: list[list[RowScore]]
     said: list[str]
     reached: list[Benchmark]
-
-
-class _All:
-    """Several prefixes around one pass: each keeps the state that enters its own cut."""
-
-    def __init__(self, prefixes: Sequence[Prefix]) -> None:
-        self.prefixes = prefixes
-
-    @contextmanager
-    def around(self, batch: Batch) -> Iterator[None]:
-        with ExitStack() as stack:
-            for prefix in self.prefixes:
-                stack.enter_context(prefix.around(batch))
-            yield
 
 
 @torch.no_grad()
@@ -115,17 +100,16 @@ def compare(
 
     cuts = [_cut(path, found, base) for path in adapters]
     prefixes = _prefixes(cuts, found, base, evaluators)
-    of_base = run_model(base, _All(list(prefixes.values())), "base")
+    batches = (batch for each in evaluators for _, batch in each.batches())
+    for _ in fill(list(prefixes.values()), batches, partial(forward.run, base), device) if prefixes else ():
+        pass
+    of_base = run_model(base, _exact(prefixes.get(max(cuts)), forward, base, evaluators), "base")
     of_adapters, adapted = [], {}
     for number, path in enumerate(adapters):
         peft_model = attach(base, path)
-        prefix = prefixes.get(cuts[number])
-        if prefix is not None:
-            _, first = next(evaluators[0].batches())
-            seen = partial(_losses, forward, peft_model)
-            prefix = None if prefix.differs(first, seen) else prefix
         adapted[path] = adapted_names(peft_model)
-        of_adapters.append(run_model(peft_model, prefix or Prefix(), path))
+        prefix = _exact(prefixes.get(cuts[number]), forward, peft_model, evaluators)
+        of_adapters.append(run_model(peft_model, prefix, path))
         base = peft_model.unload()
         if changes_its_base(read_config(path)) and number + 1 < len(adapters):
             base = load_model(source, dtype, device, quantize)
@@ -152,8 +136,16 @@ def _moved(prefixes: Mapping[int, Prefix], base: Any, found: ModelMap) -> dict[i
     return made
 
 
-def _losses(forward: Forward, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
-    return forward.scores(model, batch)[0]
+def _exact(
+    prefix: Prefix | None, forward: Forward, model: torch.nn.Module, evaluators: Sequence[Evaluator]
+) -> Prefix:
+    """That prefix where its replay gives the losses of a whole pass over the first rows, else one that runs
+    every pass whole."""
+    if prefix is None:
+        return Prefix()
+    _, first = next(evaluators[0].batches())
+    reason, _ = prefix.differs(first, lambda batch: forward.scores(model, batch)[0])
+    return Prefix() if reason else prefix
 
 
 def _cut(path: str, found: ModelMap, base: torch.nn.Module) -> int:

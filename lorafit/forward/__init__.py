@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix import cut_of as cut_of
     from lorafit.forward.prefix import refusal as refusal
     from lorafit.forward.prefix import trained_in as trained_in
+    from lorafit.forward.prefix_fill import Sweep as Sweep
+    from lorafit.forward.prefix_fill import fill as fill
     from lorafit.forward.prefix_store import DiskStore as DiskStore
     from lorafit.forward.prefix_store import MemoryStore as MemoryStore
     from lorafit.forward.prefix_store import StateStore as StateStore
@@ -30,6 +32,7 @@ __getattr__ = door(
     __name__,
     {
         "activations": "base_of checkpoint_activations",
+        "prefix_fill": "Sweep fill",
         "head": "Forward routes_for_loss",
         "loss": "chunk_for",
         "placement": "COMFORTABLE Choice choose",

@@ -119,6 +119,11 @@ class Forward:
                 found["decoder_attention_mask"] = (batch.labels != IGNORED).long()
         return found
 
+    def run(self, model: torch.nn.Module, batch: Batch) -> None:
+        """Run the model's own forward, to its end or until a stand-in ends it."""
+        with suppress(Reached):
+            base_of(model)(**self.arguments(model, batch))
+
     def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """logits_NV of the supervised tokens, in the model's dtype."""
         return torch.cat(list(self.chunks(model, batch)))

@@ -1,8 +1,8 @@
-"""The frozen prefix, run once a micro-batch: the hidden state that enters the cut is kept and handed on.
+"""The frozen prefix, replayed: the hidden state that enters the cut is handed on in place of the blocks below.
 
 Everything under the lowest adapted layer is frozen, so what it makes of the same tokens is the same
-in every epoch. In the first the state that enters the cut is captured as it goes by; afterwards the
-blocks below are stood in for (stand_in.py), while the model still builds its own masks and positions. It is exact,
+in every epoch. prefix_fill.py runs it once over every micro-batch, before the first step; afterwards the blocks
+below are stood in for (stand_in.py), while the model still builds its own masks and positions. It is exact,
 and tried on a real micro-batch before it is used, or it is refused with the reason.
 """
 
@@ -22,6 +22,8 @@ from lorafit.forward.head import routes_for_loss
 from lorafit.forward.prefix_store import MemoryStore, StateStore
 from lorafit.forward.stand_in import HandOn, Tap, in_place
 from lorafit.model import ModelMap
+
+READS_BELOW = "something above the cut reads the layers below it"
 
 
 def refusal(
@@ -104,8 +106,6 @@ class Prefix:
         self.blocks: dict[str, torch.nn.Module] = dict(stack.named_children()) if stack is not None else {}
         self.cut = cut
         self.store: StateStore = MemoryStore()
-        self.replayed = self.captured = 0  # micro-batches
-        self.given_up = ""  # why there is a cache no longer
         self.forms: dict[int, int] = {}  # the members of each lower block's output; 0 for a bare tensor
 
     @classmethod
@@ -115,40 +115,27 @@ class Prefix:
 
     @contextmanager
     def around(self, batch: Batch) -> Iterator[None]:
-        """Around a forward pass: replayed where the micro-batch was seen before, else captured."""
-        if not self.cut or not batch.key:
+        """Around a forward pass: replayed where the state of the micro-batch is stored, else a whole one."""
+        state = self.store.get(batch.key) if self.cut and batch.key else None
+        if state is None:
             yield
             return
-        state = self.store.get(batch.key)
-        if state is not None:
-            with self._replayed(state.to(batch.places.device, non_blocking=True)):
-                yield
-            self.replayed += 1
-        else:
-            with self._captured() as tap:
-                yield
-            self.captured += 1
-            try:
-                self.store.put(batch.key, tap.state)
-            except OSError as error:  # nothing is lost but time: every pass is a whole one from here on
-                self.store.close()
-                self.cut, self.given_up = 0, f"its file could not be written: {error.strerror}"
+        with self.replayed(state.to(batch.places.device, non_blocking=True)):
+            yield
 
-    def prove(self, batch: Batch, losses: Callable[[Batch], Any]) -> None:
-        """Compare one state of a store that was found with a fresh pass over that micro-batch: where they
-        differ, nothing that was stored is used. `losses` runs the pass."""
-        if not getattr(self.store, "proved", True):
-            with self.around(batch):
-                losses(batch)
-            self.captured = 0
+    def give_up(self) -> None:
+        """Run every pass whole from here on."""
+        self.store.filled()
+        self.store.close()
+        self.cut = 0
 
     def close(self) -> None:
-        """Let go of the states; a file that is not whole is removed."""
+        """Let go of the states."""
         self.store.close()
 
     @torch.no_grad()
-    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> str:
-        """Why a replay of that micro-batch is not what a whole pass is; empty when it is.
+    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> tuple[str, torch.Tensor]:
+        """(why a replay of that micro-batch is not what a whole pass is, empty when it is; the state of it).
 
         `losses` runs one pass and says what each supervised token lost, (N,). Another text goes through
         in between, so that what a layer left behind for those above it is another's. Equal to the bit,
@@ -158,25 +145,34 @@ class Prefix:
         ids = batch.inputs["input_ids"]
         other = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(1)})
         try:
-            with self._captured() as tap:
-                whole = losses(batch)
-            state = tap.state.clone()
+            whole, state = self.run_whole(batch, losses)
+            kept = state.clone()
             losses(other)
-            with self._replayed(tap.state):
+            with self.replayed(state):
                 replayed = losses(batch)
         except Exception as error:  # a model's own code may fail on blocks that only pass on
-            return f"the model does not take it: {type(error).__name__}"
-        if not torch.equal(state, tap.state):
-            return "a block changes its input in place"
+            return f"the model does not take it: {type(error).__name__}", torch.empty(0)
+        if not torch.equal(kept, state):
+            return "a block changes its input in place", kept
         off = (whole - replayed).abs().max().item()
         if off and off > 4 * (whole - losses(batch)).abs().max().item():
-            return "something above the cut reads the layers below it"
-        return ""
+            return READS_BELOW, kept
+        return "", kept
+
+    def run_whole(
+        self, batch: Batch, losses: Callable[[Batch], torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """(what each supervised token lost in a whole pass, (N,); the state that entered the cut, (B, T, D))."""
+        assert self.stack is not None
+        name, block = list(self.blocks.items())[self.cut]
+        tap = Tap(block)
+        with self.noting(0, self.cut), in_place(self.stack, {name: tap}):
+            whole = losses(batch)
+        return whole, tap.state
 
     @contextmanager
-    def _captured(self) -> Iterator[Tap]:
-        """While here, what stands at the cut keeps the state that enters it."""
-        assert self.stack is not None
+    def noting(self, first: int, last: int) -> Iterator[None]:
+        """While here, the blocks from `first` to before `last` note the form of their output."""
 
         def note(number: int) -> Callable[[torch.nn.Module, Any, Any], None]:
             def seen(_: torch.nn.Module, __: Any, output: Any) -> None:
@@ -184,23 +180,23 @@ class Prefix:
 
             return seen
 
-        (name, block), below = list(self.blocks.items())[self.cut], list(self.blocks.values())[: self.cut]
-        tap, hooks = Tap(block), []
-        if not self.forms:
-            hooks = [lower.register_forward_hook(note(n)) for n, lower in enumerate(below)]
+        numbers = [number for number in range(first, last) if number not in self.forms]
+        blocks = list(self.blocks.values())
+        hooks = [blocks[number].register_forward_hook(note(number)) for number in numbers]
         try:
-            with in_place(self.stack, {name: tap}):
-                yield tap
+            yield
         finally:
             for hook in hooks:
                 hook.remove()
 
     @contextmanager
-    def _replayed(self, state: torch.Tensor) -> Iterator[None]:
-        """While here, the blocks below the cut hand on what they are given, the first one the state."""
+    def replayed(self, state: torch.Tensor | None, cut: int | None = None) -> Iterator[None]:
+        """While here, the blocks below the cut, or below another one, hand on what they are given, the first of
+        them the state."""
         assert self.stack is not None
-        below = list(self.blocks.items())[: self.cut]
+        below = list(self.blocks.items())[: self.cut if cut is None else cut]
         stand_ins = {name: HandOn(block, self.forms.get(n, 0)) for n, (name, block) in enumerate(below)}
-        next(iter(stand_ins.values())).state = state
+        if stand_ins:
+            next(iter(stand_ins.values())).state = state
         with in_place(self.stack, stand_ins):
             yield

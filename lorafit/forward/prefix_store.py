@@ -16,15 +16,25 @@ import torch
 from lorafit import __version__, cache
 from lorafit.system import installed
 
-FORMAT = 2
+FORMAT = 3
+
+STATES = "states.bin"
 
 
 class StateStore(Protocol):
     """Hidden states by the key of their micro-batch."""
 
+    def has(self, key: str) -> bool: ...
+
     def get(self, key: str) -> torch.Tensor | None: ...
 
-    def put(self, key: str, state: torch.Tensor) -> None: ...
+    def put(self, key: str, state: torch.Tensor) -> None:
+        """Raises OSError where the disk is full."""
+        ...
+
+    def filled(self) -> None:
+        """All states that will be asked for are there."""
+        ...
 
     def close(self) -> None: ...
 
@@ -38,6 +48,9 @@ class MemoryStore:
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     pinned: torch.Tensor | None = None
     used: int = 0
+
+    def has(self, key: str) -> bool:
+        return key in self.states
 
     def get(self, key: str) -> torch.Tensor | None:
         return self.states.get(key)
@@ -56,6 +69,9 @@ class MemoryStore:
         self.used += size
         return part.view(state.dtype).view(state.shape)
 
+    def filled(self) -> None:
+        """Nothing more to do: what lies in memory is whole at any time."""
+
     def close(self) -> None:
         self.states.clear()
         self.pinned, self.used = None, 0
@@ -65,12 +81,13 @@ class MemoryStore:
 class DiskStore:
     """In a folder: `states.bin`, one state after another, and `index.json` that says where each lies.
 
-    While it is filled it has a name of its own, and takes the one it is found by once all
-    `expected` states are there: a folder of that name is whole. Each state is compared with its
-    digest when it is first read; one that differs counts as not there, and is made again.
+    While it is filled it has a name of its own, and a journal in place of the index: what a killed process left
+    is taken over, so far as its digests are right. It takes the name it is found by once all `expected`
+    states are there: a folder of that name is whole. Each state is compared with its digest when it is first
+    read; one that differs counts as not there, and the folder goes in the end.
 
-    Of a folder that was found, the first state that is wanted counts as not there either: the pass that
-    makes it again is compared with what is stored, and where they differ nothing stored is used.
+    Of a folder that was found, or taken over, nothing counts as there before one state that was made again
+    (`put`) is the same as the one that is stored; where they differ nothing stored is used.
     """
 
     folder: Path
@@ -78,9 +95,10 @@ class DiskStore:
     about: dict[str, Any]
     entries: dict[str, dict[str, Any]] = field(default_factory=dict)
     known_good: set[str] = field(default_factory=set)
-    made_again: dict[str, torch.Tensor] = field(default_factory=dict)
+    damaged: bool = False  # a state has another digest than its own
     whole: bool = False
     proved: bool = True  # made here, or one of its states compared with a fresh pass
+    keeps: bool = True  # what is not whole is left for another process to go on with
     filling: Path | None = None
     file: Any = None
 
@@ -88,17 +106,33 @@ class DiskStore:
         found = _index(self.folder)
         if found is not None and set(found["entries"]) == self.expected:
             self.entries, self.whole, self.proved = found["entries"], True, False
-            self.file = (self.folder / "states.bin").open("rb")
+            self.file = (self.folder / STATES).open("rb")
             return
         self._begin()
 
     def _begin(self) -> None:
-        """Fill it from nothing; what stands under its name is not whole, or wrong."""
+        """Fill it, from what a killed process left on; what stands under its name is not whole, or wrong."""
         if self.folder.exists():
             shutil.rmtree(self.folder, ignore_errors=True)
-        self.entries, self.whole, self.proved = {}, False, True
-        self.filling = cache.filling(self.folder)
-        self.file = (self.filling / "states.bin").open("w+b")
+        self.filling = cache.filling(self.folder, taking_over=True)
+        path = self.filling / STATES
+        path.touch()
+        self.file = path.open("r+b")
+        self.entries = _journalled(self.filling, self.expected)
+        self.known_good = set(self.entries)
+        self.whole, self.proved = False, not self.entries
+        if self.proved:
+            self.file.truncate()
+            self._note({**self.about, "format": FORMAT, "expected": len(self.expected)}, "w")
+
+    def _note(self, line: dict[str, Any], mode: str = "a") -> None:
+        """A line of the journal."""
+        assert self.filling is not None
+        with (self.filling / cache.JOURNAL).open(mode, encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+    def has(self, key: str) -> bool:
+        return self.proved and key in self.entries
 
     def get(self, key: str) -> torch.Tensor | None:
         if not self.proved:
@@ -107,8 +141,6 @@ class DiskStore:
 
     def _read(self, key: str) -> torch.Tensor | None:
         entry = self.entries.get(key)
-        if key in self.made_again:
-            return self.made_again[key]
         if entry is None:
             return None
         # pinned where a GPU reads it: its copy there needs no wait
@@ -118,21 +150,20 @@ class DiskStore:
             return None
         if key not in self.known_good:
             if cache.digest(view) != entry["digest"]:
+                self.damaged = True
                 return None
             self.known_good.add(key)
         return raw.view(getattr(torch, entry["dtype"])).view(entry["shape"])
 
     def put(self, key: str, state: torch.Tensor) -> None:
-        """Raises OSError where the disk is full."""
         if not self.proved:
             stored = self._read(key)
             self.proved = stored is not None and same_state(stored, state.cpu())
             if self.proved:
                 return
-            self.file.close()
+            self._forget()
             self._begin()
-        if self.whole:  # the stored one was damaged
-            self.made_again[key] = state.cpu()
+        if key in self.entries:
             return
         raw = bytes(state.cpu().contiguous().view(torch.uint8).numpy().data)
         offset = self.file.seek(0, os.SEEK_END)
@@ -145,6 +176,7 @@ class DiskStore:
             "dtype": str(state.dtype).removeprefix("torch."),
             "digest": cache.digest(raw),
         }
+        self._note({"key": key, **self.entries[key]})
         self.known_good.add(key)
         if set(self.entries) == self.expected:
             self._finish()
@@ -154,16 +186,27 @@ class DiskStore:
         size = self.file.seek(0, os.SEEK_END)
         index = {**self.about, "format": FORMAT, "bytes": size, "entries": self.entries}
         assert self.filling is not None
+        (self.filling / cache.JOURNAL).unlink()
         cache.finish(self.filling, self.folder, index)
-        self.whole = True
+        self.whole, self.filling = True, None
+
+    def filled(self) -> None:
+        self.keeps = False
+
+    def _forget(self) -> None:
+        """Remove what is stored."""
+        self.file.close()
+        shutil.rmtree(self.filling or self.folder, ignore_errors=True)
 
     def close(self) -> None:
-        """A cache that is not whole, or in which a state was damaged, is removed."""
+        """What is not whole is left to be gone on with, where it lacks what the run needs; else it goes, and so
+        does a cache in which a state was damaged."""
+        if self.damaged or (self.filling is not None and not (self.keeps and self.entries)):
+            self._forget()
+        elif self.filling is not None:
+            self.file.close()
+            cache.leave(self.filling)
         self.file.close()
-        if self.filling is not None:
-            shutil.rmtree(self.filling, ignore_errors=True)
-        if self.made_again:
-            shutil.rmtree(self.folder, ignore_errors=True)
 
 
 def same_state(stored: torch.Tensor, fresh: torch.Tensor) -> bool:
@@ -178,11 +221,32 @@ def same_state(stored: torch.Tensor, fresh: torch.Tensor) -> bool:
     return bool(apart <= allowed)
 
 
+def _journalled(filling: Path, expected: frozenset[str]) -> dict[str, dict[str, Any]]:
+    """What a killed process stored, by its journal: the entries whose bytes are all there and have their
+    digest."""
+    entries: dict[str, dict[str, Any]] = {}
+    try:
+        lines = (filling / cache.JOURNAL).read_text(encoding="utf-8").splitlines()
+        if json.loads(lines[0]).get("format") != FORMAT:
+            return {}
+        with (filling / STATES).open("rb") as file:
+            for line in lines[1:]:
+                entry = json.loads(line)
+                key = entry.pop("key")
+                file.seek(entry["offset"])
+                raw = file.read(entry["bytes"])
+                if key in expected and cache.digest(raw) == entry["digest"]:
+                    entries[key] = entry
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError):
+        pass  # the rest of it is not readable: what came before is
+    return entries
+
+
 def _index(entry: Path) -> dict[str, Any] | None:
     """What a cache says of itself; None where there is none or its file is not as long as it says."""
     found = cache.index_of(entry) or {}
     try:
-        size = (entry / "states.bin").stat().st_size
+        size = (entry / STATES).stat().st_size
     except OSError:
         return None
     good = (

@@ -55,6 +55,16 @@ class Tap(StandIn):
         return self.__dict__["original"](*inputs, **named)
 
 
+class End(StandIn):
+    """A block that keeps the hidden states it is given, as its `state`, and ends the pass: raises Reached."""
+
+    state: Any = None
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        self.state = hidden_in(inputs, named).detach()
+        raise Reached
+
+
 class Fixed(StandIn):
     """A body that returns that output, whatever it is given."""
 
@@ -67,7 +77,7 @@ class Fixed(StandIn):
 
 
 class Reached(Exception):
-    """The output of a body is there; the rest of the pass is not wanted."""
+    """What a pass was run for is there; the rest of it is not wanted."""
 
 
 class Last(StandIn):

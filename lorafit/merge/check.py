@@ -7,7 +7,6 @@ from pathlib import Path
 
 import torch
 
-from lorafit.events import WeightProof
 from lorafit.merge.deltas import named_in
 from lorafit.merge.proof import Differs, Target, prove_parameters, prove_weights, read_targets
 from lorafit.merge.write import Work, tied_names
@@ -22,6 +21,7 @@ from lorafit.model import (
     stored_dtype,
     stored_tensors,
 )
+from lorafit.results import WeightProof
 
 
 def check_weights(

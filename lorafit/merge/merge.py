@@ -19,7 +19,6 @@ from lorafit.adapter import recorded_quantize, run_of, tokenizer_place
 from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
-from lorafit.events import MergeReport, Verified, WeightProof
 from lorafit.merge.carry import carry, change_config
 from lorafit.merge.check import check_weights
 from lorafit.merge.deltas import added
@@ -37,6 +36,7 @@ from lorafit.model import (
 )
 from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
 from lorafit.report import Run, merged_card, read_back
+from lorafit.results import MergeReport, Verified, WeightProof
 
 FETCHED = (
     "*.safetensors",

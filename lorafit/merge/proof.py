@@ -24,7 +24,6 @@ from safetensors import safe_open
 
 from lorafit.adapter import BASE_LAYER, CONFIG, WEIGHTS, pattern_value
 from lorafit.errors import LorafitError
-from lorafit.events import WeightProof
 from lorafit.model import (
     FLOATS,
     ModelMap,
@@ -36,6 +35,7 @@ from lorafit.model import (
     shards,
     spans,
 )
+from lorafit.results import WeightProof
 
 PIECE = 2**20  # bytes of a tensor that are read at a time
 

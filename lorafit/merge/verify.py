@@ -20,7 +20,6 @@ from lorafit.adapter import attach_all
 from lorafit.data import Batch, Row, collate_rows, prepare
 from lorafit.errors import LorafitError
 from lorafit.estimate import MemoryTrace
-from lorafit.events import Verified
 from lorafit.forward import Forward, chunk_for
 from lorafit.merge.deltas import named_in
 from lorafit.model import (
@@ -37,6 +36,7 @@ from lorafit.model import (
     shards,
     stored_dtype,
 )
+from lorafit.results import Verified
 
 TEXTS = (
     "The quick brown fox jumps over the lazy dog, and the dog does not mind at all.",

@@ -10,11 +10,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from lorafit import __version__
-from lorafit.events import AdapterScore, DataReport, EvalReport, Group, RowChange, Score
+from lorafit.events import DataReport
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
 from lorafit.report.run import Run, steps_text
 from lorafit.report.svg import curves
+from lorafit.results import AdapterScore, EvalReport, Group, RowChange, Score
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
 
 PAGE_MARK = '<meta name="generator" content="lorafit">'  # by which lorafit knows its own pages

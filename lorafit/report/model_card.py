@@ -11,8 +11,8 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.adapter import Plan
-from lorafit.events import MergeReport
 from lorafit.report.run import DAMAGED, Run, steps_text
+from lorafit.results import MergeReport
 from lorafit.units import bytes_text, count, figures, layers_text, seconds_text, short
 
 OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from rich.markup import escape
 
-from lorafit.events import AdapterScore, EvalReport, Group, Score
+from lorafit.results import AdapterScore, EvalReport, Group, Score
 from lorafit.screen.console import Screen, Table, clip, table_of
 from lorafit.units import count, figures, rows_text
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lorafit.events import MergeReport
+from lorafit.results import MergeReport
 from lorafit.screen.console import Screen
 from lorafit.units import bytes_text, count, seconds_text
 

@@ -193,7 +193,7 @@ def show_matrix(screen: Screen, model: str, cells: Sequence[dict[str, Any]], fre
     screen.answer(table)
     if timed:
         screen.note(
-            "epoch: every layer runs; cached: a later epoch, the frozen layers read from the cache",
+            "epoch: every layer runs; cached: the frozen layers are read from the cache",
             answer=True,
         )
     if not_all:

@@ -7,13 +7,21 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
 
 from lorafit.events import (
     DataReport,
     EpochDone,
     Evaluated,
     Event,
+    Filling,
     Loss,
     Note,
     Predicted,
@@ -46,7 +54,7 @@ class TrainView:
         self.loss = 0.0
         self.recent: list[Stepped] = []
         self.marks: list[float] = []  # when the last steps ended
-        self.shown_at = 0.0
+        self.shown_at = time.monotonic()
         self.notes: list[str] = []  # of the prelude, shown at its end
         self.before = True  # the prelude goes on
         self.headed = False  # the head of the epochs' table is printed
@@ -75,6 +83,8 @@ class TrainView:
                 self.screen.line("cache", _cache_text(event))
                 if self.before:
                     self._show_notes()
+            case Filling():
+                self._filling(event)
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -123,24 +133,50 @@ class TrainView:
             more = f"{count(len(left))} more; " if left else ""
             screen.line("", f"{more}--verbose and the report show all notes in full")
 
+    def _filling(self, event: Filling) -> None:
+        """How far the layers below the cut are: a bar, or a line now and then."""
+        speed = f"{short(event.done / max(1e-9, event.seconds))} tok/s"
+        if event.done == event.tokens:
+            self.close()
+            self.screen.line(
+                "cached", f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
+            )
+        elif self.screen.live:
+            if self.progress is None:
+                columns = (
+                    TextColumn("  frozen layers"),
+                    BarColumn(bar_width=12),
+                    TextColumn("{task.fields[now]}"),
+                )
+                self._show(*columns, total=event.tokens, now="")
+            assert self.progress is not None
+            self.progress.update(self.task, completed=event.done, now=speed)
+        elif time.monotonic() - self.shown_at >= self.every:
+            left = event.seconds * (event.tokens / max(1, event.done) - 1)
+            done = f"{count(event.done)} of {count(event.tokens)} tokens"
+            self.screen.line("caching", f"{done}, {speed}, {seconds_text(left)} left")
+            self.shown_at = time.monotonic()
+
+    def _show(self, *columns: ProgressColumn, **fields: Any) -> None:
+        """A live bar of these columns, with the time that is left."""
+        self.progress = Progress(
+            *columns, TimeRemainingColumn(compact=True), console=self.screen.talk, transient=True
+        )
+        self.progress.start()
+        self.task = self.progress.add_task("", **fields)
+
     def _open(self) -> None:
         self.shown_at = time.monotonic()
         self.screen.say()
         if not self.screen.live:
             return
-        self.progress = Progress(
+        columns = (
             TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
             BarColumn(bar_width=12),
             MofNCompleteColumn(),
             TextColumn("{task.fields[now]}"),
-            TimeRemainingColumn(compact=True),
-            console=self.screen.talk,
-            transient=True,
         )
-        self.progress.start()
-        self.task = self.progress.add_task(
-            "", total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, now=""
-        )
+        self._show(*columns, total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, now="")
 
     def _stepped(self, event: Stepped) -> None:
         self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
@@ -212,7 +248,7 @@ def _cache_text(event: PrefixCache) -> str:
         return f"frozen-layer cache off: {event.reason}"
     layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
     return (
-        f"{layers} once per row; later epochs read the result from {event.where} "
+        f"{layers} once per row; every epoch reads the result from {event.where} "
         f"({bytes_text(event.bytes)}; {event.reason})"
     )
 

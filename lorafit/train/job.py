@@ -140,6 +140,20 @@ class Job:
             return collate_rows(rows, pad, self.task)
         return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, f"train {number}.{part}")
 
+    def ahead(self, done: int) -> list[tuple[int, int]]:
+        """(batch, part) of each micro-batch that comes after the first `done` steps and in which this process
+        has rows, once."""
+        numbers: set[int] = set()
+        for epoch in range(done // self.steps_per_epoch, self.epochs):
+            first = epoch * self.steps_per_epoch
+            start, end = max(0, done - first), self.steps - first
+            if end <= 0 or len(numbers) == len(self.batches):
+                break
+            order = in_epoch(len(self.batches), self.config.seed, epoch + 1)
+            numbers.update(order[start * self.config.accumulate : end * self.config.accumulate])
+        parts = ((n, part) for n in sorted(numbers) for part in range(len(self.batches[n])))
+        return [(n, part) for n, part in parts if self.world.share(self.batches[n][part])]
+
     def first_batch(self) -> Batch | None:
         """The first micro-batch in which this process has a row; None where it never has one."""
         parts = ((n, part) for n, batch in enumerate(self.batches) for part in range(len(batch)))
@@ -291,10 +305,10 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     prefix = Prefix.below(base, stack, cut)
     job.model.eval()
     first = job.first_batch()
-    reason = ""
+    reason, state = "", torch.empty(0)
     if first is not None:
         first = first.to(job.device)
-        reason = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
+        reason, state = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
     if job.states is not None:
@@ -304,8 +318,8 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-        if first is not None:
-            prefix.prove(first, lambda batch: forward.scores(job.model, batch))
     else:
         prefix.store = MemoryStore(size)
+    if first is not None:
+        prefix.store.put(first.key, state)
     return prefix, PrefixCache(choice.where, choice.reason, cut, size)

@@ -6,9 +6,11 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from signal import SIGTERM
 
@@ -22,6 +24,7 @@ from lorafit.evaluate import Evaluator
 from lorafit.events import (
     Evaluated,
     Event,
+    Filling,
     Loss,
     Note,
     PrefixCache,
@@ -31,7 +34,7 @@ from lorafit.events import (
     Stepped,
     TrainReport,
 )
-from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
+from lorafit.forward import Forward, Prefix, base_of, fill, routes_for_loss
 from lorafit.system import environment
 from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import (
@@ -112,6 +115,8 @@ def _run(job: Job) -> Iterator[Event]:
         restore_random(last)
     with closing(prefix):
         yield from _start(job, state, forward, caching, tuple(damaged))
+        if prefix.cut:
+            caching = yield from _fill(job, state, forward, held_out, prefix, caching)
         yield from _steps(job, state, stepper, held_out, prefix, caching)
 
 
@@ -176,6 +181,46 @@ def _start(
     yield caching
 
 
+def _fill(
+    job: Job, state: State, forward: Forward, held_out: Evaluator, prefix: Prefix, caching: PrefixCache
+) -> Generator[Event, None, PrefixCache]:
+    """Run the layers below the cut over all rows that the run will see; what became of the cache.
+
+    Raises Interrupted when the run is to end meanwhile; what lies on disk is gone on with.
+    """
+    ahead, lengths = job.ahead(state.step), job.rows.train.lengths
+    trained = sum(int(lengths[list(job.world.share(job.batches[n][part]))].sum()) for n, part in ahead)
+    tokens = trained + held_out.tokens
+    batches = chain((job.micro_batch(n, part) for n, part in ahead), (b for _, b in held_out.batches()))
+    done, why, started = 0.0, "", time.perf_counter()
+    job.model.eval()
+    try:
+        for part in fill([prefix], batches, partial(forward.run, job.model), job.device):
+            done += part
+            yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
+            if job.stop():
+                break
+    except OSError as error:  # nothing is lost but time: every pass is a whole one
+        why = f"its file could not be written: {error.strerror}"
+    if job.world.agreed(bool(job.stop())):
+        goes_on = ", and goes on with what is cached" if caching.where == "disk" else ""
+        raise Interrupted(
+            "interrupted before the first step",
+            f"the same command begins it again{goes_on}",
+            job.stop() or SIGTERM,
+        )
+    seconds = time.perf_counter() - started
+    state.fill_seconds += seconds * trained / max(1, tokens)
+    state.seconds += seconds * trained / max(1, tokens)
+    if job.world.agreed(bool(why)):
+        prefix.give_up()
+        caching = PrefixCache("off", why or "another process could not write its file")
+        yield caching
+    else:
+        yield Filling(tokens, tokens, seconds)
+    return caching
+
+
 def _device_name(device: torch.device) -> str:
     """`cpu`, or a GPU by its name."""
     if device.type == "cuda":
@@ -232,9 +277,6 @@ def _steps(
         state.add(stepped)
         started = time.perf_counter()
         yield stepped
-        if prefix.given_up and caching.where != "off":
-            caching = PrefixCache("off", prefix.given_up)
-            yield caching
         best = False
         if config.eval_steps and number % config.eval_steps == 0 and not last:
             found = _held_out_loss(job, held_out)
@@ -355,6 +397,7 @@ def _report(job: Job, state: State, after: Loss) -> TrainReport:
         seconds=state.seconds,
         tokens_per_second=state.tokens / max(1e-9, state.seconds),
         epochs=tuple(state.epochs),
+        fill_seconds=state.fill_seconds,
         peak_memory_bytes=peak_memory(job.device),
         memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,

@@ -27,7 +27,7 @@ class Objective(Protocol):
 @dataclass(frozen=True, slots=True)
 class TokenLoss:
     """Cross-entropy in nats, summed over the supervised tokens, each times its weight in the data; with a router's
-    auxiliary loss where the model has one in training. The frozen layers are replayed where they were seen."""
+    auxiliary loss where the model has one in training. The frozen layers are replayed where their output is stored."""
 
     forward: Forward
     prefix: Prefix

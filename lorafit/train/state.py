@@ -19,7 +19,7 @@ DIGESTS = ("adapted modules", "training rows", "held-out rows", "base weights")
 
 FOLDERS = ("model", "from_adapter")  # options that may name a folder
 
-OF_THE_PROCESS = ("rate", "captured_before")  # what a resumed run finds out for itself
+MEASURED_AGAIN = ("rate",)  # what a resumed run finds out for itself
 
 
 @dataclass(slots=True)
@@ -43,8 +43,8 @@ class State:
     best_step: int | None = None
     gained: float | None = None  # the held-out loss at the last gain that counts for --patience
     waited: int = 0  # evaluations since then
+    fill_seconds: float = 0.0  # of `seconds`, those of the layers below the cut before the first step
     rate: float = 0.0  # FLOPs a second of this device's matrix products
-    captured_before: int = 0  # micro-batches that ran whole before this epoch
 
     def add(self, done: Stepped) -> None:
         """Count a step."""
@@ -76,8 +76,7 @@ class State:
 
     def close_epoch(self, epoch: int, job: Job, prefix: Prefix) -> EpochDone:
         """The epoch that ends here; the next one begins at 0."""
-        replayed = bool(prefix.cut and prefix.replayed and prefix.captured == self.captured_before)
-        self.captured_before = prefix.captured
+        replayed = prefix.cut > 0
         speed = self.epoch_tokens / max(1e-9, self.epoch_seconds)
         length = self.epoch_tokens / max(1, len(job.rows.train))
         flops = flops_per_token(
@@ -104,7 +103,7 @@ class State:
 
     def as_json(self, job: Job) -> dict[str, Any]:
         """The state as a checkpoint holds it, with what identifies the run."""
-        own = {name: jsonable(getattr(self, name)) for name in self.__slots__ if name not in OF_THE_PROCESS}
+        own = {name: jsonable(getattr(self, name)) for name in self.__slots__ if name not in MEASURED_AGAIN}
         return {**own, "run": identity(job)}
 
     def load(self, saved: dict[str, Any], job: Job) -> None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorafit import cache
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.errors import RequestError
-from lorafit.events import EpochDone, PrefixCache, TrainReport
+from lorafit.events import EpochDone, Filling, PrefixCache, TrainReport
 from lorafit.forward import prefix_store
 from lorafit.forward.placement import choose
 from lorafit.train import loop
@@ -58,7 +58,8 @@ def test_every_family_is_exact_or_refused():
 def test_the_replay_trains_the_same_adapter_to_the_bit(tiny, pairs, tmp_path, family):
     _, plain = trained(tiny, pairs, tmp_path / "off", family)
     _, replayed = trained(tiny, pairs, tmp_path / "memory", family, prefix_cache="memory")
-    assert [e.replayed for e in replayed if isinstance(e, EpochDone)] == [False, True, True]
+    assert [e.replayed for e in plain if isinstance(e, EpochDone)] == [False] * 3
+    assert [e.replayed for e in replayed if isinstance(e, EpochDone)] == [True] * 3
     assert losses(plain) == losses(replayed)
     assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "memory")
 
@@ -104,11 +105,12 @@ def test_the_blocks_below_the_cut_run_once(tiny, pairs, tmp_path, checkpointing)
         tiny("llama"), tmp_path / "run", data=(str(pairs),), preset="ffn", layers="2-", epochs=3,
         batch_size=4, prefix_cache="memory", gradient_checkpointing=checkpointing,
     )  # fmt: skip
-    forward, backward = [0] * 4, [0] * 4
+    filling, forward, backward = [0] * 4, [0] * 4, [0] * 4
 
     def counting(number):
         def ran(_, __, output):
             forward[number] += torch.is_grad_enabled() and job.model.training
+            filling[number] += number < 2 and not job.model.training
 
         def passed(_, __, output):
             if output.requires_grad:
@@ -120,10 +122,20 @@ def test_the_blocks_below_the_cut_run_once(tiny, pairs, tmp_path, checkpointing)
         ran, passed = counting(number)
         block.input_layernorm.register_forward_hook(ran)
         block.mlp.register_forward_hook(passed)
-    events_of(job)
-    once, each = len(job.keys), 3 * len(job.keys)
-    assert forward == [once, once, *[each * (2 if checkpointing else 1)] * 2]
+    held_out, told = len(job.rows.held_out), []
+    for event in loop.run(job):
+        if isinstance(event, PrefixCache):
+            filling[:] = [0] * 4  # what ran before is the trial
+        if isinstance(event, Filling) and event.done == event.tokens:
+            filled = filling[:2]  # what runs later makes the samples
+        told.append(event)
+    each = 3 * len(job.keys)
+    in_all = len(job.keys) + -(-held_out // 4)
+    assert filled == [in_all - 1] * 2  # the trial's micro-batch is stored
+    assert forward == [0, 0, *[each * (2 if checkpointing else 1)] * 2]
     assert backward == [0, 0, each, each]
+    done = [e for e in told if isinstance(e, Filling)]
+    assert done[-1].done == done[-1].tokens and done[-2].done == done[-1].tokens - 1
 
 
 def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
@@ -132,8 +144,8 @@ def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
     job, first = trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
     _, again = trained(tiny, pairs, tmp_path / "again", prefix_cache="auto", learning_rate=1e-3, rank=4)
     _, same = trained(tiny, pairs, tmp_path / "same", prefix_cache="auto", max_steps=3)
-    assert [e.replayed for e in first if isinstance(e, EpochDone)] == [False, True, True]
-    assert [e.replayed for e in again if isinstance(e, EpochDone)] == [True, True, True]
+    assert next(e.tokens for e in first if isinstance(e, Filling)) > 0
+    assert [e.replayed for e in [*first, *again] if isinstance(e, EpochDone)] == [True] * 6
     assert next(e for e in same if isinstance(e, PrefixCache)).where == "disk"  # one pass, and it is there
     assert adapter_of(tmp_path / "off") == adapter_of(tmp_path / "first")
     (kept,) = cache.kept()
@@ -192,10 +204,10 @@ def test_a_cache_of_the_wrong_length_is_not_read(tiny, pairs, tmp_path, monkeypa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
     path = prefix_store.states_folder() / cache.kept()[0].key / "states.bin"
-    path.write_bytes(path.read_bytes()[:-8])
-    _, events = trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
-    assert next(e for e in events if isinstance(e, EpochDone)).replayed is False
-    assert len(cache.kept()) == 1
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-8])
+    trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
+    assert path.read_bytes() == whole and len(cache.kept()) == 1
 
 
 def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypatch):
@@ -209,6 +221,62 @@ def test_a_run_that_is_cut_short_leaves_no_cache(tiny, pairs, tmp_path, monkeypa
     (dead / "states.bin").write_bytes(b"half")
     trained(tiny, pairs, tmp_path / "next", prefix_cache="disk")
     assert not dead.exists() and len(cache.kept()) == 1
+
+
+@pytest.mark.parametrize("torn", [False, True])
+def test_a_fill_that_was_killed_is_gone_on_with(tiny, pairs, tmp_path, monkeypatch, torn):
+    """What a journal names and its digests confirm is not run again, but for the one micro-batch of the trial."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    flags = {
+        "data": (str(pairs),), "preset": "attention", "layers": "last:2", "epochs": 3, "batch_size": 4,
+        "max_length": 100, "prefix_cache": "disk",
+    }  # fmt: skip
+    trained(tiny, pairs, tmp_path / "off")
+    events = loop.run(job_for(tiny("llama"), tmp_path / "killed", **flags))
+    for event in events:
+        if isinstance(event, Filling) and event.done > event.tokens / 2:
+            break
+    events.close()
+    (left,) = cache.kept()
+    assert "% filled" in left.about and left.bytes
+    (folder,) = prefix_store.states_folder().iterdir()
+    stored = len((folder / cache.JOURNAL).read_text().splitlines()) - 1
+    folder = folder.rename(
+        folder.with_name(folder.name.replace("left", "999999999"))
+    )  # a process that is gone
+    if torn:  # in its last state and the line on it
+        os.truncate(folder / "states.bin", (folder / "states.bin").stat().st_size - 8)
+        with (folder / cache.JOURNAL).open("a") as file:
+            file.write('{"key": "train')
+    job, ran = job_for(tiny("llama"), tmp_path / "again", **flags), []
+    job.model.get_base_model().model.layers[0].register_forward_hook(lambda *_: ran.append(1))
+    for event in loop.run(job):
+        if isinstance(event, PrefixCache):
+            ran.clear()
+        if isinstance(event, Filling) and event.done == event.tokens:
+            in_fill = len(ran)
+    every = len(job.keys) + -(-len(job.rows.held_out) // 4)
+    assert in_fill == every - stored + torn
+    assert adapter_of(job.folder.work) == adapter_of(tmp_path / "off")
+    (kept,) = cache.kept()
+    assert "filled" not in kept.about
+
+
+def test_what_was_stored_under_other_states_is_filled_again(tiny, pairs, tmp_path, monkeypatch):
+    """A fill that another machine's arithmetic began: the trial's state differs, and nothing of it is used."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    trained(tiny, pairs, tmp_path / "first", prefix_cache="disk")
+    (kept,) = cache.kept()
+    folder = prefix_store.states_folder() / kept.key
+    index = json.loads((folder / "index.json").read_text())
+    raw = torch.frombuffer(bytearray((folder / "states.bin").read_bytes()), dtype=torch.float32).neg()
+    (folder / "states.bin").write_bytes(raw.numpy().tobytes())
+    for entry in index["entries"].values():
+        piece = (folder / "states.bin").read_bytes()[entry["offset"] : entry["offset"] + entry["bytes"]]
+        entry["digest"] = cache.digest(piece)
+    (folder / "index.json").write_text(json.dumps(index))
+    trained(tiny, pairs, tmp_path / "again", prefix_cache="disk")
+    assert adapter_of(tmp_path / "first") == adapter_of(tmp_path / "again")
 
 
 def test_a_disk_that_is_full_costs_time_and_nothing_else(tiny, pairs, tmp_path, monkeypatch):

@@ -7,7 +7,6 @@ from html.parser import HTMLParser
 
 import pytest
 
-from lorafit.events import AdapterScore, EvalReport, Group, RowChange, Sample, Score
 from lorafit.model.chart import chart_of
 from lorafit.model.source import find
 from lorafit.outputs import EDITABLE
@@ -15,6 +14,7 @@ from lorafit.report import svg
 from lorafit.report.html import make_page
 from lorafit.report.run import read_back
 from lorafit.report.svg import _ticks, curves
+from lorafit.results import AdapterScore, EvalReport, Group, RowChange, Sample, Score
 
 NASTY = '<script>alert(1)</script> & "quoted" \u202e\x1b[31m'
 VOID = {"meta"}
