@@ -7,12 +7,25 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from lorafit.cli import cache, data, env, evaluate, help, inspect, merge, plan, presets, push, train  # noqa: F401
+from lorafit.cli import cache, compare, data, env, evaluate, help, inspect, merge, plan, presets, push, train  # noqa: F401
 from lorafit.cli.app import app, command_name
 from lorafit.cli.shell import run_to_the_end
 
 # the order in `lorafit --help`
-ORDER = ("inspect", "data", "plan", "train", "eval", "merge", "push", "presets", "cache", "env", "help")
+ORDER = (
+    "inspect",
+    "data",
+    "plan",
+    "train",
+    "compare",
+    "eval",
+    "merge",
+    "push",
+    "presets",
+    "cache",
+    "env",
+    "help",
+)
 app.registered_commands.sort(key=lambda command: ORDER.index(command_name(command)))
 
 __all__ = ["app", "main"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -47,6 +47,18 @@ class CompareFolder:
             (self.target / SCORES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"cannot write `{self.target}`: {error.strerror}", "another -o") from None
+
+    def begin(self, request: Any, rows: Sequence[str]) -> None:
+        """Write what was asked for, with the digests of the rows. Raises RequestError where a comparison that goes
+        on had other rows."""
+        stored = self.request() if (self.target / REQUEST).is_file() else None
+        if stored is not None and stored.get("rows") != list(rows):
+            raise RequestError(
+                f"the rows are not those that `{self.target}` began with: the data has changed",
+                "another -o compares on the data as they are",
+            )
+        if stored is None:
+            self.write_json(REQUEST, {**jsonable(request), "rows": list(rows)})
 
     def request(self) -> dict[str, Any]:
         """What was asked for. Raises RequestError when that is damaged."""

@@ -60,10 +60,7 @@ def rank(rows: Mapping[str, Sequence[Sequence[float]]], weights: Sequence[float]
     pooled = sum(float(found.var(ddof=1)) * (len(found) - 1) for found in several) / free if free else None
     made = []
     for choice in order:
-        apart = of[choice].mean(0) - of[best].mean(0)
-        delta = float(apart.sum() / total)
-        spread = float(((apart - delta * n) ** 2).sum())
-        stderr = sqrt(count / (count - 1) * spread) / total if count > 1 else 0.0
+        delta, stderr = difference(of[choice], of[best], n)
         seeds = None
         if pooled is not None and choice != best:
             seeds = sqrt(pooled * (1 / len(losses[choice]) + 1 / len(losses[best])))
@@ -80,6 +77,15 @@ def rank(rows: Mapping[str, Sequence[Sequence[float]]], weights: Sequence[float]
             )
         )
     return _corrected(made)
+
+
+def difference(own: np.ndarray, other: np.ndarray, weights: np.ndarray) -> tuple[float, float]:
+    """(mean difference per token, its standard error over the rows) of two choices, each (seeds, rows); the ratio of
+    `paired_score`."""
+    apart, count, total = own.mean(0) - other.mean(0), len(weights), float(weights.sum())
+    delta = float(apart.sum() / total)
+    spread = float(((apart - delta * weights) ** 2).sum())
+    return delta, sqrt(count / (count - 1) * spread) / total if count > 1 else 0.0
 
 
 def _p(delta: float, stderr: float, seeds: float | None, rows: int, free: int) -> float:

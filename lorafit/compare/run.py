@@ -16,14 +16,16 @@ from lorafit.compare.folder import CompareFolder
 from lorafit.compare.halving import halved, shares
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, PAUSED, Began, Cut, Ended, Outcome, Scores
 from lorafit.compare.shared import SharedBase
+from lorafit.compare.states import fill_all, replaying
 from lorafit.data import Rows, RowSet
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.estimate import predicted
 from lorafit.evaluate import Evaluator, summed
-from lorafit.events import Event, Stepped, TrainReport
-from lorafit.forward import Forward, Prefix, base_of, refusal
+from lorafit.events import Event, PrefixCache, Stepped, TrainReport
+from lorafit.forward import Forward, Prefix, base_of
 from lorafit.report import read_back
-from lorafit.train import RunFolder, peak_memory, recorded, run
+from lorafit.settings import RunConfig
+from lorafit.train import Job, RunFolder, peak_memory, recorded, run
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -50,6 +52,8 @@ class Comparison:
         """Train what is missing. Raises Interrupted, with what goes on, when `stop` asks for an end; RunError when
         the folder cannot be written."""
         base = self.folder.base() or self._base_scores()
+        if not all(self._is_there(one, 1.0) for one in self.ahead.candidates):
+            yield from self._fill()
         alive = list(self.ahead.candidates)
         every = shares() if self.halving else (1.0,)
         for share in every:
@@ -85,58 +89,37 @@ class Comparison:
 
     def _train(self, one: Candidate, share: float) -> Iterator[Event]:
         """Train a candidate to that share of its steps, score it, and keep what became of it."""
-        target = self.folder.run(one.name)
+        target, cost = self.folder.run(one.name), self.ahead.costs[one.name]
         if target.is_dir():  # finished, and stopped before its scores were kept
             self.folder.keep(self._rescored(one))
             return
-        folder = RunFolder(target)
+        folder, seen = RunFolder(target), _Seen(_until(one, self.ahead, share))
         resumes = folder.work.is_dir()
         config = replace(one.config, output=str(target), resume=resumes)
-        until, steps = _until(one, self.ahead, share), self.ahead.costs[one.name].steps or 0
-        at = 0
+        outcome = Outcome(one.name, one.choice, FAILED, steps=cost.steps or 0)
 
-        def enough() -> int:
-            return self.stop() or (ENOUGH if share < 1 and at >= until else 0)
+        def stop() -> int:
+            return self.stop() or (ENOUGH if share < 1 and seen.step >= seen.until else 0)
 
-        cost = self.ahead.costs[one.name]
         try:
             folder.open(False, resumes)
             with self.shared.carrying(
-                config, one.plan, self.rows, self.tokenizer, folder, enough, predicted(cost, one.plan)
+                config, one.plan, self.rows, self.tokenizer, folder, stop, predicted(cost, one.plan)
             ) as job:
-                report: TrainReport | None = None
-                seconds = tokens = 0.0
                 try:
                     with closing(recorded(job, run(job))) as events:  # type: ignore[type-var]
                         for event in events:
-                            if isinstance(event, Stepped):
-                                at, seconds, tokens = (
-                                    event.step,
-                                    seconds + event.seconds,
-                                    tokens + event.tokens,
-                                )
-                            report = event if isinstance(event, TrainReport) else report
+                            seen.on(event)
                             yield event
                 except Interrupted as error:
                     if self.stop():
                         raise self._interrupted(error) from None
-                scores = self._scores(job.model, one, job.config)
-                device = job.device
-                outcome = Outcome(
-                    one.name, one.choice, PAUSED, "", at, steps, seconds, tokens / max(1e-9, seconds)
-                )
-                outcome = replace(
-                    outcome,
-                    scores=scores,
-                    peak=peak_memory(device),
-                    growth=peak_memory(device) - job.memory_before,
-                )
-                if report is not None:
-                    outcome = _of_report(outcome, report)
+                prefix = replaying(self.shared, base_of(job.model), one.plan.cut) if seen.replays else None
+                outcome = seen.outcome(outcome, self._scores(job.model, job.config, prefix), job)
         except (RunError, RequestError) as error:
             if isinstance(error.__cause__, OSError):  # the disk: no candidate could be written
                 raise
-            outcome = Outcome(one.name, one.choice, FAILED, error.message, at, steps)
+            outcome = replace(outcome, reason=error.message, step=seen.step)
         finally:
             folder.abandon()
         self.folder.keep(outcome)
@@ -165,46 +148,46 @@ class Comparison:
                 self.folder.keep(replace(outcome, status=DROPPED, reason=reason))
         return found
 
-    def _evaluators(
-        self, config: Any, forward: Forward, prefix: Prefix | None
-    ) -> Iterator[tuple[str, Evaluator]]:
-        sets = {"": self.rows.held_out, **self.also}
-        base = self.shared.base
-        for number, (name, rows) in enumerate(sets.items()):
-            made = Evaluator(
+    def _evaluators(self, config: RunConfig, forward: Forward) -> dict[str, Evaluator]:
+        """The held-out rows, under an empty name, and the texts that should not change, by file."""
+        base, found = self.shared.base, {}
+        for number, (name, rows) in enumerate({"": self.rows.held_out, **self.also}.items()):
+            found[name] = Evaluator(
                 rows,
                 forward,
                 config.batch_size or 1,
                 self.tokenizer,
                 base.found.vocab_size,
                 base.device,
-                name="held-out" if not name else f"also {number}",
+                name=f"also {number}" if name else "held-out",
             )
-            yield name, replace(made, prefix=prefix) if prefix is not None else made
+        return found
 
-    def _scores(self, model: Any, one: Candidate | None, config: Any) -> Scores:
-        """A score for each row under a model; of a candidate's, with the states below its cut where they are kept."""
-        forward = Forward.of(model, self.shared.base.found.task, config.head_chunk or 0)
-        prefix = self._prefix(model, one) if one is not None else None
-        found = {name: tuple(each.scores(model)) for name, each in self._evaluators(config, forward, prefix)}
+    def _forward(self, model: Any, config: RunConfig) -> Forward:
+        return Forward.of(model, self.shared.base.found.task, config.head_chunk or 0)
+
+    def _fill(self) -> Iterator[Event]:
+        """The states below all cuts, in one pass."""
+        ahead, base = self.ahead.candidates, self.shared.base
+        if all(cost.epochs is not None and cost.epochs < 1 for cost in self.ahead.costs.values()):
+            return  # no candidate sees all rows: each fills what it needs
+        forward = self._forward(base.model, ahead[0].config)
+        evaluators = list(self._evaluators(ahead[0].config, forward).values())
+        for event in fill_all(self.shared, ahead, self.rows, self.tokenizer, evaluators, forward):
+            yield event
+            if number := self.stop():
+                raise self._interrupted(Interrupted("interrupted before the first candidate", "", number))
+
+    def _scores(self, model: Any, config: RunConfig, prefix: Prefix | None = None) -> Scores:
+        """A score for each row under a model, with the states below its cut where those are given."""
+        found = {}
+        for name, each in self._evaluators(config, self._forward(model, config)).items():
+            each = replace(each, prefix=prefix) if prefix is not None else each
+            found[name] = tuple(each.scores(model))
         return Scores(found.pop(""), found)
 
-    def _prefix(self, model: Any, one: Candidate) -> Prefix | None:
-        """The states that were proved and filled in training; None where training had none."""
-        base, found = base_of(model), self.shared.base.found
-        if len(one.plan.cut) != 1 or one.config.prefix_cache == "off":
-            return None
-        ((stack, cut),) = one.plan.cut.items()
-        states = self.shared.states.get((stack, cut))
-        names = [name for name, parameter in base.named_parameters() if parameter.requires_grad]
-        if states is None or refusal(found, one.plan.cut, names, base, training=True):
-            return None
-        prefix = Prefix.below(base, stack, cut)
-        prefix.store, prefix.forms = states
-        return prefix
-
     def _base_scores(self) -> Scores:
-        scores = self._scores(self.shared.base.model, None, self.ahead.candidates[0].config)
+        scores = self._scores(self.shared.base.model, self.ahead.candidates[0].config)
         self.folder.keep_base(scores)
         return scores
 
@@ -215,7 +198,7 @@ class Comparison:
         base = self.shared.base
         model = attach(base.model, target)
         try:
-            scores = self._scores(model, None, one.config)
+            scores = self._scores(model, one.config)
         finally:
             self.shared.drop()
         blank = Outcome(
@@ -231,18 +214,51 @@ class Comparison:
         )
 
 
+@dataclass(slots=True)
+class _Seen:
+    """What is known of a candidate's run from its events. It is to run until a step."""
+
+    until: int
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    replays: bool = False
+    report: TrainReport | None = None
+
+    def on(self, event: Event) -> None:
+        if isinstance(event, Stepped):
+            self.step, self.tokens, self.seconds = (
+                event.step,
+                self.tokens + event.tokens,
+                self.seconds + event.seconds,
+            )
+        elif isinstance(event, PrefixCache):
+            self.replays = event.where != "off"  # training has proved that it is exact
+        elif isinstance(event, TrainReport):
+            self.report = event
+
+    def outcome(self, blank: Outcome, scores: Scores, job: Job) -> Outcome:
+        """What became of the candidate: finished where there is a report, else paused."""
+        found = replace(
+            blank,
+            status=PAUSED,
+            step=self.step,
+            seconds=self.seconds,
+            tokens_per_second=self.tokens / max(1e-9, self.seconds),
+            peak=peak_memory(job.device),
+            growth=peak_memory(job.device) - job.memory_before,
+            scores=scores,
+        )
+        if self.report is None:
+            return found
+        return replace(
+            found,
+            status=FINISHED,
+            seconds=self.report.seconds,
+            tokens_per_second=self.report.tokens_per_second,
+        )
+
+
 def _until(one: Candidate, ahead: Ahead, share: float) -> int:
     """The step that ends a round of halving."""
     return max(1, round((ahead.costs[one.name].steps or 1) * share))
-
-
-def _of_report(outcome: Outcome, report: TrainReport) -> Outcome:
-    return replace(
-        outcome,
-        status=FINISHED,
-        step=report.steps,
-        seconds=report.seconds,
-        tokens_per_second=report.tokens_per_second,
-        peak=report.peak_memory_bytes,
-        growth=report.memory_growth_bytes,
-    )

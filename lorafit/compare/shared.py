@@ -14,9 +14,9 @@ from lorafit.adapter import Plan, changes_its_base
 from lorafit.data import Rows
 from lorafit.estimate import keep_freed
 from lorafit.events import Predicted
-from lorafit.forward import MemoryStore, StateStore
+from lorafit.forward import StateStore
 from lorafit.settings import RunConfig
-from lorafit.train import Base, Job, RunFolder, memory_before, put_on
+from lorafit.train import Base, Job, RunFolder, SharedStates, memory_before, put_on
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,14 +28,20 @@ class Lasting:
 
     store: StateStore
 
+    def has(self, key: str) -> bool:
+        return self.store.has(key)
+
     def get(self, key: str) -> torch.Tensor | None:
         return self.store.get(key)
 
     def put(self, key: str, state: torch.Tensor) -> None:
         self.store.put(key, state)
 
+    def filled(self) -> None:
+        """Nothing: another run may add to it."""
+
     def close(self) -> None:
-        """Nothing: other candidates read it."""
+        """Nothing: other runs read it."""
 
 
 class SharedBase:
@@ -45,7 +51,7 @@ class SharedBase:
     def __init__(self, load: Callable[[], Base]) -> None:
         self.load = load
         self.loaded = 0  # times
-        self.states: dict[tuple[str, int], tuple[Lasting, dict[int, int]]] = {}
+        self.states: dict[tuple[str, int], SharedStates] = {}
         self._base: Base | None = None
         self._sum = ""
 
@@ -58,9 +64,11 @@ class SharedBase:
             self.loaded += 1
         return self._base
 
-    def states_of(self, stack: str, cut: int) -> tuple[Lasting, dict[int, int]]:
-        """The states below that cut, which may still be empty, and the form of each lower block's output."""
-        return self.states.setdefault((stack, cut), (Lasting(MemoryStore()), {}))
+    def close(self) -> None:
+        """Let go of the states."""
+        for shared in self.states.values():
+            assert isinstance(shared.store, Lasting)
+            shared.store.store.close()
 
     def drop(self) -> None:
         """Let go of the base: the next candidate gets one that is loaded again."""
@@ -86,7 +94,7 @@ class SharedBase:
         except BaseException:
             self._base = None  # it may be left half adapted
             raise
-        job.states = self.states_of
+        job.states = self.states
         try:
             yield job
         finally:

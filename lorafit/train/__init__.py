@@ -10,7 +10,10 @@ if TYPE_CHECKING:
     from lorafit.train.checkpoint import STATE_FILES as STATE_FILES
     from lorafit.train.job import Base as Base
     from lorafit.train.job import Job as Job
+    from lorafit.train.job import SharedStates as SharedStates
     from lorafit.train.job import assemble as assemble
+    from lorafit.train.job import composed as composed
+    from lorafit.train.job import every_micro_batch as every_micro_batch
     from lorafit.train.job import load_base as load_base
     from lorafit.train.job import put_on as put_on
     from lorafit.train.loggers import Listener as Listener
@@ -27,7 +30,7 @@ __getattr__ = door(
     __name__,
     {
         "checkpoint": "STATE_FILES",
-        "job": "Base Job assemble load_base put_on",
+        "job": "Base Job SharedStates assemble composed every_micro_batch load_base put_on",
         "loggers": "Listener recorded records",
         "loop": "run",
         "measure": "memory_before peak_memory",

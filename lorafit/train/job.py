@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
@@ -55,6 +55,40 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
+@dataclass(frozen=True, slots=True)
+class SharedStates:
+    """The states below a cut that several jobs share: their store, where it is (`memory` or `disk`), and the form of
+    each lower block's output."""
+
+    store: StateStore
+    where: str
+    forms: dict[int, int] = field(default_factory=dict)
+
+
+def composed(rows: Rows, config: RunConfig, task: str) -> list[tuple[MicroBatch, ...]]:
+    """The batches of a run, each in the parts it is run in: the same for every seed with one seed of the data."""
+    lengths = rows.train.lengths
+    if task == "seq2seq":
+        lengths = lengths + rows.train.target_lengths
+    return batches(lengths.tolist(), config.batch_size or 1, config.seed_of_data)
+
+
+def every_micro_batch(
+    rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
+) -> Iterator[Batch]:
+    """Each micro-batch of a run's training rows once, in one process."""
+    for number, batch in enumerate(composed(rows, config, task)):
+        for part, numbers in enumerate(batch):
+            yield collate_rows(
+                [rows.train[n] for n in numbers], tokenizer.pad_token_id or 0, task, _key(number, part)
+            )
+
+
+def _key(number: int, part: int) -> str:
+    """The key of a micro-batch of training."""
+    return f"train {number}.{part}"
+
+
 @dataclass(slots=True)
 class Job:
     """A run, set up: everything the loop needs, nothing it must look for."""
@@ -75,16 +109,11 @@ class Job:
     world: World = ALONE
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
-    states: Callable[[str, int], tuple[StateStore, dict[int, int]]] | None = (
-        None  # by cut, shared by several jobs
-    )
+    states: Mapping[tuple[str, int], SharedStates] = field(default_factory=dict)  # by stack and cut
 
     def __post_init__(self) -> None:
         self.parameters = list(trainable(self.model).values())
-        lengths = self.rows.train.lengths
-        if self.task == "seq2seq":
-            lengths = lengths + self.rows.train.target_lengths
-        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed_of_data)
+        self.batches = composed(self.rows, self.config, self.task)
 
     @property
     def batch_size(self) -> int:
@@ -138,7 +167,7 @@ class Job:
             mask, vocab = mask_id(self.tokenizer), self.found.vocab_size
             rows = [mask_row(self.rows.train[n], pad, mask, vocab, seeds[n]) for n in numbers]
             return collate_rows(rows, pad, self.task)
-        return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, f"train {number}.{part}")
+        return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, _key(number, part))
 
     def ahead(self, done: int) -> list[tuple[int, int]]:
         """(batch, part) of each micro-batch that comes after the first `done` steps and in which this process
@@ -170,7 +199,7 @@ class Job:
     def keys(self) -> list[str]:
         """The keys of all micro-batches of training in which this process has rows."""
         return [
-            f"train {n}.{part}"
+            _key(n, part)
             for n, batch in enumerate(self.batches)
             for part, rows in enumerate(batch)
             if self.world.share(rows)
@@ -297,7 +326,10 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
     place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
     passes = job.steps / job.steps_per_epoch
     free, on_disk = free_memory(), free_disk(states_folder())
-    choice = choose(asked, passes if job.states is None else 2, size, free, on_disk, place.exists())
+    shared = job.states.get((stack, cut))
+    choice = choose(asked, passes, size, free, on_disk, place.exists())
+    if shared is not None:
+        choice = Choice(shared.where, "shared by all candidates with this cut", size)
     where, reason = job.world.told([choice.where, choice.reason])
     choice = Choice(where, reason, size)
     if choice.where == "off":
@@ -311,9 +343,8 @@ def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Pre
         reason, state = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
-    if job.states is not None:
-        prefix.store, prefix.forms = job.states(stack, cut)
-        choice = Choice("memory", "shared by all candidates with this cut", size)
+    if shared is not None:
+        prefix.store, prefix.forms = shared.store, shared.forms
     elif choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
