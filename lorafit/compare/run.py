@@ -57,10 +57,12 @@ class Comparison:
         alive = list(self.ahead.candidates)
         every = shares() if self.halving else (1.0,)
         for share in every:
-            for number, one in enumerate(alive, 1):
+            for at, one in enumerate(alive, 1):
                 if self._is_there(one, share):
                     continue
-                yield Began(one.name, number, len(alive), self._work(one).is_dir())
+                if number := self.stop():
+                    raise self._interrupted(Interrupted("interrupted between two candidates", "", number))
+                yield Began(one.name, at, len(alive), self._work(one).is_dir())
                 yield from self._train(one, share)
                 outcome = self.folder.outcome(one.name)
                 assert outcome is not None
