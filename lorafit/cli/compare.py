@@ -294,7 +294,7 @@ def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
         folder.cuts(),
     )
     answer = replace(answer, command=_command(run, answer.take))
-    write_answer(folder, answer, run.found, comparison)
+    write_answer(folder, answer, run.found, comparison.outcomes(), run.rows.held_out, run.tokenizer)
     return answer
 
 

@@ -14,7 +14,7 @@ from lorafit.compare.results import DROPPED, FAILED, FINISHED, Cut, Outcome, Sco
 from lorafit.evaluate import RowScore, summed
 from lorafit.units import figures, percent
 
-BEST, EQUAL, WORSE = "best", "not distinguishable", "worse"
+LOWEST, EQUAL, WORSE = "lowest", "not distinguishable", "worse"
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class ChoiceRow:
     seconds: float
     tokens_per_second: float
     peak: int
+    growth: int
     also: tuple[Forgetting, ...] = ()
     fast: bool = False
     small: bool = False
@@ -102,6 +103,8 @@ def answer_of(
         _row(one, candidates, outcomes, base, np.asarray(rows[one.choice]), np.asarray(weights))
         for one in ranked
     ]
+    if made:
+        made[0] = replace(made[0], verdict=LOWEST)
     fast = front({c.choice: (c.loss, c.seconds) for c in made})
     small = front({c.choice: (c.loss, float(c.trainable_params)) for c in made})
     choices = tuple(replace(c, fast=c.choice in fast, small=c.choice in small) for c in made)
@@ -150,7 +153,7 @@ def _row(
         delta=one.delta,
         error=one.error,
         p=one.p,
-        verdict=WORSE if one.worse else BEST if not one.delta else EQUAL,
+        verdict=WORSE if one.worse else EQUAL,
         gain=gain,
         gain_error=gain_error,
         accuracy=sum(summed(s.rows).accuracy for s in scores) / len(scores),
@@ -159,6 +162,7 @@ def _row(
         seconds=sum(o.seconds for o in results) / len(results),
         tokens_per_second=sum(o.tokens_per_second for o in results) / len(results),
         peak=max(o.peak for o in results),
+        growth=max(o.growth for o in results),
         also=tuple(_forgetting(file, scores, base) for file in base.also),
     )
 

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping
 from io import StringIO
 from typing import TYPE_CHECKING, Any
 
 from lorafit.compare.answer import Answer, ChoiceRow
 from lorafit.compare.folder import ANSWER, PAGE, TABLE, CompareFolder
+from lorafit.compare.page import RowApart, compare_page, most_apart
+from lorafit.compare.results import Outcome
+from lorafit.data import RowSet, rendered
+from lorafit.model import ModelMap
 
 if TYPE_CHECKING:
-    from lorafit.compare.run import Comparison
-    from lorafit.model import ModelMap
+    from transformers import PreTrainedTokenizerBase
 
 # columns of the table, each by the name of its field
 COLUMNS = (
     "choice", "preset", "layers", "rank", "learning_rate", "seeds", "loss", "spread", "delta", "error", "p", "verdict",
-    "gain", "gain_error", "accuracy", "trainable_params", "adapter_bytes", "seconds", "tokens_per_second", "peak", "fast",
+    "gain", "gain_error", "accuracy", "trainable_params", "adapter_bytes", "seconds", "tokens_per_second", "peak", "growth", "fast",
     "small",
 )  # fmt: skip
 
@@ -38,10 +42,19 @@ def _cell(row: ChoiceRow, name: str) -> Any:
     return " ".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def write_answer(folder: CompareFolder, answer: Answer, found: ModelMap, comparison: Comparison) -> None:
+def write_answer(
+    folder: CompareFolder,
+    answer: Answer,
+    found: ModelMap,
+    outcomes: Mapping[str, Outcome],
+    held_out: RowSet,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
     """Write the answer, its table and its page. Raises RunError where the folder cannot be written."""
-    from lorafit.compare.page import compare_page
-
+    apart = []
+    for number, losses in most_apart(outcomes, answer.choices):
+        shown = rendered(held_out[number], tokenizer, found.task)
+        apart.append(RowApart(shown.where, "".join(text for text, _ in shown.pieces), losses))
     folder.write_json(ANSWER, answer)
     folder.write(TABLE, table_text(answer))
-    folder.write(PAGE, compare_page(answer, found, comparison))
+    folder.write(PAGE, compare_page(answer, found, apart))

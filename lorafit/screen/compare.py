@@ -16,6 +16,7 @@ from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.units import bytes_text, count, rows_text, seconds_text, short
 
+VERDICTS = {"not distinguishable": "same"}  # shorter, for the table
 WIDE = 96  # columns from which on the table has all its columns
 
 
@@ -151,7 +152,7 @@ def _table(screen: Screen, choices: Sequence[ChoiceRow]) -> Table:
     several = any(c.spread is not None for c in choices)
     wide = screen.out.width >= WIDE
     columns = ["choice", "loss", *(["seeds ±"] if several else []), "to the lowest", "", "trained", "time"]
-    columns += ["tok/s", "peak", "adapter"] if wide else []
+    columns += ["tok/s", "memory", "adapter"] if wide else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
     for c in choices:
         cells = [f"{c.loss:.4f}"]
@@ -159,11 +160,11 @@ def _table(screen: Screen, choices: Sequence[ChoiceRow]) -> Table:
             cells.append("" if c.spread is None else f"{c.spread:.4f}")
         cells += [
             "" if c is choices[0] else f"{c.delta:+.4f} ± {c.error:.4f}",
-            c.verdict.split()[0] if c.verdict != "not distinguishable" else "same",
+            VERDICTS.get(c.verdict, c.verdict),
         ]
         cells += [short(c.trainable_params), seconds_text(c.seconds)]
         if wide:
-            cells += [short(c.tokens_per_second), bytes_text(c.peak), bytes_text(c.adapter_bytes)]
+            cells += [short(c.tokens_per_second), bytes_text(c.growth), bytes_text(c.adapter_bytes)]
         table.add_row(f"  {escape(c.choice)}", *cells)
     return table
 

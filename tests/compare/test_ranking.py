@@ -49,7 +49,7 @@ def test_what_is_hard_for_all_does_not_hide_a_difference():
 
 def test_more_comparisons_ask_for_more():
     """A difference that is beyond noise alone is not among twenty (Holm)."""
-    pair = {"a": rows(0.0), "b": rows(0.0065, seed=5)}
+    pair = {"a": rows(0.0), "b": rows(0.006, seed=5)}
     alone = rank(pair, [1.0] * 200)[1]
     many = rank({**pair, **{f"c{n}": rows(0.004, seed=10 + n) for n in range(19)}}, [1.0] * 200)
     (among,) = (one for one in many if one.choice == "b")
