@@ -145,7 +145,7 @@ def compare(
     prepared = _prepared(screen, asked, target)
     if dry:
         if json:
-            screen.document(prepared.ahead)
+            screen.document({**prepared.ahead.as_json(), "impossible": prepared.impossible})
         return
     answer = _answered(screen, prepared, resume)
     if json:

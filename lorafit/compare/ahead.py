@@ -5,10 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lorafit.compare.candidates import Candidate
 from lorafit.errors import RequestError
-from lorafit.estimate import Estimate, Forecast, prepare
+from lorafit.estimate import Estimate, Forecast, Timing, prepare
 from lorafit.events import DataReport
 from lorafit.model import ModelMap, ModelSource
 from lorafit.settings import RunConfig
@@ -33,6 +34,30 @@ class Ahead:
     states: int
     forecasts: Mapping[str, Forecast]
     notes: tuple[str, ...] = ()
+    timing: Timing | None = None  # of the first candidate: the others' follow from it
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `--plan --json`."""
+        rows = []
+        for one in self.candidates:
+            cost = self.costs[one.name]
+            rows.append(
+                {
+                    "name": one.name,
+                    "choice": one.choice,
+                    "preset": one.plan.preset,
+                    "layers": one.plan.spec,
+                    "rank": one.plan.lora.r,
+                    "learning_rate": one.config.learning_rate,
+                    "seed": one.config.seed,
+                    "trainable_params": one.plan.trainable_params,
+                    "adapter_bytes": one.plan.adapter_bytes,
+                    "steps": cost.steps,
+                    "seconds": self.seconds[one.name],
+                    "peak_memory": cost.memory.peak,
+                }
+            )
+        return {"candidates": rows, "seconds": self.total, "peak_memory": self.peak, "disk": self.disk}
 
     @property
     def total(self) -> float:
@@ -80,7 +105,7 @@ def look_ahead(
     if fit >= max(steps.values()):
         return made
     cut = [replace(one, config=_limited(one, fit)) for one in candidates]
-    return _forecast(source, found, cut, look, tick)
+    return _forecast(source, found, cut, look, tick, made.timing)
 
 
 def _limited(one: Candidate, steps: int) -> RunConfig:
@@ -91,18 +116,22 @@ def _limited(one: Candidate, steps: int) -> RunConfig:
 
 
 def _forecast(
-    source: ModelSource, found: ModelMap, candidates: Sequence[Candidate], look: DataReport, tick: Tick
+    source: ModelSource,
+    found: ModelMap,
+    candidates: Sequence[Candidate],
+    look: DataReport,
+    tick: Tick,
+    timing: Timing | None = None,
 ) -> Ahead:
     done, costs, seconds, forecasts, notes = [], {}, {}, {}, []
     first: tuple[Candidate, Forecast] | None = None
-    timing = None
     states: dict[tuple[tuple[str, int], ...], int] = {}
     fill = 0.0
     for number, one in enumerate(candidates):
         ahead, config = prepare(one.config, source, found, look=look, seconds=1.0)
         one = replace(one, config=config)
         if first is None:
-            first, timing = (one, ahead), ahead.timing(one.plan)
+            first, timing = (one, ahead), timing or ahead.timing(one.plan)
         scaled = first[1].scaled(timing, first[0].plan, one.plan, ahead.shape)
         cost = ahead.estimate(one.plan, scaled)
         done.append(one)
@@ -119,7 +148,14 @@ def _forecast(
         seconds[one.name] = passes + beside + EACH
         tick(number + 1, len(candidates))
     return Ahead(
-        tuple(done), costs, seconds, fill, sum(states.values()), forecasts, tuple(dict.fromkeys(notes))
+        candidates=tuple(done),
+        costs=costs,
+        seconds=seconds,
+        fill=fill,
+        states=sum(states.values()),
+        forecasts=forecasts,
+        notes=tuple(dict.fromkeys(notes)),
+        timing=timing,
     )
 
 

@@ -196,12 +196,7 @@ class RunConfig:
         "truncate", one_of(*OVERFLOWS), "What to do with a row longer than --max-length", DATA, training=True
     )
     data_seed: int | None = option(
-        None,
-        whole(0),
-        "Seed of the held-out split and of the batches.",
-        DATA,
-        training=True,
-        derived="--seed",
+        None, whole(0), "Seed of the held-out split and the batches.", DATA, training=True, derived="--seed"
     )
     max_length: int | None = option(
         None,
