@@ -173,22 +173,25 @@ class Note:
 @dataclass(frozen=True, slots=True)
 class PrefixCache:
     """What becomes of the `layers` below the cut: run once over all rows before the first step, their output
-    kept in `memory` or on `disk`; or run every time (`off`). Why; and the bytes of it."""
+    kept in `memory` or on `disk`; or run every time (`off`). Why; and the bytes of it. `streamed` layers are
+    held only while they run."""
 
     where: str
     reason: str
     layers: int = 0
     bytes: int = 0
+    streamed: bool = False
 
 
 @dataclass(frozen=True, slots=True)
 class Filling:
     """The layers below the cut have run over `done` of `tokens` tokens, held-out ones with them, in `seconds`.
-    Only the last one, where all are done, is recorded."""
+    Only the last one, where all are done, is recorded: with the bytes of streamed weights that were read."""
 
     done: int
     tokens: int
     seconds: float
+    bytes_read: int = 0
 
 
 @dataclass(frozen=True, slots=True)

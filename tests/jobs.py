@@ -35,5 +35,13 @@ def events_of(job):
     return list(recorded(job, run(job)) if job.world.first else run(job))
 
 
+def stopped_after(job, step):
+    """The events of a run that is asked to end once that step is done. Raises what ends it."""
+    events = []
+    job.stop = lambda: 2 if any(isinstance(e, Stepped) and e.step >= step for e in events) else 0
+    events.extend(recorded(job, run(job)))
+    return events
+
+
 def losses(events):
     return [e.loss for e in events if isinstance(e, (Stepped, Evaluated))]

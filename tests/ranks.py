@@ -11,21 +11,22 @@ import sys
 from pathlib import Path
 
 import torch
-from jobs import events_of, job_for, losses
+from jobs import job_for, losses
 
 from lorafit.distributed import connect
 from lorafit.errors import LorafitError
 from lorafit.events import PrefixCache, Stepped
 from lorafit.train.checkpoint import trainable
+from lorafit.train.loggers import recorded
+from lorafit.train.loop import run
 
 
-def stop_after(job, step):
-    """A signal that the last process alone gets, once that step is done."""
-    seen = []
+def stop_after(job, step, events):
+    """A signal that the last process alone gets, while that step is done."""
 
     def asked():
-        seen.append(0)
-        return signal.SIGTERM if job.world.rank == job.world.size - 1 and len(seen) >= step else 0
+        done = sum(isinstance(event, Stepped) for event in events)
+        return signal.SIGTERM if job.world.rank == job.world.size - 1 and done >= step - 1 else 0
 
     return asked
 
@@ -38,9 +39,10 @@ def train(world, given):
     try:
         with world.one_error():
             job = job_for(flags.pop("model"), Path(flags.pop("output")), world=world, **flags)
+        events = []
         if stop_at:
-            job.stop = stop_after(job, stop_at)
-        events = events_of(job)
+            job.stop = stop_after(job, stop_at, events)
+        events.extend(recorded(job, run(job)) if world.first else run(job))
     except LorafitError as error:
         return {"error": error.message, "code": error.exit_code}
     whole = hashlib.sha256(

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 WITHOUT = (
     "preset", "layers", "modules", "rank", "learning_rate", "seed", "from_adapter", "overwrite", "resume", "sample",
-    "track", "track_project", "track_name",
+    "track", "track_project", "track_name", "prefix_residency",
 )  # fmt: skip
 
 

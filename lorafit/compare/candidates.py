@@ -60,7 +60,7 @@ def resolve_all(
     for one in wanted:
         config, preset = settle({**common, **one.settings}, file)
         config = derive_from_model(config, found).derived("data_seed", 0, "one split for all candidates")
-        config = replace(config, sample=False)
+        config = replace(config, sample=False, prefix_residency="resident")
         if one.times is not None:
             rate = (config.learning_rate or 0.0) * one.times
             config = replace(config, learning_rate=rate, origin={**config.origin, "learning_rate": "flag"})

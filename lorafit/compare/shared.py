@@ -28,6 +28,10 @@ class Lasting:
 
     store: StateStore
 
+    @property
+    def proved(self) -> bool:
+        return self.store.proved
+
     def has(self, key: str) -> bool:
         return self.store.has(key)
 
@@ -69,6 +73,7 @@ class SharedBase:
         for shared in self.states.values():
             assert isinstance(shared.store, Lasting)
             shared.store.store.close()
+        self.states.clear()
 
     def drop(self) -> None:
         """Let go of the base: the next candidate gets one that is loaded again."""

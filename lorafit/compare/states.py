@@ -26,6 +26,7 @@ from lorafit.forward import (
     states_folder,
     states_key,
 )
+from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train import Base, SharedStates, composed, every_micro_batch
 
@@ -80,7 +81,10 @@ def fill_all(
         prefix = Prefix.below(base.model, stack, cut)
         prefix.store, prefix.forms = states.store, states.forms
         prefixes.append(prefix)
-    yield from _filled(prefixes, base, rows, tokenizer, evaluators, forward, config_of=candidates[0])
+    try:
+        yield from _filled(prefixes, base, rows, tokenizer, evaluators, forward, config)
+    except OSError:  # the disk is full: each candidate makes its own
+        shared.close()
 
 
 def _filled(
@@ -90,10 +94,10 @@ def _filled(
     tokenizer: PreTrainedTokenizerBase,
     evaluators: Sequence[Evaluator],
     forward: Forward,
-    config_of: Candidate,
+    config: RunConfig,
 ) -> Iterator[Filling]:
-    """The pass itself; a file that cannot be written leaves the rest to the candidates."""
-    trained = every_micro_batch(rows, config_of.config, base.found.task, tokenizer)
+    """The pass itself. Raises OSError where a file cannot be written."""
+    trained = every_micro_batch(rows, config, base.found.task, tokenizer)
     batches = chain(trained, (batch for each in evaluators for _, batch in each.batches()))
     tokens = rows.look.tokens + sum(each.tokens for each in evaluators)
     done, started = 0.0, time.perf_counter()

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorafit.forward.placement import COMFORTABLE as COMFORTABLE
     from lorafit.forward.placement import Choice as Choice
     from lorafit.forward.placement import choose as choose
+    from lorafit.forward.placement import refused_by_map as refused_by_map
     from lorafit.forward.prefix import Prefix as Prefix
     from lorafit.forward.prefix import blocks_below as blocks_below
     from lorafit.forward.prefix import cut_of as cut_of
@@ -25,8 +26,10 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix_store import DiskStore as DiskStore
     from lorafit.forward.prefix_store import MemoryStore as MemoryStore
     from lorafit.forward.prefix_store import StateStore as StateStore
+    from lorafit.forward.prefix_store import same_state as same_state
     from lorafit.forward.prefix_store import states_folder as states_folder
     from lorafit.forward.prefix_store import states_key as states_key
+    from lorafit.forward.stand_in import Blank as Blank
 
 __getattr__ = door(
     __name__,
@@ -35,8 +38,9 @@ __getattr__ = door(
         "prefix_fill": "Sweep fill",
         "head": "Forward routes_for_loss",
         "loss": "chunk_for",
-        "placement": "COMFORTABLE Choice choose",
+        "placement": "COMFORTABLE Choice choose refused_by_map",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
-        "prefix_store": "DiskStore MemoryStore StateStore states_folder states_key",
+        "stand_in": "Blank",
+        "prefix_store": "DiskStore MemoryStore StateStore same_state states_folder states_key",
     },
 )

@@ -53,15 +53,21 @@ class Forward:
 
         `chunk` is how many tokens the head is run on at once; 0 chooses by the device.
         """
-        base = base_of(model)
-        accepts = frozenset(inspect.signature(base.forward).parameters)
-        size = chunk or chunk_for(next(base.parameters()).device.type, _vocabulary(base))
-        whole = cls(task, accepts, "whole", size)
+        base, whole = base_of(model), cls.plain(model, task, chunk)
         whole = replace(whole, router=whole._router_share(model))
         whole = replace(whole, masked=not whole._is_right_unmasked(model))
         ways = [replace(whole, head="apart", body=body) for body in _bodies(base, task)]
         ways.append(replace(whole, head="inside"))
         return next((way for way in ways if way._is_right(model, whole)), whole)
+
+    @classmethod
+    def plain(cls, model: torch.nn.Module, task: str, chunk: int = 0) -> Forward:
+        """How any model may be called: with the mask, its head run whole."""
+        base = base_of(model)
+        accepts = frozenset(inspect.signature(base.forward).parameters)
+        return cls(
+            task, accepts, "whole", chunk or chunk_for(next(base.parameters()).device.type, _vocabulary(base))
+        )
 
     def _is_right(self, model: torch.nn.Module, whole: Forward) -> bool:
         """Whether this way to the head gives the logits that the model's own forward gives."""
@@ -123,6 +129,22 @@ class Forward:
         """Run the model's own forward, to its end or until a stand-in ends it."""
         with suppress(Reached):
             base_of(model)(**self.arguments(model, batch))
+
+    @torch.no_grad()
+    def into_head(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
+        """hidden_ND that enters the output layer at the supervised tokens; the pass ends there."""
+        entering: list[torch.Tensor] = []
+
+        def ends(_: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+            entering.append(inputs[0].flatten(0, 1).index_select(0, batch.places))
+            raise Reached
+
+        hook = base_of(model).get_output_embeddings().register_forward_pre_hook(ends)
+        try:
+            self.run(model, batch)
+        finally:
+            hook.remove()
+        return entering[0]
 
     def logits(self, model: torch.nn.Module, batch: Batch) -> torch.Tensor:
         """logits_NV of the supervised tokens, in the model's dtype."""

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from lorafit.units import bytes_text
+
+if TYPE_CHECKING:
+    from lorafit.model import ModelMap
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,6 +25,21 @@ COMFORTABLE = 0.25  # of the memory that is free: what the cache may take of it
 
 
 ROOM_LEFT = 1_000_000_000  # bytes that stay free on the disk
+
+
+def refused_by_map(found: ModelMap, cut: Mapping[str, int], training: bool = True) -> str:
+    """Why layers below that cut (the lowest adapted layer of each stack) cannot be replayed exactly, as far as
+    the map of the model tells; empty when it tells nothing against it."""
+    if training and found.task == "masked":
+        return "a masked model hides other tokens in each epoch"
+    if len(found.text_stacks) > 1:
+        return f"`{found.model}` has several stacks"
+    if len(cut) != 1:
+        return "adapters stand outside the text's one stack"
+    ((path, lowest),) = cut.items()
+    if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
+        return "the adapted layers are shared, or not of the text"
+    return "" if lowest else "the band begins at layer 0: nothing is frozen below it"
 
 
 def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored: bool) -> Choice:

@@ -10,18 +10,24 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from lorafit.adapter import Plan
 from lorafit.data import Batch
+from lorafit.errors import RunError
 from lorafit.forward.head import routes_for_loss
+from lorafit.forward.placement import refused_by_map
 from lorafit.forward.prefix_store import MemoryStore, StateStore
-from lorafit.forward.stand_in import HandOn, Tap, in_place
+from lorafit.forward.stand_in import Fetched, HandOn, StandIn, Tap, in_place
 from lorafit.model import ModelMap
+
+# Entered with the first of some blocks and the one after the last: while in it, they hold their weights.
+Held = Callable[[int, int], AbstractContextManager[None]]
 
 READS_BELOW = "something above the cut reads the layers below it"
 
@@ -35,17 +41,9 @@ def refusal(
     base, `model` the base with an adapter in it. What is random in training alone speaks against it
     in `training` alone.
     """
-    if training and found.task == "masked":
-        return "a masked model hides other tokens in each epoch"
-    if len(found.text_stacks) > 1:
-        return f"`{found.model}` has several stacks"
-    if len(cut) != 1:
-        return "adapters stand outside the text's one stack"
+    if reason := refused_by_map(found, cut, training):
+        return reason
     ((path, lowest),) = cut.items()
-    if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
-        return "the adapted layers are shared, or not of the text"
-    if lowest == 0:
-        return "the band begins at layer 0: nothing is frozen below it"
     depth = len(list(model.get_submodule(path).children()))
     above = tuple(f"{path}.{layer}." for layer in range(lowest, depth))
     for name in trained:
@@ -100,11 +98,12 @@ def _noise_below(model: torch.nn.Module, above: tuple[str, ...]) -> str:
 class Prefix:
     """The blocks of a stack below the cut, and what is known of their output."""
 
-    def __init__(self, stack: torch.nn.Module | None = None, cut: int = 0) -> None:
-        """Without a stack: every pass is a whole one."""
+    def __init__(self, stack: torch.nn.Module | None = None, cut: int = 0, held: Held | None = None) -> None:
+        """Without a stack: every pass is a whole one. Blocks below the cut that hold no weights do in `held`."""
         self.stack = stack
         self.blocks: dict[str, torch.nn.Module] = dict(stack.named_children()) if stack is not None else {}
         self.cut = cut
+        self.held = held
         self.store: StateStore = MemoryStore()
         self.forms: dict[int, int] = {}  # the members of each lower block's output; 0 for a bare tensor
 
@@ -117,6 +116,9 @@ class Prefix:
     def around(self, batch: Batch) -> Iterator[None]:
         """Around a forward pass: replayed where the state of the micro-batch is stored, else a whole one."""
         state = self.store.get(batch.key) if self.cut and batch.key else None
+        if state is None and self.held is not None:
+            self.store.close()  # which removes what is damaged
+            raise RunError("a stored state of the frozen layers is damaged", "run the command again")
         if state is None:
             yield
             return
@@ -164,9 +166,14 @@ class Prefix:
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """(what each supervised token lost in a whole pass, (N,); the state that entered the cut, (B, T, D))."""
         assert self.stack is not None
-        name, block = list(self.blocks.items())[self.cut]
+        blocks = list(self.blocks.items())
+        name, block = blocks[self.cut]
         tap = Tap(block)
-        with self.noting(0, self.cut), in_place(self.stack, {name: tap}):
+        stand_ins: dict[str, StandIn] = {name: tap}
+        if self.held is not None:
+            for number, (below, module) in enumerate(blocks[: self.cut]):
+                stand_ins[below] = Fetched(module, partial(self.held, number, number + 1))
+        with self.noting(0, self.cut), in_place(self.stack, stand_ins):
             whole = losses(batch)
         return whole, tap.state
 

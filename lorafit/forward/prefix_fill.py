@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -11,21 +11,18 @@ from itertools import islice
 import torch
 
 from lorafit.data import Batch
-from lorafit.forward.prefix import Prefix
+from lorafit.forward.prefix import Held, Prefix
 from lorafit.forward.stand_in import End, StandIn, Tap, in_place
 
 
 @dataclass(frozen=True, slots=True)
 class Sweep:
-    """How the blocks are gone through: `blocks` at a time (0: all of them), each time by `group` micro-batches.
-
-    `held` is entered around a run of blocks, with the first and the one after the last: while in it, these
-    blocks hold their weights.
-    """
+    """How the blocks are gone through: `blocks` at a time (0: all of them), each time by `group` micro-batches;
+    they hold their weights within `held`."""
 
     blocks: int = 0
     group: int = 1
-    held: Callable[[int, int], AbstractContextManager[None]] = lambda first, last: nullcontext()
+    held: Held = lambda first, last: nullcontext()
 
 
 def fill(
@@ -43,11 +40,12 @@ def fill(
     Raises OSError where a store's disk is full.
     """
     left = iter(batches)
-    while group := list(islice(left, sweep.group)):
+    while group := list(islice(left, sweep.group if all(p.store.proved for p in prefixes) else 1)):
         stored = [all(prefix.store.has(batch.key) for prefix in prefixes) for batch in group]
         wanted = [batch.to(device) for batch, there in zip(group, stored, strict=True) if not there]
         yield sum(batch.tokens for batch, there in zip(group, stored, strict=True) if there)
-        yield from _fill_group(prefixes, wanted, run, sweep)
+        if wanted:
+            yield from _fill_group(prefixes, wanted, run, sweep)
     for prefix in prefixes:
         prefix.store.filled()
 

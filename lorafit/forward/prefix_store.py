@@ -24,6 +24,11 @@ STATES = "states.bin"
 class StateStore(Protocol):
     """Hidden states by the key of their micro-batch."""
 
+    @property
+    def proved(self) -> bool:
+        """Whether what is stored may be used: it was made here, or a state that was made again is the same."""
+        ...
+
     def has(self, key: str) -> bool: ...
 
     def get(self, key: str) -> torch.Tensor | None: ...
@@ -48,6 +53,10 @@ class MemoryStore:
     states: dict[str, torch.Tensor] = field(default_factory=dict)
     pinned: torch.Tensor | None = None
     used: int = 0
+
+    @property
+    def proved(self) -> bool:
+        return True
 
     def has(self, key: str) -> bool:
         return key in self.states

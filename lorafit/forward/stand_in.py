@@ -4,8 +4,8 @@ a chunk to the head. Whatever wraps the originals (hooks, sharding, compiling) d
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -42,6 +42,26 @@ class HandOn(StandIn):
     def forward(self, *inputs: Any, **named: Any) -> Any:
         hidden = hidden_in(inputs, named) if self.state is None else self.state
         return (hidden, *[None] * (self.members - 1)) if self.members else hidden
+
+
+class Fetched(StandIn):
+    """A block that holds its weights only while it runs: within `held`."""
+
+    def __init__(self, original: torch.nn.Module, held: Callable[[], AbstractContextManager[None]]) -> None:
+        super().__init__(original)
+        self.held = held
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        with self.held():
+            return self.__dict__["original"](*inputs, **named)
+
+
+class Blank(StandIn):
+    """An embedding whose weights are gone: zeros of its shape, for a pass in which nothing reads them."""
+
+    def forward(self, ids: torch.Tensor, *_: Any, **__: Any) -> torch.Tensor:
+        weight = self.__dict__["original"].weight
+        return torch.zeros(1, dtype=weight.dtype, device=ids.device).expand(*ids.shape, weight.shape[1])
 
 
 class Tap(StandIn):

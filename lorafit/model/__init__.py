@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from lorafit.model.identity import fingerprint as fingerprint
     from lorafit.model.identity import local_folder as local_folder
     from lorafit.model.identity import sampled as sampled
+    from lorafit.model.identity import stream_refusal as stream_refusal
     from lorafit.model.load import load_model as load_model
     from lorafit.model.load import load_tokenizer as load_tokenizer
     from lorafit.model.load import pick_device as pick_device
@@ -62,6 +63,9 @@ if TYPE_CHECKING:
     from lorafit.model.source import find as find
     from lorafit.model.source import not_downloaded as not_downloaded
     from lorafit.model.source import split_revision as split_revision
+    from lorafit.model.streamed import Streamed as Streamed
+    from lorafit.model.streamed import let_go as let_go
+    from lorafit.model.streamed import load_streamed as load_streamed
 
 __getattr__ = door(
     __name__,
@@ -74,8 +78,9 @@ __getattr__ = door(
         "quantised_linear": "Pretended dequantised is_quantised pretend quantise_pretended",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
-        "identity": "fingerprint local_folder sampled",
+        "identity": "fingerprint local_folder sampled stream_refusal",
         "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
+        "streamed": "Streamed let_go load_streamed",
         "source": "HUB_ID ModelSource find not_downloaded split_revision",
     },
 )

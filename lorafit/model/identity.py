@@ -16,6 +16,7 @@ from lorafit.digests import file_digest
 from lorafit.errors import RequestError
 from lorafit.model.headers import open_file, shards
 from lorafit.model.source import split_revision
+from lorafit.system import installed
 
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
 
@@ -76,6 +77,14 @@ def local_folder(place: str) -> Path | None:
         found = try_to_load_from_cache(name, "config.json", revision=revision or None)
         return Path(found).parent if isinstance(found, str) else None
     return None
+
+
+def stream_refusal(place: str) -> str:
+    """Why blocks of that checkpoint cannot be read one at a time; empty where they can."""
+    if int(installed("transformers").partition(".")[0] or 0) < 5:
+        return "it needs transformers 5"
+    folder = local_folder(place)
+    return "" if folder is not None and shards(folder) else "there are no .safetensors files"
 
 
 def sampled(place: str) -> str:

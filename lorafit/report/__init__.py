@@ -12,6 +12,10 @@ if TYPE_CHECKING:
     from lorafit.report.html import make_page as make_page
     from lorafit.report.html import table as table
     from lorafit.report.html import write_page as write_page
+    from lorafit.report.listing import RunRow as RunRow
+    from lorafit.report.listing import find_runs as find_runs
+    from lorafit.report.listing import runs_text as runs_text
+    from lorafit.report.listing import sorted_by as sorted_by
     from lorafit.report.markup import Html as Html
     from lorafit.report.markup import el as el
     from lorafit.report.model_card import adapter_card as adapter_card
@@ -31,6 +35,7 @@ __getattr__ = door(
     __name__,
     {
         "html": "PAGE_MARK document make_page table write_page",
+        "listing": "RunRow find_runs runs_text sorted_by",
         "markup": "Html el",
         "model_card": "adapter_card merged_card",
         "svg": "COLOURS Curve chart scatter series thinned",

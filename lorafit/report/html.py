@@ -252,6 +252,14 @@ def _evaluated(report: EvalReport) -> list[Html]:
                 _scores(report.base, report.adapters),
             )
         )
+    if report.ranked:
+        rows = [
+            [a.path, f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}", f"{a.low:+.4f} to {a.high:+.4f}"]
+            for a in report.ranked[1:]
+        ]
+        best = [report.ranked[0].path, f"{report.ranked[0].loss:.4f}", "best", ""]
+        head = ["adapter", "loss", "to the best", "95 % CI"]
+        parts.append(el("section", el("h2", "Adapters among each other"), table(head, [best, *rows])))
     if report.groups:
         rows = []
         for group in report.groups:

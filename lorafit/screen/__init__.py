@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.screen.plan import show_matrix as show_matrix
     from lorafit.screen.plan import show_plan as show_plan
     from lorafit.screen.presets import show_presets as show_presets
+    from lorafit.screen.runs import show_runs as show_runs
     from lorafit.screen.train import TrainView as TrainView
     from lorafit.screen.train import show_train_report as show_train_report
 
@@ -43,6 +44,7 @@ __getattr__ = door(
         "merge": "show_merge",
         "plan": "show_header show_matrix show_plan",
         "presets": "show_presets",
+        "runs": "show_runs",
         "train": "TrainView show_train_report",
     },
 )

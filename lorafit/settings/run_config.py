@@ -41,6 +41,7 @@ from lorafit.settings.values import (
     OVERFLOWS,
     PREFIX_CACHES,
     QUOTE,
+    RESIDENCIES,
     SCHEDULERS,
 )
 
@@ -292,6 +293,13 @@ class RunConfig:
         "auto",
         one_of(*PREFIX_CACHES),
         "Where to keep the output of the frozen layers for later epochs; `auto` where it is exact and pays",
+        TRAINING,
+        training=True,
+    )
+    prefix_residency: str = option(
+        "auto",
+        one_of(*RESIDENCIES),
+        "Hold the frozen layers below the band, or read each from disk as it runs, once; `auto` if they do not fit",
         TRAINING,
         training=True,
     )

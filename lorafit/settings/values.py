@@ -22,6 +22,7 @@ SCHEDULERS = (
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
+RESIDENCIES = ("auto", "resident", "stream")
 FORMATS = (
     "auto", "messages", "conversations", "prompt-completion", "instruction", "text", "lines", "document", "tokens",
 )  # fmt: skip

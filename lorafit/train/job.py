@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Mapping
@@ -17,35 +16,21 @@ from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoc
 from lorafit.distributed import ALONE, World
 from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
-from lorafit.evaluate import Evaluator, mask_id
-from lorafit.events import Predicted, PrefixCache
-from lorafit.forward import (
-    Choice,
-    DiskStore,
-    Forward,
-    MemoryStore,
-    Prefix,
-    StateStore,
-    base_of,
-    blocks_below,
-    checkpoint_activations,
-    choose,
-    refusal,
-    states_folder,
-    states_key,
-    trained_in,
-)
+from lorafit.evaluate import mask_id
+from lorafit.events import Predicted
+from lorafit.forward import StateStore, blocks_below, checkpoint_activations, refused_by_map
 from lorafit.model import (
     ModelMap,
     ModelSource,
+    Streamed,
     fingerprint,
     held_as,
     load_model,
+    load_streamed,
     pick_device,
     pick_dtype,
 )
 from lorafit.settings import RunConfig
-from lorafit.system import free_disk, free_memory
 from lorafit.train.checkpoint import trainable
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
 from lorafit.train.run_folder import RunFolder
@@ -77,11 +62,10 @@ def every_micro_batch(
     rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
 ) -> Iterator[Batch]:
     """Each micro-batch of a run's training rows once, in one process."""
+    pad = tokenizer.pad_token_id or 0
     for number, batch in enumerate(composed(rows, config, task)):
         for part, numbers in enumerate(batch):
-            yield collate_rows(
-                [rows.train[n] for n in numbers], tokenizer.pad_token_id or 0, task, _key(number, part)
-            )
+            yield collate_rows([rows.train[n] for n in numbers], pad, task, _key(number, part))
 
 
 def _key(number: int, part: int) -> str:
@@ -107,6 +91,7 @@ class Job:
     fingerprint: str = ""  # of the base's weights
     memory_before: int = 0  # bytes that the process held before the model was loaded
     world: World = ALONE
+    streamed: Streamed | None = None  # the base, where the layers below the cut are read as they run
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
     states: Mapping[tuple[str, int], SharedStates] = field(default_factory=dict)  # by stack and cut
@@ -206,20 +191,31 @@ class Job:
         ]
 
 
+def not_streamed(reason: str) -> RequestError:
+    """The error where the frozen layers were to be streamed and cannot be."""
+    return RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
+
+
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A model, loaded, for one job after another. `before` is what the process held before, in bytes."""
+    """A model, loaded, for one job after another; `streamed` where the layers below a cut are read as they run.
+    `before` is what the process held before, in bytes."""
 
     model: PreTrainedModel
-    source: ModelSource
     found: ModelMap
     device: torch.device
     fingerprint: str
     before: int
+    streamed: Streamed | None = None
 
 
-def load_base(source: ModelSource, found: ModelMap, config: RunConfig, world: World = ALONE) -> Base:
-    """Load the model of a run. Raises RequestError and RunError as `load_model` does."""
+def load_base(
+    source: ModelSource, found: ModelMap, config: RunConfig, plan: Plan | None = None, world: World = ALONE
+) -> Base:
+    """Load the model of a run; `plan` says below which cut its layers are streamed, where they are to be.
+
+    Raises RequestError and RunError as `load_model` does, and where streaming would not be exact.
+    """
     device = pick_device(config.device)
     if device.type == "cuda" and not world.alone:
         device = torch.device("cuda", world.local_rank)
@@ -232,11 +228,20 @@ def load_base(source: ModelSource, found: ModelMap, config: RunConfig, world: Wo
         import bitsandbytes  # noqa: F401  # its code is there before memory is counted
     load_kernels(device, dtype)
     before = memory_before(device)
-    torch.manual_seed(config.seed)
-    model = load_model(source, dtype, device, config.quantize, config.attention)
+    streamed = None
+    if config.prefix_residency == "stream" and plan is not None:
+        if reason := refused_by_map(found, plan.cut):
+            raise not_streamed(reason)
+        if held is not None:
+            raise not_streamed(f"the base is in {held.kind}")
+        ((stack, cut),) = plan.cut.items()
+        streamed = load_streamed(source, dtype, device, stack, cut, config.attention)
+        model = streamed.model
+    else:
+        model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
-    return Base(model, source, found, device, fingerprint(source.place), before)
+    return Base(model, found, device, fingerprint(source.place), before, streamed)
 
 
 def put_on(
@@ -255,7 +260,7 @@ def put_on(
 
     `predicted` is the forecast of the run; it is reported beside what is measured.
     """
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed)  # not before the model is loaded: loading some draws
     peft_model = inject_plan(base.model, plan, base.found.task)
     if config.from_adapter:
         put_in(peft_model, locate(config.from_adapter))
@@ -276,6 +281,7 @@ def put_on(
         base.fingerprint,
         base.before,
         world,
+        base.streamed,
     )
 
 
@@ -292,65 +298,5 @@ def assemble(
     world: World = ALONE,
 ) -> Job:
     """Load the model and put the planned adapter in."""
-    base = load_base(source, found, config, world)
+    base = load_base(source, found, config, plan, world)
     return put_on(base, config, plan, rows, tokenizer, folder, stop, predicted, world)
-
-
-def prepare_prefix(job: Job, forward: Forward, held_out: Evaluator) -> tuple[Prefix, PrefixCache]:
-    """What is done with the layers below the cut, tried on the run's first micro-batch.
-
-    Raises RequestError when the cache was asked for by name and would not be exact.
-    """
-    asked, base = job.config.prefix_cache, base_of(job.model)
-
-    def refused(reason: str) -> tuple[Prefix, PrefixCache]:
-        if asked != "auto":
-            raise RequestError(
-                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
-            )
-        return Prefix(), PrefixCache("off", reason)
-
-    if asked == "off":
-        return Prefix(), PrefixCache("off", "--prefix-cache off")
-    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
-        return refused(reason)
-    ((stack, cut),) = job.plan.cut.items()
-    lengths = job.rows.train.lengths
-    shares = [rows for batch in job.batches for part in batch if (rows := job.world.share(part))]
-    processed = sum(len(rows) * int(lengths[list(rows)].max()) for rows in shares)
-    dtype = next(job.model.parameters()).dtype
-    size = job.found.hidden_size * dtype.itemsize * (processed + held_out.processed)
-    composition = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    if not job.world.alone:
-        composition.append(f"process {job.world.rank} of {job.world.size}")
-    place = states_folder() / states_key(base, stack, cut, composition, job.fingerprint)
-    passes = job.steps / job.steps_per_epoch
-    free, on_disk = free_memory(), free_disk(states_folder())
-    shared = job.states.get((stack, cut))
-    choice = choose(asked, passes, size, free, on_disk, place.exists())
-    if shared is not None:
-        choice = Choice(shared.where, "shared by all candidates with this cut", size)
-    where, reason = job.world.told([choice.where, choice.reason])
-    choice = Choice(where, reason, size)
-    if choice.where == "off":
-        return Prefix(), PrefixCache("off", choice.reason)
-    prefix = Prefix.below(base, stack, cut)
-    job.model.eval()
-    first = job.first_batch()
-    reason, state = "", torch.empty(0)
-    if first is not None:
-        first = first.to(job.device)
-        reason, state = prefix.differs(first, lambda batch: forward.scores(job.model, batch)[0])
-    if job.world.agreed(bool(reason)):
-        return refused(reason or "another process found a replay to differ from a whole pass")
-    if shared is not None:
-        prefix.store, prefix.forms = shared.store, shared.forms
-    elif choice.where == "disk":
-        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
-        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
-        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-    else:
-        prefix.store = MemoryStore(size)
-    if first is not None:
-        prefix.store.put(first.key, state)
-    return prefix, PrefixCache(choice.where, choice.reason, cut, size)

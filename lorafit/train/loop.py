@@ -6,11 +6,9 @@ import math
 import shlex
 import shutil
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from dataclasses import replace
-from functools import partial
-from itertools import chain
 from pathlib import Path
 from signal import SIGTERM
 
@@ -24,7 +22,6 @@ from lorafit.evaluate import Evaluator
 from lorafit.events import (
     Evaluated,
     Event,
-    Filling,
     Loss,
     Note,
     PrefixCache,
@@ -34,7 +31,7 @@ from lorafit.events import (
     Stepped,
     TrainReport,
 )
-from lorafit.forward import Forward, Prefix, base_of, fill, routes_for_loss
+from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
 from lorafit.system import environment
 from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import (
@@ -46,7 +43,8 @@ from lorafit.train.checkpoint import (
     state_of,
 )
 from lorafit.train.divergence import Divergence
-from lorafit.train.job import Job, prepare_prefix
+from lorafit.train.frozen import fill_prefix, first_look, prepare
+from lorafit.train.job import Job
 from lorafit.train.measure import peak_memory
 from lorafit.train.objective import TokenLoss
 from lorafit.train.optimizer import make_optimizer
@@ -85,7 +83,7 @@ def _run(job: Job) -> Iterator[Event]:
     config, model = job.config, job.model
     optimizer = make_optimizer(config, job.parameters)
     scaler = torch.amp.GradScaler(job.device.type, enabled=next(model.parameters()).dtype == torch.float16)
-    forward = Forward.of(model, job.task, config.head_chunk or 0)
+    forward, trial = first_look(job)
     held_out = Evaluator(
         job.rows.held_out,
         forward,
@@ -98,7 +96,8 @@ def _run(job: Job) -> Iterator[Event]:
     state = State(rate=job.matrix_rate())
     with job.world.one_error():
         last, damaged = _resumed(job, state, optimizer, scaler)
-    prefix, caching = prepare_prefix(job, forward, held_out)
+    frozen = prepare(job, forward, held_out, trial)
+    prefix, caching = frozen.prefix, frozen.caching
     held_out = replace(held_out, prefix=prefix)
     stepper = Stepper(
         model,
@@ -116,7 +115,7 @@ def _run(job: Job) -> Iterator[Event]:
     with closing(prefix):
         yield from _start(job, state, forward, caching, tuple(damaged))
         if prefix.cut:
-            caching = yield from _fill(job, state, forward, held_out, prefix, caching)
+            caching = yield from fill_prefix(job, state, forward, held_out, frozen)
         yield from _steps(job, state, stepper, held_out, prefix, caching)
 
 
@@ -181,46 +180,6 @@ def _start(
     yield caching
 
 
-def _fill(
-    job: Job, state: State, forward: Forward, held_out: Evaluator, prefix: Prefix, caching: PrefixCache
-) -> Generator[Event, None, PrefixCache]:
-    """Run the layers below the cut over all rows that the run will see; what became of the cache.
-
-    Raises Interrupted when the run is to end meanwhile; what lies on disk is gone on with.
-    """
-    ahead, lengths = job.ahead(state.step), job.rows.train.lengths
-    trained = sum(int(lengths[list(job.world.share(job.batches[n][part]))].sum()) for n, part in ahead)
-    tokens = trained + held_out.tokens
-    batches = chain((job.micro_batch(n, part) for n, part in ahead), (b for _, b in held_out.batches()))
-    done, why, started = 0.0, "", time.perf_counter()
-    job.model.eval()
-    try:
-        for part in fill([prefix], batches, partial(forward.run, job.model), job.device):
-            done += part
-            yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
-            if job.stop():
-                break
-    except OSError as error:  # nothing is lost but time: every pass is a whole one
-        why = f"its file could not be written: {error.strerror}"
-    if job.world.agreed(bool(job.stop())):
-        goes_on = ", and goes on with what is cached" if caching.where == "disk" else ""
-        raise Interrupted(
-            "interrupted before the first step",
-            f"the same command begins it again{goes_on}",
-            job.stop() or SIGTERM,
-        )
-    seconds = time.perf_counter() - started
-    state.fill_seconds += seconds * trained / max(1, tokens)
-    state.seconds += seconds * trained / max(1, tokens)
-    if job.world.agreed(bool(why)):
-        prefix.give_up()
-        caching = PrefixCache("off", why or "another process could not write its file")
-        yield caching
-    else:
-        yield Filling(tokens, tokens, seconds)
-    return caching
-
-
 def _device_name(device: torch.device) -> str:
     """`cpu`, or a GPU by its name."""
     if device.type == "cuda":
@@ -247,7 +206,7 @@ def _steps(
     config = job.config
     if state.before is None:
         state.before = _held_out_loss(job, held_out)
-        if config.sample and job.world.first:
+        if config.sample and job.streamed is None and job.world.first:
             with suppress(Exception):  # of the model's own code; at the end it is told
                 state.said = sample.answer(job, held_out)
     yield Evaluated(0, state.before.loss, state.before.tokens)
@@ -348,7 +307,7 @@ def _end(
             )
         except RequestError as error:
             yield Note(f"the last adapter is saved, not the best: {error.message}")
-    if job.config.sample and job.world.first:
+    if job.config.sample and job.streamed is None and job.world.first:
         try:
             prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
             report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from jobs import events_of, job_for, losses
+from jobs import events_of, job_for, losses, stopped_after
 from safetensors.torch import load_file
 
 from lorafit.adapter.folder import WEIGHTS
@@ -104,14 +104,8 @@ def two(tmp_path_factory, models, pairs):
 def stopped_in_one(flags):
     """A run in one process, stopped after its third step."""
     flags = {**flags, "data": tuple(flags["data"])}
-    calls = []
-
-    def stop():
-        calls.append(0)
-        return signal.SIGTERM if len(calls) == 3 else 0
-
     with pytest.raises(LorafitError, match="interrupted after step 3"):
-        events_of(job_for(flags.pop("model"), Path(flags.pop("output")), stop=stop, **flags))
+        stopped_after(job_for(flags.pop("model"), Path(flags.pop("output")), **flags), 3)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -1,0 +1,251 @@
+"""The layers below the cut in a run: what is done with them, tried on its first micro-batch, run once over its rows."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain
+from signal import SIGTERM
+
+import torch
+
+from lorafit.data import Batch
+from lorafit.errors import Interrupted, RequestError, RunError
+from lorafit.evaluate import Evaluator
+from lorafit.events import Event, Filling, PrefixCache
+from lorafit.forward import (
+    COMFORTABLE,
+    Blank,
+    Choice,
+    DiskStore,
+    Forward,
+    MemoryStore,
+    Prefix,
+    Sweep,
+    base_of,
+    choose,
+    fill,
+    refusal,
+    same_state,
+    states_folder,
+    states_key,
+    trained_in,
+)
+from lorafit.model import let_go
+from lorafit.system import free_disk, free_memory
+from lorafit.train.job import Job, not_streamed
+from lorafit.train.state import State
+
+
+@dataclass(slots=True)
+class Trial:
+    """One whole pass over a run's first micro-batch, each block below the cut read as it ran: what entered the
+    head, (N, D), and the state that entered the cut. A replay of it is compared once other rows went through."""
+
+    prefix: Prefix
+    batch: Batch
+    forward: Forward
+    wanted: torch.Tensor
+    state: torch.Tensor
+
+    def differs(self, model: torch.nn.Module) -> bool:
+        """Whether a replay gives something else."""
+        with self.prefix.replayed(self.state):
+            found = self.forward.into_head(model, self.batch)
+        return not (torch.equal(found, self.wanted) or (found.is_cuda and same_state(self.wanted, found)))
+
+
+@dataclass(slots=True)
+class Frozen:
+    """What is done with the layers below the cut: the `prefix` that replays them, how it is filled, and of
+    streamed ones the trial."""
+
+    prefix: Prefix = field(default_factory=Prefix)
+    caching: PrefixCache = field(default_factory=lambda: PrefixCache("off", ""))
+    sweep: Sweep = field(default_factory=Sweep)
+    trial: Trial | None = None
+
+
+def first_look(job: Job) -> tuple[Forward, Trial | None]:
+    """How the model is called, and of one whose lower layers are streamed its first whole pass.
+
+    Raises RequestError where streaming would not be exact.
+    """
+    head_chunk = job.config.head_chunk or 0
+    if job.streamed is None:
+        return Forward.of(job.model, job.task, head_chunk), None
+    base = base_of(job.model)
+    if not job.world.alone:
+        raise not_streamed("it runs in one process")
+    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
+        raise not_streamed(reason)
+    prefix = Prefix(base.get_submodule(job.streamed.stack), job.streamed.cut, job.streamed.held)
+    plain, first = Forward.plain(base, job.task), job.first_batch()
+    assert first is not None
+    first = first.to(job.device)
+    job.model.eval()
+    wanted, state = prefix.run_whole(first, partial(plain.into_head, base))
+    with prefix.replayed(None):  # its try on a few tokens needs no block below the cut
+        forward = Forward.of(job.model, job.task, head_chunk)
+    return forward, Trial(prefix, first, plain, wanted, state)
+
+
+def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None) -> Frozen:
+    """What is done with the layers below the cut. Resident ones are tried on the run's first micro-batch.
+
+    Raises RequestError when the cache was asked for by name and would not be exact, or when streamed layers
+    have no room for their states.
+    """
+    asked, base = job.config.prefix_cache, base_of(job.model)
+
+    def refused(reason: str) -> Frozen:
+        if asked not in ("auto", "off"):
+            raise RequestError(
+                f"--prefix-cache {asked} would not be exact: {reason}", "--prefix-cache auto, or off"
+            )
+        return Frozen(caching=PrefixCache("off", reason))
+
+    if asked == "off" and trial is None:
+        return refused("--prefix-cache off")
+    if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
+        return refused(reason)
+    ((stack, cut),) = job.plan.cut.items()
+    row_bytes = job.found.hidden_size * next(job.model.parameters()).dtype.itemsize
+    size = row_bytes * (_processed(job) + held_out.processed)
+    place = states_folder() / states_key(base, stack, cut, _composition(job, held_out), job.fingerprint)
+    # streamed layers run once, however many epochs there are
+    passes = job.steps / job.steps_per_epoch if trial is None else 2.0
+    choice = choose(asked, passes, size, free_memory(), free_disk(states_folder()), place.exists())
+    shared = job.states.get((stack, cut))
+    if shared is not None:
+        choice = Choice(shared.where, "shared by all candidates with this cut", size)
+    where, reason = job.world.told([choice.where, choice.reason])
+    choice = Choice(where, reason, size)
+    if choice.where == "off":
+        if trial is not None:
+            raise not_streamed(f"their output has to be kept, and is not: {choice.reason}")
+        return Frozen(caching=PrefixCache("off", choice.reason))
+    first = job.first_batch()
+    prefix, reason, state = Prefix.below(base, stack, cut), "", torch.empty(0)
+    if trial is not None:
+        prefix = trial.prefix
+    elif first is not None:
+        job.model.eval()
+        losses = lambda batch: forward.scores(job.model, batch)[0]  # noqa: E731
+        reason, state = prefix.differs(first.to(job.device), losses)
+    if job.world.agreed(bool(reason)):
+        return refused(reason or "another process found a replay to differ from a whole pass")
+    prefix.store = MemoryStore(size)
+    if shared is not None:
+        prefix.store, prefix.forms = shared.store, shared.forms
+    elif choice.where == "disk":
+        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
+        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
+        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+    if first is not None and trial is None:
+        prefix.store.put(first.key, state)
+    sweep = Sweep() if job.streamed is None else Sweep(1, _group(job, choice, row_bytes), job.streamed.held)
+    return Frozen(
+        prefix, PrefixCache(choice.where, choice.reason, cut, size, job.streamed is not None), sweep, trial
+    )
+
+
+def _processed(job: Job) -> int:
+    """Tokens of this process's pass over the training rows, padding with them."""
+    lengths = job.rows.train.lengths
+    shares = [rows for batch in job.batches for part in batch if (rows := job.world.share(part))]
+    return sum(len(rows) * int(lengths[list(rows)].max()) for rows in shares)
+
+
+def _composition(job: Job, held_out: Evaluator) -> list[str]:
+    """What the micro-batches of this process are, for the key of their states."""
+    found = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
+    return found if job.world.alone else [*found, f"process {job.world.rank} of {job.world.size}"]
+
+
+def _group(job: Job, choice: Choice, row_bytes: int) -> int:
+    """Micro-batches that run through a block while it is held: all, or as many as their states have room for."""
+    room = COMFORTABLE * (
+        torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else free_memory()
+    )
+    if choice.where == "memory" and job.device.type != "cuda":
+        return max(1, len(job.keys) + len(job.rows.held_out))
+    largest = row_bytes * job.batch_size * max(int(job.rows.train.lengths.max()), 1)
+    return max(1, int(room / largest))
+
+
+def fill_prefix(
+    job: Job, state: State, forward: Forward, held_out: Evaluator, frozen: Frozen
+) -> Generator[Event, None, PrefixCache]:
+    """Run the layers below the cut over all rows that the run will see; what became of the cache.
+
+    Raises Interrupted when the run is to end meanwhile, RunError when the states of streamed layers cannot be
+    written or a replay is not what a whole pass was; what lies on disk is gone on with.
+    """
+    prefix, ahead, lengths = frozen.prefix, job.ahead(state.step), job.rows.train.lengths
+    trained = sum(int(lengths[list(job.world.share(job.batches[n][part]))].sum()) for n, part in ahead)
+    tokens = trained + held_out.tokens
+    batches = chain((job.micro_batch(n, part) for n, part in ahead), (b for _, b in held_out.batches()))
+    done, why, started = 0.0, "", time.perf_counter()
+    job.model.eval()
+    try:
+        for part in fill([prefix], batches, partial(forward.run, job.model), job.device, frozen.sweep):
+            done += part
+            yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
+            if job.stop():
+                break
+    except OSError as error:
+        why = f"its file could not be written: {error.strerror}"
+    if job.world.agreed(bool(job.stop())):
+        goes_on = ", and goes on with what is cached" if frozen.caching.where == "disk" else ""
+        raise Interrupted(
+            "interrupted before the first step",
+            f"the same command begins it again{goes_on}",
+            job.stop() or SIGTERM,
+        )
+    if why and job.streamed is not None:
+        raise RunError(
+            f"the frozen-layer cache: {why}", "free some space; the same command goes on with what is cached"
+        )
+    seconds = time.perf_counter() - started
+    state.fill_seconds += seconds * trained / max(1, tokens)
+    state.seconds += seconds * trained / max(1, tokens)
+    if job.world.agreed(bool(why)):  # nothing is lost but time: every pass is a whole one
+        prefix.give_up()
+        off = PrefixCache("off", why or "another process could not write its file")
+        yield off
+        return off
+    if frozen.trial is not None:
+        _settle(job, frozen.trial)
+    yield Filling(tokens, tokens, seconds, job.streamed.read if job.streamed is not None else 0)
+    return frozen.caching
+
+
+def _settle(job: Job, trial: Trial) -> None:
+    """After the fill of streamed layers: the trial's micro-batch replayed, and the embedding let go where the
+    replay does not need it.
+
+    Raises RunError where a replay is not what a whole pass was, or the checkpoint changed meanwhile.
+    """
+    assert job.streamed is not None
+    job.streamed.check_unchanged()
+    if trial.differs(job.model):
+        trial.prefix.store.close()
+        raise RunError(
+            "streamed layers would not be exact: a layer above them reads them", "--prefix-residency resident"
+        )
+    base = base_of(job.model)
+    embedding = base.get_input_embeddings()
+    if job.found.tied_head or any(p.requires_grad for p in embedding.parameters()):
+        return
+    owner, name = next(
+        (m, n) for m in base.modules() for n, child in m.named_children() if child is embedding
+    )
+    setattr(owner, name, Blank(embedding))
+    if trial.differs(job.model):
+        setattr(owner, name, embedding)
+    else:
+        let_go(embedding)
