@@ -53,10 +53,10 @@ class Interrupted(LorafitError):
         self.exit_code = 128 + signal
 
 
-def closest(word: str, known: Iterable[str]) -> str:
-    """`did you mean `ffn`?` when one of the known words is near, else all of them in a row."""
+def closest(word: str, known: Iterable[str], otherwise: str = "") -> str:
+    """`did you mean `ffn`?` when one of the known words is near, else `otherwise`, or all of them in a row."""
     words = sorted(known)
     near = get_close_matches(word.lower(), [w.lower() for w in words], n=1, cutoff=0.6)
     if near:
         return f"did you mean `{next(w for w in words if w.lower() == near[0])}`?"
-    return "there are " + ", ".join(f"`{w}`" for w in words)
+    return otherwise or "there are " + ", ".join(f"`{w}`" for w in words)

@@ -141,7 +141,7 @@ class Started:
     """The run is set up: how many steps, rows and tokens there are to do."""
 
     steps: int
-    epochs: int
+    epochs: float
     rows: int
     held_out_rows: int
     tokens: int
@@ -263,6 +263,7 @@ class Said:
 class TrainReport:
     """What a finished run amounts to. `tokens_per_second` counts time in training steps only. `adapter_step` is
     the step of the saved adapter, whose held-out loss is `eval["after"]`; `eval["last"]` is that of the last step.
+    `eval` is empty where no rows are held out.
     """
 
     output: str
@@ -282,6 +283,9 @@ class TrainReport:
     best: Evaluated | None = None  # where on the way the held-out rows lost less than at the end
     sample: Said | None = None
     adapter_step: int = 0
+    task: str = "causal"
+    settings: dict[str, Any] = field(default_factory=dict)  # model, data, preset, layers, … as in run.yaml
+    environment: dict[str, str] = field(default_factory=dict)
 
 
 Event = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 
 from lorafit.digests import SEAL
@@ -23,7 +24,7 @@ def check(name: str) -> None:
     if not NAME.fullmatch(name):
         raise RequestError(f"`{name}` is no name on the hub", "write it as owner/name")
     if huggingface_hub.get_token() is None:
-        raise RequestError("nobody is logged in to the hub", "hf auth login, or set HF_TOKEN")
+        raise RequestError("not logged in to the Hub", "hf auth login, or set HF_TOKEN")
     if huggingface_hub.is_offline_mode():
         raise RequestError("HF_HUB_OFFLINE is set: nothing can be sent", "unset HF_HUB_OFFLINE")
 
@@ -57,6 +58,6 @@ def push(folder: Path, name: str) -> str:
         why = lines[0] if lines else type(error).__name__
         raise RunError(
             f"the hub did not take `{folder}` as `{name}`: {why}",
-            f"nothing is lost: lorafit push {folder} {name} tries again",
+            f"nothing is lost: lorafit push {shlex.quote(str(folder))} {name} tries again",
         ) from None
     return str(url)

@@ -53,7 +53,16 @@ def installed(package: str) -> str:
         return "none"
 
 
-PACKAGES = ("torch", "transformers", "peft", "datasets", "accelerate", "safetensors", "tokenizers")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "peft",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "tokenizers",
+    "bitsandbytes",
+)
 
 
 def environment() -> dict[str, str]:
@@ -79,6 +88,25 @@ def graphics() -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return {f"gpu {number}": line.strip() for number, line in enumerate(lines.splitlines()) if line.strip()}
+
+
+def git_state(path: Path) -> str:
+    """The commit that a file or folder is of, and whether it is changed there: `3f2a9c0…, unchanged`. Empty where it
+    is not in a repository, or git is not installed."""
+    folder, name = (path, ".") if path.is_dir() else (path.parent, path.name)
+    git = ["git", "--no-optional-locks", "-c", "core.fsmonitor=false", "-C", str(folder)]
+
+    def told(*words: str) -> str:
+        return subprocess.run(
+            [*git, *words], capture_output=True, text=True, check=True, timeout=20
+        ).stdout.strip()
+
+    try:
+        commit, state = told("rev-parse", "HEAD"), told("status", "--porcelain", "--ignored", "--", name)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    words = {"": "unchanged", "??": "not in it", "!!": "not in it"}
+    return f"{commit}, {words.get(state[:2], 'changed')}"
 
 
 def alive(pid: int) -> bool:

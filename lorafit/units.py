@@ -44,6 +44,11 @@ def count(number: int) -> str:
     return f"{number:,}"
 
 
+def epochs_text(number: float) -> str:
+    """`1 epoch`, `0.5 epochs`."""
+    return f"{round(number, 2):g} epoch{'' if number == 1 else 's'}"
+
+
 def rows_text(number: int) -> str:
     """`1 row`, `900 rows`."""
     return f"{count(number)} row{'' if number == 1 else 's'}"

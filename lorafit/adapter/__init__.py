@@ -8,6 +8,7 @@ from lorafit.lazy import door
 
 if TYPE_CHECKING:
     from lorafit.adapter.base import common_base as common_base
+    from lorafit.adapter.base import is_model as is_model
     from lorafit.adapter.base import tokenizer_place as tokenizer_place
     from lorafit.adapter.continued import check_continues as check_continues
     from lorafit.adapter.continued import put_in as put_in
@@ -39,19 +40,18 @@ if TYPE_CHECKING:
     from lorafit.adapter.plan import resolve as resolve
     from lorafit.adapter.tokenizer_files import TEMPLATES as TEMPLATES
     from lorafit.adapter.tokenizer_files import TOKENIZER as TOKENIZER
-    from lorafit.adapter.tokenizer_files import VOCABULARY as VOCABULARY
     from lorafit.adapter.tokenizer_files import is_one as is_one
     from lorafit.adapter.tokenizer_files import save_tokenizer as save_tokenizer
 
 __getattr__ = door(
     __name__,
     {
-        "base": "common_base tokenizer_place",
+        "base": "common_base is_model tokenizer_place",
         "continued": "check_continues put_in settings_of",
         "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base locate read_config recorded_quantize run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",
-        "tokenizer_files": "TEMPLATES TOKENIZER VOCABULARY is_one save_tokenizer",
+        "tokenizer_files": "TEMPLATES TOKENIZER is_one save_tokenizer",
     },
 )

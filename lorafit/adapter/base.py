@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
 
-from lorafit.adapter.folder import base_of, check_base, check_values, read_config, run_of
+from lorafit.adapter.folder import CONFIG, base_of, check_base, check_values, read_config, run_of
 from lorafit.errors import RequestError
-from lorafit.model import ModelMap, ModelSource, chart_of, find
+from lorafit.model import HUB_ID, ModelMap, ModelSource, chart_of, find, hub_reached, split_revision
 
 
 def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[ModelSource, ModelMap]:
@@ -35,6 +37,32 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
         check_values(adapter)
         check_base(adapter, source.place)
     return source, chart_of(source)
+
+
+def is_model(name: str) -> bool:
+    """Whether a person named a model where an adapter may stand: `demo`, a model's folder or its hub id."""
+    path = Path(name).expanduser()
+    if name == "demo" or path.exists() or path.is_symlink():
+        folder = (path / "config.json").is_file() and not (path / CONFIG).is_file()
+        return folder if path.exists() else name == "demo"
+    hub, revision = split_revision(name)
+    if not HUB_ID.fullmatch(hub) or name.startswith((".", "/", "~")):
+        return False
+    from huggingface_hub import hf_hub_download, try_to_load_from_cache
+
+    with suppress(Exception):  # a name that the hub does not take
+        for file in (CONFIG, "config.json"):
+            if isinstance(try_to_load_from_cache(hub, file, revision=revision or None), str):
+                return file != CONFIG
+    if "/" not in hub:  # a folder's name, misspelt
+        return False
+    if not hub_reached():
+        return False
+    try:
+        hf_hub_download(hub, CONFIG, revision=revision or None)
+    except Exception as error:  # whoever loads it says what else is wrong
+        return type(error).__name__ in ("EntryNotFoundError", "RemoteEntryNotFoundError")
+    return False
 
 
 def tokenizer_place(adapter: str, base: str) -> str:

@@ -16,8 +16,16 @@ from safetensors import SafetensorError, safe_open
 
 from lorafit.digests import check
 from lorafit.errors import RequestError
-from lorafit.model import HUB_ID, fingerprint, not_downloaded, sampled, split_revision
-from lorafit.outputs import PARTIAL, last_run
+from lorafit.model import (
+    DATA_FILES,
+    HUB_ID,
+    fingerprint,
+    hub_reached,
+    not_downloaded,
+    sampled,
+    split_revision,
+)
+from lorafit.outputs import PARTIAL, RUN_FILE, last_run
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -99,10 +107,15 @@ def read_config(folder: str | Path) -> dict[str, Any]:
     work = path.with_name(path.name + PARTIAL) if path.name else path
     if not path.exists() and _checkpoints(work):
         raise RequestError(*_unfinished(work, str(folder)))
+    if path.is_symlink() and not path.exists():
+        raise RequestError(f"`{folder}` is a link whose target is missing", f"it points to {path.readlink()}")
+    if not path.exists() and work.is_dir():
+        raise RequestError(*_just_begun(str(folder)))
     if not path.exists():
         last = last_run()
         raise RequestError(
-            f"there is no folder `{folder}`", f"the last run is {last}" if last else "lorafit train makes one"
+            f"there is no folder `{folder}`",
+            f"the last run is {shlex.quote(last)}" if last else "lorafit train makes one",
         )
     if not (path / CONFIG).is_file():
         raise RequestError(*_not_an_adapter(path, str(folder)))
@@ -164,6 +177,7 @@ def locate(adapter: str) -> str:
         return adapter
     from huggingface_hub import snapshot_download
 
+    hub_reached()
     try:
         return snapshot_download(
             name, revision=revision or None, ignore_patterns=["checkpoint-*", "*.pt", "*.pth"]
@@ -178,6 +192,8 @@ def locate(adapter: str) -> str:
 def _not_an_adapter(path: Path, name: str) -> tuple[str, str]:
     """(what it is, what to do) for a folder or a file without an adapter's config."""
     quoted = shlex.quote(name)
+    if path.suffix.lower() in DATA_FILES and path.is_file():
+        return f"`{name}` is data, not an adapter", f"lorafit eval RUN --data {quoted}"
     if path.is_file():
         return (
             f"`{name}` is a file; an adapter is a folder",
@@ -185,12 +201,14 @@ def _not_an_adapter(path: Path, name: str) -> tuple[str, str]:
         )
     if _checkpoints(path):
         return _unfinished(path, name)
+    if path.name.endswith(PARTIAL) and (path / RUN_FILE).is_file():
+        return _just_begun(name)
     if last := last_run(path):
         return f"`{name}` is a folder of runs, not an adapter", f"the last one is {shlex.quote(last)}"
     if (path / "config.json").is_file():
         return (
             f"`{name}` is a model, not an adapter",
-            f"lorafit inspect {quoted} shows it; an adapter is a run's folder",
+            f"lorafit eval {quoted} --data FILE scores it; an adapter is a run's folder",
         )
     return (
         f"`{name}` is not an adapter: there is no {CONFIG} in it",
@@ -213,6 +231,15 @@ def _unfinished(work: Path, name: str) -> tuple[str, str]:
         f"`{name}` is an unfinished run: its adapters are in {shown}",
         f"name one, e.g. {shlex.quote(str(work / points[-1]))}; "
         f"lorafit train --resume {shlex.quote(target)} finishes the run",
+    )
+
+
+def _just_begun(name: str) -> tuple[str, str]:
+    """(what it is, what to do) for an unfinished run without a checkpoint."""
+    target = shlex.quote(name.removesuffix(PARTIAL))
+    return (
+        f"`{name}` is an unfinished run, and has no checkpoint yet",
+        f"lorafit train --resume {target} finishes it",
     )
 
 

@@ -13,15 +13,10 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.model import load_tokenizer, local_folder
+from lorafit.model import VOCABULARY, load_tokenizer, local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-VOCABULARY = (
-    "vocab.json", "vocab.txt", "vocab-*.json", "merges.txt", "*.model", "*.spm", "*.tiktoken", "added_tokens.json",
-    "tekken.json", "emoji.json", "sentencepiece*",
-)  # fmt: skip
 
 CONFIG, SPECIAL = "tokenizer_config.json", "special_tokens_map.json"
 

@@ -9,6 +9,7 @@ from typing import NoReturn
 
 from lorafit.cli import (  # noqa: F401
     cache,
+    chat,
     compare,
     data,
     env,
@@ -34,6 +35,7 @@ ORDER = (
     "compare",
     "runs",
     "eval",
+    "chat",
     "merge",
     "push",
     "presets",

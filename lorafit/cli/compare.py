@@ -210,6 +210,10 @@ def _prepared(screen: Screen, asked: Request, target: Path | None) -> _Prepared:
 
     common, wanted = asked.wanted()
     first, _ = settle({**common, **wanted[0].settings}, asked.config)
+    if not first.holds_out:
+        raise RequestError(
+            "candidates are compared on held-out rows, and --holdout 0 holds out none", "--holdout 0.05"
+        )
     source = find(first.model, first.revision)
     find_sources(first)
     if target is None:

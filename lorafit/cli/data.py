@@ -48,7 +48,8 @@ def show(
 
     settings, _ = settle(flags)
 
-    from lorafit.model import chart_of, find, load_tokenizer
+    from lorafit.data import find_sources
+    from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer
     from lorafit.screen import Screen, show_tokens
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
@@ -57,7 +58,9 @@ def show(
     target = Path(output).expanduser() if output else None
     if target is not None and target.exists():
         raise RequestError(f"`{target}` exists", "name another file with --output")
+    find_sources(settings)
     source = find(settings.model)
+    check_tokenizer(source.name, Path(source.place))
     found = chart_of(source)
     settings = dated(derive_from_model(settings, found))
     with without_collecting():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from lorafit.data import RowSet
-    from lorafit.model import ModelMap
+    from lorafit.model import ModelMap, ModelSource
     from lorafit.results import EvalReport
     from lorafit.settings import RunConfig
 
@@ -36,7 +37,7 @@ def evaluate(
         list[str],
         typer.Argument(
             metavar="ADAPTER...",
-            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id.",
+            help="A run's folder, or any PEFT LoRA adapter: a folder or a hub id; or one model, alone.",
             show_default=False,
         ),
     ],
@@ -141,11 +142,13 @@ def evaluate(
 ) -> None:
     """Compare base and adapter on the same rows, with confidence intervals and sample outputs.
 
-    Without --data, the rows that the run held out. Several adapters of one base may be compared.
+    Without --data, the rows that the run held out. Several adapters of one base may be compared. A model, e.g. a merged
+    one, is scored alone.
     """
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import common_base, locate, tokenizer_place
+    from lorafit.adapter import locate, tokenizer_place
+    from lorafit.data import find_files
     from lorafit.outputs import check_file
     from lorafit.report import PAGE_MARK
     from lorafit.screen import Screen, show_eval
@@ -155,20 +158,23 @@ def evaluate(
     if page is not None:
         check_file(Path(page).expanduser(), "--report", PAGE_MARK)
     _check(given, also, by, prompt, tasks)
-    adapters = [locate(adapter) for adapter in adapters]
-    source, found = common_base(adapters, model)
+    find_files((*given.get("data", ()), *(also or ())))
+    alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks))
+    adapters = [] if alone else [locate(adapter) for adapter in adapters]
+    source, found = _base(adapters, model or alone)
 
     with without_collecting():
         from lorafit.data import chat_template_of
         from lorafit.evaluate import EvalRequest, Sampling, Tasks, compare, own_prompts
         from lorafit.model import load_tokenizer, pick_device, pick_dtype
 
-    quantize, said = _quantisation(given, adapters, found)
+    quantize, said = quantisation(given, adapters, found)
     device = pick_device(given.get("device", "auto"))
-    tokenizer = load_tokenizer(tokenizer_place(adapters[0], source.place), adapters[0])
+    own = tokenizer_place(adapters[0], source.place) if adapters else source.place
+    tokenizer = load_tokenizer(own, adapters[0] if adapters else source.name)
     size = given.get("batch_size", 8)
     rows, labels, others, settings = _rows(
-        given, adapters[0], found, tokenizer, also, by, not (prompt or tasks)
+        given, next(iter(adapters), ""), found, tokenizer, also, by, not (prompt or tasks)
     )
     request = EvalRequest(
         rows=rows,
@@ -198,6 +204,38 @@ def evaluate(
         show_eval(screen, report)
 
 
+def _model_alone(names: Sequence[str], rows: bool) -> str:
+    """The model that is named in an adapter's place, to be scored alone; empty where adapters are named.
+
+    Raises RequestError where other models or adapters stand beside it, and where there are no `rows` to score it on.
+    """
+    from lorafit.adapter import is_model
+
+    found = next((name for name in names if is_model(name)), "")
+    if found and len(names) > 1:
+        raise RequestError(
+            f"`{found}` is a model, and models are scored one by one",
+            f"lorafit eval {shlex.quote(found)} --data FILE; adapters of one base go in one call",
+        )
+    if found and not rows:
+        raise RequestError(
+            f"`{found}` is a model, not an adapter: it has no held-out rows",
+            f"lorafit eval {shlex.quote(found)} --data FILE scores it",
+        )
+    return found
+
+
+def _base(adapters: Sequence[str], model: str | None) -> tuple[ModelSource, ModelMap]:
+    """The base of the adapters; the model itself where there are none."""
+    from lorafit.adapter import common_base
+    from lorafit.model import chart_of, find
+
+    if adapters:
+        return common_base(adapters, model)
+    source = find(model or "")
+    return source, chart_of(source)
+
+
 def _steps_kept(adapters: Sequence[str]) -> Iterator[str]:
     """A note for each run whose folder holds the best adapter, and not that of its last step."""
     from lorafit.adapter import run_of
@@ -221,9 +259,7 @@ def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tas
         )
 
 
-def _quantisation(
-    given: Mapping[str, Any], adapters: Sequence[str], found: ModelMap
-) -> tuple[str, list[str]]:
+def quantisation(given: Mapping[str, Any], adapters: Sequence[str], found: ModelMap) -> tuple[str, list[str]]:
     """(how the base is quantised, notes about it): as the adapters were trained, unless --quantize says it.
 
     Raises RequestError where they were trained in different ways, or it cannot be run.
@@ -239,7 +275,7 @@ def _quantisation(
             f"`{one}` was trained on a base in {first}, `{two}` in {other}",
             "--quantize says which to evaluate on",
         )
-    quantize = asked or trained[adapters[0]]
+    quantize = asked or next(iter(trained.values()), "none")
     held = held_as(found, quantize)
     if held is not None:
         held.check(given.get("dtype", "auto"), given.get("device", "auto"))
@@ -268,9 +304,10 @@ def _rows(
     they were read with). Without --data the rows that the run held out, where `held_out` asks for them."""
     from lorafit.data import files_of, labelled, read_eval_rows
     from lorafit.evaluate import held_out_rows, stored_settings
+    from lorafit.settings import derive_from_model, settle
 
     data = given.get("data")
-    stored = stored_settings(adapter, found)
+    stored = stored_settings(adapter, found) if adapter else derive_from_model(settle({})[0], found)
     about_data = {name: given[name] for name in ABOUT_DATA if name in given}
     usual = {name: OPTIONS[name].default for name in SHAPE}
     settings = replace(stored, **{**usual, **about_data})
@@ -303,10 +340,10 @@ def _write_page(
     from lorafit.report import DAMAGED, make_page, read_back, write_page
 
     runs = [read_back(folder) for folder in dict.fromkeys(map(run_of, adapters))]
-    if file is None and not runs[0].report:
+    if file is None and not (runs and runs[0].report):
         return "", ""
     path = Path(file).expanduser() if file else runs[0].folder / PAGE
-    title = " and ".join(run.folder.resolve().name for run in runs)
+    title = " and ".join(run.folder.resolve().name for run in runs) or found.model
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -99,10 +100,12 @@ def merge(
     named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
     named = [(locate(path), weight) for path, weight in named]
     if not named:
-        raise RequestError("merge needs an adapter", f"lorafit merge {last_run() or 'RUN'} -o DIR")
+        raise RequestError(
+            "merge needs an adapter", f"lorafit merge {shlex.quote(last_run() or 'RUN')} -o DIR"
+        )
     first = named[0][0]
     if not output:
-        raise RequestError("merge needs an output folder", f"lorafit merge {first} -o DIR")
+        raise RequestError("merge needs an output folder", f"lorafit merge {shlex.quote(first)} -o DIR")
     if dtype is not None and dtype not in DTYPES:
         raise RequestError(f"--dtype is `{dtype}`: it takes one of {', '.join(DTYPES)}")
     try:

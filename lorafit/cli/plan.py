@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -103,7 +104,7 @@ def plan(
     from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import free_on, parse_room, prepare
-    from lorafit.model import chart_of, find
+    from lorafit.model import chart_of, check_tokenizer, find
     from lorafit.screen import Screen, show_plan
     from lorafit.settings import derive_from_model
     from lorafit.units import bytes_text
@@ -115,8 +116,10 @@ def plan(
             f"--fit {fit} is {several} processes, and --processes is {processes}", "leave one of them out"
         )
     several = several or processes or 1
+    find_sources(settings, needed=False)
     source = find(settings.model, settings.revision)
-    find_sources(settings)
+    if settings.data:
+        check_tokenizer(source.name, Path(source.place))
     found = chart_of(source)
     settings = derive_from_model(settings, found)
     made = None if matrix else planned(found, chosen, settings)

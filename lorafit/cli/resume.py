@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ def by_folder(flags: Mapping[str, Any], config: str | None) -> tuple[Mapping[str
     if own is None and "output" not in given:
         what = f"`{target}` is not a run" if target.name else "--resume needs the run's folder"
         last = last_run(unfinished=True)
-        offer = f"lorafit train --resume {last}" if last else "lorafit train --resume RUN"
+        offer = f"lorafit train --resume {shlex.quote(last)}" if last else "lorafit train --resume RUN"
         raise RequestError(what, f"{offer}, or the whole command: name it with -o DIR")
     given["output"] = str(target)
     return given, config or (str(own) if own else None)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import atexit
 import errno
 import os
+import re
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -14,29 +16,13 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from lorafit.cli.other_tools import ours
 from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
 from lorafit.outputs import last_run
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
-# What other tools call our options.
-ELSEWHERE = {
-    "--lr": "--learning-rate", "--batch": "--batch-size", "--bs": "--batch-size", "--output-dir": "--output",
-    "--output_dir": "--output", "--per-device-train-batch-size": "--batch-size",
-    "--per_device_train_batch_size": "--batch-size", "--num-train-epochs": "--epochs", "--num_train_epochs": "--epochs",
-    "--gradient-accumulation-steps": "--accumulate", "--gradient_accumulation_steps": "--accumulate",
-    "--lora-r": "--rank", "--lora_r": "--rank", "--r": "--rank", "--lora-alpha": "--alpha", "--lora_alpha": "--alpha",
-    "--lora-dropout": "--dropout", "--lora_dropout": "--dropout", "--target-modules": "--modules",
-    "--target_modules": "--modules", "--max-seq-length": "--max-length", "--max_seq_length": "--max-length",
-    "--cutoff-len": "--max-length", "--lr-scheduler-type": "--scheduler", "--lr_scheduler_type": "--scheduler",
-    "--warmup-ratio": "--warmup", "--warmup-steps": "--warmup", "--warmup_ratio": "--warmup", "--dataset": "--data",
-    "--train-file": "--data", "--base-model": "MODEL, the first argument", "--model": "MODEL, the first argument",
-    "--model-name-or-path": "MODEL, the first argument", "--model_name_or_path": "MODEL, the first argument",
-    "--save-total-limit": "--keep", "--eval-split": "--holdout", "--val-size": "--holdout", "--template": "--chat-template",
-    "--bf16": "--dtype bfloat16", "--fp16": "--dtype float16",
-    "--report_to": "--track", "--run-name": "--track-name", "--run_name": "--track-name",
-}  # fmt: skip
 debug = False  # --debug: errors show where they came from
 
 
@@ -122,14 +108,33 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
     if context is not None:
         command = f"lorafit {context.info_name}" if context.parent is not None else "lorafit"
     name = getattr(error, "option_name", "")
-    if name in ELSEWHERE:
-        return RequestError(f"there is no option `{name}`", f"lorafit calls it {ELSEWHERE[name]}")
+    known = (
+        [flag for parameter in context.command.params for flag in parameter.opts] if name and context else []
+    )
+    if name and (hint := ours(name, known)):
+        return RequestError(f"there is no option `{name}`", hint)
     if name and getattr(error, "possibilities", None):
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
-    if command == "lorafit merge" and "unexpected extra argument" in message:
-        return RequestError(message[:1].lower() + message[1:], "--adapter PATH names each further adapter")
-    offer = f"the last run: {command} {last}; " if "ADAPTER" in message and (last := last_run()) else ""
+    if (extra := re.search(r"unexpected extra arguments? ?(?:\(s\))? ?\((.*)\)", message)) is not None:
+        return _too_many(command, extra[1], arguments)
+    offer = (
+        f"the last run: {command} {shlex.quote(last)}; "
+        if "ADAPTER" in message and (last := last_run())
+        else ""
+    )
     return RequestError(message[:1].lower() + message[1:], f"{offer}see `{command.strip()} --help`")
+
+
+def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
+    """An argument too many, and what it was probably meant as."""
+    first = extra.split()[0]
+    before = next((word for word in arguments[1:] if not word.startswith("-") and word != first), "RUN")
+    hint = f"see `{command} --help`"
+    if command == "lorafit merge":
+        hint = shlex.join([*command.split(), before, "--adapter", first, "-o", "DIR"])
+    elif command in ("lorafit train", "lorafit plan", "lorafit data"):
+        hint = f"was it meant as --data {shlex.quote(first)}?"
+    return RequestError(f"`{first}` is one argument too many for `{command}`", hint)
 
 
 @contextmanager

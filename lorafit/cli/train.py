@@ -118,13 +118,14 @@ def _prepared(
     from lorafit.adapter import check_continues, locate, planned
     from lorafit.data import find_sources
     from lorafit.estimate import prepare
-    from lorafit.model import chart_of, find, load_tokenizer, pick_device
+    from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer, pick_device
     from lorafit.screen import show_data, show_header
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text
 
-    source = find(settings.model, settings.revision)
     find_sources(settings)
+    source = find(settings.model, settings.revision)
+    check_tokenizer(source.name, Path(source.place))
     reads = settings.reads(source.place if source.local else "", config, chosen.path)
     target = _target(settings, reads) if world.first else None
     resumed = target is not None and settings.resume and not settings.overwrite
@@ -229,16 +230,16 @@ def _check_memory(
 ) -> None:
     """Warn when the predicted peak is more than the free memory.
 
-    Raises RequestError when it is more than twice that, unless `force`.
+    Raises RequestError when it is more than TOO_MUCH times that, unless `force`.
     """
-    from lorafit.estimate import free_on
+    from lorafit.estimate import TOO_MUCH, free_on
     from lorafit.units import bytes_text
 
     free, peak = free_on(ahead.device), cost.memory.peak
     if peak <= free:
         return
     what = f"the run needs {bytes_text(peak)} at its peak, and {bytes_text(free)} are free on {ahead.device}"
-    if peak <= 2 * free or force:
+    if peak <= TOO_MUCH * free or force:
         screen.note(what)
         return
     fit = ahead.fit(made, chosen, cost, ahead.timing(made), free).alternatives
@@ -261,7 +262,8 @@ def _show_finished(screen: Screen, settings: RunConfig, target: Path) -> None:
         hint = "another -o trains a new run with these settings, --overwrite trains it again in its place"
         if name in ("epochs", "max_steps"):
             flag, place = OPTIONS[name].flag, shlex.quote(str(target))
-            more = now - was if isinstance(was, int) and isinstance(now, int) and now > was else "N"
+            further = isinstance(was, (int, float)) and isinstance(now, (int, float)) and now > was
+            more = f"{now - was:g}" if further else "N"
             hint = (
                 f"to train its adapter further: lorafit train --from-adapter {place} {flag} {more}; "
                 f"to train {now} from the start: another -o, or --overwrite in its place"

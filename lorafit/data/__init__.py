@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafit.data.dataset import read_eval_rows as read_eval_rows
     from lorafit.data.ends import end_tokens as end_tokens
     from lorafit.data.ends import write_generation_config as write_generation_config
+    from lorafit.data.files import find_files as find_files
     from lorafit.data.files import find_sources as find_sources
     from lorafit.data.report import rendered as rendered
     from lorafit.data.rows import IGNORED as IGNORED
@@ -45,7 +46,7 @@ __getattr__ = door(
         "counts": "Counts",
         "dataset": "Rows chat_template_of files_of labelled load prepare read_eval_rows",
         "ends": "end_tokens write_generation_config",
-        "files": "find_sources",
+        "files": "find_files find_sources",
         "report": "rendered",
         "rows": "IGNORED Row RowSet read_rows save_rows",
         "template": "ChatTemplate",

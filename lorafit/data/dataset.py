@@ -19,7 +19,7 @@ from lorafit import __version__, demo
 from lorafit.cache import code_digest, filling, finish, folder
 from lorafit.data.counts import Counts, faults
 from lorafit.data.example import Reading
-from lorafit.data.files import records, resembles_json, sources
+from lorafit.data.files import find_sources, records, resembles_json, sources
 from lorafit.data.formats import parse_map, read
 from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
@@ -72,8 +72,7 @@ def load(
     `tick` is called with (bytes read, bytes in all). Raises RequestError for anything wrong with the data, and when
     nothing is left to learn.
     """
-    if not config.data and config.model != "demo":
-        raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
+    find_sources(config)
     specs, apart = files_of(config)
     if apart and config.group_by and config.data:
         raise RequestError(
@@ -91,13 +90,13 @@ def load(
     stores: list[RowStore] = []
     train: list[np.ndarray] = []
     kept: list[np.ndarray] = []
-    chosen = iter(() if apart else held_out_rows(own, config))
+    chosen = iter(() if apart or not config.holds_out else held_out_rows(own, config))
     for data in own:
         keeping = []
         for part in data.parts:
             numbers = np.arange(len(part.store)) + sum(map(len, stores))
             stores.append(part.store)
-            out = np.zeros(len(numbers), dtype=bool) if apart else next(chosen)
+            out = next(chosen, np.zeros(len(numbers), dtype=bool))
             kept.append(numbers[out])
             keeping.append(numbers[~out])
         train.append(as_often(np.concatenate(keeping), data.weight, config.seed_of_data))
@@ -109,15 +108,17 @@ def load(
     whole = tuple(stores)
     counts = [part.counts for data in made for part in data.parts]
     sets = RowSet(whole, np.concatenate(train)), RowSet(whole, np.concatenate(kept))
-    if not len(sets[0]) or not len(sets[1]):
+    if not len(sets[0]) or (config.holds_out and not len(sets[1])):
         raise RequestError(*nothing_left("training" if not len(sets[0]) else "held-out", counts, config))
-    name = ", ".join(Path(spec).name for spec in apart) or f"{config.holdout:.0%} of the data, at most 200"
+    name = ", ".join(Path(spec).name for spec in apart)
+    if config.holds_out and not apart:
+        name = f"{config.holdout:.0%} of the data, at most 200"
     return Rows(*sets, look_of(*sets, own, counts, name, tokenizer, task))
 
 
 def files_of(config: RunConfig) -> tuple[tuple[str, ...], tuple[str, ...]]:
     """What a run trains on, and what it holds out that lies apart; without `data`, the demo's."""
-    apart = config.eval_data or (() if config.data else (str(demo.HELD_OUT),))
+    apart = config.eval_data or (() if config.data or not config.holds_out else (str(demo.HELD_OUT),))
     return config.data or (str(demo.TRAIN),), apart
 
 

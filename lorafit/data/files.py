@@ -11,8 +11,9 @@ import gzip
 import io
 import json
 import re
+import shlex
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -20,7 +21,8 @@ from typing import IO, Any
 from lorafit.data.source import KINDS, LONGEST_LINE, DataSource, Fault, Tick, kind_of, refuse
 from lorafit.data.tables import read_table
 from lorafit.errors import RequestError
-from lorafit.model import HUB_ID
+from lorafit.model import HUB_ID, hub_reached, why_offline
+from lorafit.outputs import RUN_FILE
 from lorafit.settings import RunConfig, weighted
 
 LARGEST_LIST = 512_000_000  # bytes of a .json file, which is read at once
@@ -42,6 +44,14 @@ def sources(spec: str) -> list[DataSource]:
     try:
         if path.is_file():
             return [_source(path, spec)]
+        if path.is_symlink() and not path.exists():
+            raise RequestError(
+                f"`{spec}` is a link whose target is missing", f"it points to {path.readlink()}"
+            )
+        if other := _other_than_data(path):
+            raise RequestError(
+                f"`{spec}` is {other}, not data", f"data are {_kinds()} files, or folders of them"
+            )
         if path.is_dir():
             found = [p for p in sorted(path.rglob("*")) if _is_data(p, path)]
         elif any(c in path.name for c in "*?["):
@@ -64,6 +74,19 @@ def sources(spec: str) -> list[DataSource]:
                 else f"name the files: --data '{first}/*{sorted(splits)[-1]}*'",
             )
     return [_source(p, str(p)) for p in found]
+
+
+def _other_than_data(folder: Path) -> str:
+    """`a model`, `an adapter` or `a run`, where a folder holds one; empty for others."""
+    if (folder / RUN_FILE).is_file():
+        return "a run"
+    if (folder / "adapter_config.json").is_file():
+        return "an adapter"
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return "a model" if isinstance(config, dict) and {"model_type", "architectures"} & config.keys() else ""
 
 
 def _is_data(path: Path, top: Path) -> bool:
@@ -321,6 +344,7 @@ def _read_columns(source: DataSource, tick: Tick) -> Iterator[tuple[int, Any]]:
 
 def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
     """A hub set, `owner/name:config:split`; without a split `train`."""
+    hub_reached()
     import datasets
 
     name, *rest = spec.split(":")
@@ -331,14 +355,36 @@ def _read_hub(spec: str) -> Iterator[tuple[int, Any]]:
         found = datasets.load_dataset(name, config, split=split)
     except Exception as error:  # the hub, the network and the builders each have kinds of their own
         text = str(error).splitlines()
+        why = f"could not be downloaded from the Hub: {text[0][:200] if text else error}"
+        if offline := why_offline():
+            why = f"it is not in the local cache, and {offline}"
         raise RequestError(
-            f"`{spec}` is not a file here, and could not be downloaded from the Hub: {text[0][:200] if text else error}",
+            f"`{spec}` is not a file here, and {why}",
             "write it as owner/name, owner/name:split or owner/name:config:split",
         ) from None
     yield from enumerate(found, 1)
 
 
-def find_sources(config: RunConfig) -> None:
-    """Check that the data of a run are there: before anything is loaded. Raises RequestError as `sources`."""
-    for spec in (*config.data, *config.eval_data):
+def find_sources(config: RunConfig, needed: bool = True) -> None:
+    """Check that the data of a run are there: before anything is loaded. Without `needed`, there may be none.
+
+    Raises RequestError as `sources` does, for data that are a model, and where a run names none.
+    """
+    if needed and not config.data and config.model != "demo":
+        raise RequestError(f"`{config.model}` needs data to train on", "name a file with --data")
+    model = Path(config.model).expanduser()
+    for spec in config.data:
+        name = weighted(spec)[0]
+        swapped = model.is_file() and kind_of(model)[0] and _other_than_data(Path(name).expanduser())
+        if swapped == "a model":
+            raise RequestError(
+                f"model and data are swapped: `{config.model}` is data, and `{name}` is a model",
+                shlex.join(["lorafit", "train", name, "--data", config.model]),
+            )
+    find_files((*config.data, *config.eval_data))
+
+
+def find_files(specs: Iterable[str]) -> None:
+    """Check that files of data are there. Raises RequestError as `sources` does."""
+    for spec in specs:
         sources(weighted(spec)[0])

@@ -358,8 +358,7 @@ def prepare(
             )
             batch = look.rows
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
-        every = min(steps * (config.epochs or 1), config.max_steps or sys.maxsize)
-        work = Work(look.tokens, steps, every, look.held_out_tokens)
+        work = Work(look.tokens, steps, config.steps(steps), look.held_out_tokens)
         longest, typical, supervised = look.lengths["max"], look.typical, look.share
     if found.task == "masked":
         supervised *= MASKED_SHARE  # the share of these tokens that is masked, and so in the loss

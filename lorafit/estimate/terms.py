@@ -10,6 +10,7 @@ from lorafit.jsonio import jsonable
 
 SURE = 0.15  # largest relative spread of a probe's fastest tries
 
+TOO_MUCH = 2  # times the free memory: above it, a run starts only with --force
 
 ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "float64": 8}
 

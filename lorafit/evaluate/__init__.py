@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.evaluate.chat import Chat as Chat
     from lorafit.evaluate.generate import Generator as Generator
     from lorafit.evaluate.generate import Prompt as Prompt
     from lorafit.evaluate.generate import Sampling as Sampling
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
+        "chat": "Chat",
         "generate": "Generator Prompt Sampling own_prompts row_prompts",
         "held_out": "held_out_rows stored_settings",
         "lm_eval": "Tasks",

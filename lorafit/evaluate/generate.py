@@ -64,14 +64,22 @@ class Generator:
         return [self._completed(model, prompt, number) for number, prompt in enumerate(prompts)]
 
     def _completed(self, model: Any, prompt: Prompt, number: int) -> str:
+        out = self.generate(model, prompt.ids, prompt.room, number)
+        new = out if self.forward.task == "seq2seq" else out[len(prompt.ids) :]
+        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+
+    @torch.no_grad()
+    def generate(self, model: Any, ids: Sequence[int], room: int, number: int, **more: Any) -> torch.Tensor:
+        """The ids of a prompt and its answer (of sequence-to-sequence models the answer's alone), of at most
+        `room` new tokens; `number` is added to the seed, `more` are other arguments of transformers' `generate`."""
         from transformers import GenerationConfig
 
         tokenizer, settled = self.tokenizer, base_of(model).generation_config
         stated = getattr(settled, "eos_token_id", None)  # one, several, or none
         ends = [*end_tokens(tokenizer), *(stated if isinstance(stated, list) else [stated])]
-        room = self.sampling.max_new_tokens or prompt.room
+        room = self.sampling.max_new_tokens or room
         if self.positions and self.forward.task != "seq2seq":
-            room = max(1, min(room, self.positions - len(prompt.ids)))
+            room = max(1, min(room, self.positions - len(ids)))
         temperature = self.sampling.temperature
         drawn = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature else {}
         settings = GenerationConfig(
@@ -85,12 +93,12 @@ class Generator:
             **drawn,
         )
         torch.manual_seed(self.sampling.seed + number)
-        ids = torch.tensor([prompt.ids], device=self.device)
-        out = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=settings)[
-            0
-        ]
-        new = out if self.forward.task == "seq2seq" else out[len(prompt.ids) :]
-        return str(tokenizer.decode(new, skip_special_tokens=True))
+        prompt = torch.tensor([list(ids)], device=self.device)
+        mask = torch.ones_like(prompt)
+        out: torch.Tensor = model.generate(
+            input_ids=prompt, attention_mask=mask, generation_config=settings, **more
+        )[0]
+        return out
 
     def _filled(self, model: Any, prompt: Prompt) -> str:
         batch = collate_rows([Row(prompt.ids, prompt.labels, "")], self.tokenizer.pad_token_id or 0, "masked")

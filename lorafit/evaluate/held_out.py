@@ -41,13 +41,18 @@ def held_out_rows(adapter: str, tokenizer: PreTrainedTokenizerBase, found: Model
         raise RequestError(
             f"`{adapter}` was not trained by lorafit: it has no held-out rows", "name data with --data"
         )
+    settings = stored_settings(adapter, found)
+    if not settings.holds_out:
+        raise RequestError(
+            f"`{adapter}` was trained with --holdout 0: it held no rows out", "name data with --data"
+        )
     wanted = read_back(run).held_out_digest
     if (run / HELD_OUT).is_file():
         with suppress(ValueError, OSError, KeyError, SafetensorError):
             stored = read_rows(run / HELD_OUT)
             if stored.digest == wanted:
                 return stored
-    rows = load(stored_settings(adapter, found), tokenizer, found.task, found.vocab_size).held_out
+    rows = load(settings, tokenizer, found.task, found.vocab_size).held_out
     if rows.digest != wanted:
         raise RequestError(
             f"the data of `{adapter}` changed since it was trained: the held-out rows differ",

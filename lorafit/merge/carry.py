@@ -13,8 +13,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import BASE, TEMPLATES, TOKENIZER, VOCABULARY, is_one
+from lorafit.adapter import BASE, TEMPLATES, TOKENIZER, is_one
 from lorafit.digests import SEAL
+from lorafit.model import VOCABULARY
 from lorafit.outputs import EDITABLE
 
 OF_THE_BASE = (

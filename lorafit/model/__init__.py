@@ -9,6 +9,9 @@ from lorafit.lazy import door
 if TYPE_CHECKING:
     from lorafit.model.chart import chart_of as chart_of
     from lorafit.model.chart import map_of as map_of
+    from lorafit.model.checkpoint import DATA_FILES as DATA_FILES
+    from lorafit.model.checkpoint import VOCABULARY as VOCABULARY
+    from lorafit.model.checkpoint import check_tokenizer as check_tokenizer
     from lorafit.model.classes import config_of as config_of
     from lorafit.model.classes import model_class as model_class
     from lorafit.model.classes import on_meta as on_meta
@@ -34,6 +37,8 @@ if TYPE_CHECKING:
     from lorafit.model.map import Stack as Stack
     from lorafit.model.map import Uncovered as Uncovered
     from lorafit.model.map import sum_params as sum_params
+    from lorafit.model.network import hub_reached as hub_reached
+    from lorafit.model.network import why_offline as why_offline
     from lorafit.model.quantised import KINDS as KINDS
     from lorafit.model.quantised import Quantised as Quantised
     from lorafit.model.quantised import held_as as held_as
@@ -71,6 +76,7 @@ __getattr__ = door(
     __name__,
     {
         "chart": "chart_of map_of",
+        "checkpoint": "DATA_FILES VOCABULARY check_tokenizer",
         "classes": "config_of model_class on_meta",
         "load": "load_model load_tokenizer pick_device pick_dtype stored_dtype",
         "map": "ModelMap Slot Stack Uncovered sum_params",
@@ -81,6 +87,7 @@ __getattr__ = door(
         "identity": "fingerprint local_folder sampled stream_refusal",
         "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
         "streamed": "Streamed let_go load_streamed",
+        "network": "hub_reached why_offline",
         "source": "HUB_ID ModelSource find not_downloaded split_revision",
     },
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 import shlex
 from collections.abc import Collection, Mapping
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,11 @@ from lorafit.model.headers import shards, stored_tensors
 from lorafit.model.quantised import stored_quantisation
 
 DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst", ".zip")
+
+VOCABULARY = (
+    "vocab.json", "vocab.txt", "vocab-*.json", "merges.txt", "*.model", "*.spm", "*.tiktoken", "added_tokens.json",
+    "tekken.json", "emoji.json", "sentencepiece*",
+)  # fmt: skip
 
 PICKLES = (".bin", ".pt", ".pth", ".ckpt")
 
@@ -69,7 +75,10 @@ def not_a_model(folder: Path, name: str) -> tuple[str, str]:
     """(what is wrong, what to do) with a folder that has no config.json."""
     quoted = shlex.quote(name)
     if (folder / "adapter_config.json").is_file():
-        return f"`{name}` is an adapter, not a model", f"lorafit eval {quoted}, or lorafit merge {quoted}"
+        return (
+            f"`{name}` is an adapter, not a model",
+            f"lorafit eval {quoted}, lorafit merge {quoted} -o DIR, or lorafit train --from-adapter {quoted}",
+        )
     if (folder / "checkpoint.json").is_file() or (folder / "run.yaml").is_file():
         return f"`{name}` is a run, not a model: there is no config.json in it", f"lorafit eval {quoted}"
     names = [path.name.lower() for path in folder.iterdir()]
@@ -124,6 +133,18 @@ def check_trainable(name: str, config: Mapping[str, Any], place: Path | None) ->
             f"the weights of `{name}` are quantised: `{odd}` is {there[odd].dtype}, and its config does not say so",
             ORIGINAL,
         )
+
+
+def check_tokenizer(name: str, place: Path) -> None:
+    """Raises RequestError for a model's folder, or its config, without a tokenizer's files beside it."""
+    folder = place.parent if place.is_file() else place
+    kinds = ("tokenizer.json", "tokenizer_config.json", *VOCABULARY)
+    if not folder.is_dir() or any(fnmatch(path.name, kind) for path in folder.iterdir() for kind in kinds):
+        return
+    raise RequestError(
+        f"`{name}` has no tokenizer: there is no tokenizer.json, vocabulary or tokenizer_config.json in it",
+        "copy the tokenizer's files from where the model came from",
+    )
 
 
 def quantisation(config: Mapping[str, Any]) -> str:

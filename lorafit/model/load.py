@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.chart import chart_of
+from lorafit.model.checkpoint import check_tokenizer
 from lorafit.model.classes import config_of, model_class, on_meta
 from lorafit.model.quantised import NONE, held_as, stored_quantisation
 from lorafit.model.source import ModelSource, first_line, split_revision
@@ -149,6 +150,7 @@ def _quantised(
 
 def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
     """The tokenizer beside a model. Raises RequestError when there is none or it cannot be read."""
+    check_tokenizer(name, Path(place))
     from transformers import AutoTokenizer
 
     try:
@@ -161,9 +163,9 @@ def load_tokenizer(place: str, name: str) -> PreTrainedTokenizerBase:
         )
     except Exception as error:  # tokenizers raise bare Exceptions
         raise RequestError(
-            f"`{name}` has no tokenizer that can be read: {first_line(error)}",
-            "a tokenizer.json beside the model, or a model that has one",
-        ) from None
+            f"the tokenizer of `{name}` cannot be read: {first_line(error)}",
+            "copy the tokenizer's files again from where the model came from; --debug shows more",
+        ) from error
     found.name_or_path = place  # its revision too: a run's folder gets the files that lie there
     return found
 

@@ -11,6 +11,7 @@ from typing import Any
 from lorafit import demo
 from lorafit.errors import RequestError
 from lorafit.model.checkpoint import check_trainable, misnamed_file, not_a_model
+from lorafit.model.network import hub_reached, why_offline
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
@@ -110,6 +111,7 @@ def _read_config(path: Path, model: str) -> dict[str, Any]:
 def _hub_config(model: str, revision: str) -> dict[str, Any]:
     from huggingface_hub import hf_hub_download
 
+    hub_reached()
     try:
         path = hf_hub_download(model, "config.json", revision=revision or None)
     except Exception as error:  # each kind of network and hub error has its own next step
@@ -125,10 +127,7 @@ def not_downloaded(error: BaseException) -> str:
     """Why the hub gave nothing, in words."""
     kind = type(error).__name__
     if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
-        import huggingface_hub
-
-        offline = huggingface_hub.is_offline_mode()
-        return f"it is not in the local cache, and {'HF_HUB_OFFLINE is set' if offline else 'the Hub was not reached'}"
+        return f"it is not in the local cache, and {why_offline() or 'the Hub was not reached'}"
     known = {
         "RepositoryNotFoundError": "there is no such repository on the Hub, or it is private",
         "RevisionNotFoundError": "there is no such revision on the Hub",

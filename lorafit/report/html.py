@@ -114,8 +114,14 @@ def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
             sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
     else:
         for run in runs:
-            before, after = run.report["eval"]["before"]["loss"], run.report["eval"]["after"]["loss"]
-            name = run.folder.name if len(runs) > 1 else "The adapter"
+            name, losses = run.folder.name if len(runs) > 1 else "The adapter", run.report["eval"]
+            if not losses:
+                time = seconds_text(run.report["seconds"])
+                sentences.append(
+                    f"{name} was trained for {steps_text(run.report)} ({time}), without held-out rows."
+                )
+                continue
+            before, after = losses["before"]["loss"], losses["after"]["loss"]
             effect = "lowers" if after < before else "raises" if after > before else "does not change"
             sentences.append(
                 f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
@@ -221,8 +227,9 @@ def _predicted(runs: Sequence[Run]) -> Html:
     for run in runs:
         report, guess = run.report, run.report.get("predicted")
         name = [run.folder.name] if len(runs) > 1 else []
-        before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-        rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
+        if losses := report["eval"]:
+            before, after = losses["before"]["loss"], losses["after"]["loss"]
+            rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
         trained = count(report["trainable_params"])
         rows.append(
             [*name, "trainable parameters", count(guess["trainable_params"]) if guess else "", trained, ""]
@@ -252,14 +259,7 @@ def _evaluated(report: EvalReport) -> list[Html]:
                 _scores(report.base, report.adapters),
             )
         )
-    if report.ranked:
-        rows = [
-            [a.path, f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}", f"{a.low:+.4f} to {a.high:+.4f}"]
-            for a in report.ranked[1:]
-        ]
-        best = [report.ranked[0].path, f"{report.ranked[0].loss:.4f}", "best", ""]
-        head = ["adapter", "loss", "to the best", "95 % CI"]
-        parts.append(el("section", el("h2", "Adapters among each other"), table(head, [best, *rows])))
+    parts.append(_ranked(report.ranked))
     if report.groups:
         rows = []
         for group in report.groups:
@@ -310,6 +310,18 @@ def _evaluated(report: EvalReport) -> list[Html]:
             )
         )
     return parts
+
+
+def _ranked(ranked: Sequence[AdapterScore]) -> Html:
+    """Several adapters from the lowest loss on, each against the first."""
+    if not ranked:
+        return Html("")
+    rows = [[ranked[0].path, f"{ranked[0].loss:.4f}", "best", ""]]
+    for a in ranked[1:]:
+        interval = f"{a.low:+.4f} to {a.high:+.4f}"
+        rows.append([a.path, f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}", interval])
+    head = ["adapter", "loss", "to the best", "95 % CI"]
+    return el("section", el("h2", "Adapters among each other"), table(head, rows))
 
 
 def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
@@ -404,7 +416,7 @@ def _settings(run: Run) -> Html:
     rows = [
         [name, "–" if value in (None, [], "") else str(value), str(origin.get(name, ""))]
         for name, value in run.settings.items()
-        if name != "origin"
+        if name not in ("origin", "environment")
     ]
     return el(
         "details",

@@ -17,6 +17,8 @@ from lorafit.units import bytes_text, count, figures, layers_text, seconds_text,
 
 OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub
 
+VERSIONS = ("lorafit", "torch", "transformers", "peft", "python")
+
 PIPELINES = {"causal": "text-generation", "masked": "fill-mask"}  # as the Hub names them
 
 
@@ -60,6 +62,7 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
         )
     commands = [
         f"lorafit eval {place}",
+        *([] if task == "masked" else [f"lorafit chat {place}"]),
         f"lorafit merge {place} -o {shlex.quote(name + '-merged')}",
         f"lorafit train --config {shlex.quote(name + '/run.yaml')} -o {shlex.quote(name + '-again')}",
     ]
@@ -166,16 +169,49 @@ def _results(run: Run) -> Iterable[tuple[str, str]]:
         )
         if (kind := settings.get("quantize", "none")) != "none":
             yield "base weights in training", f"{kind}, quantised by bitsandbytes"
-    before, after = report["eval"]["before"]["loss"], report["eval"]["after"]["loss"]
-    yield (
-        "held-out loss, nats per token",
-        f"{figures(before, 4)} before, {figures(after, 4)} after {steps_text(report)}",
-    )
+    if losses := report["eval"]:
+        before, after = losses["before"]["loss"], losses["after"]["loss"]
+        yield (
+            "held-out loss, nats per token",
+            f"{figures(before, 4)} before, {figures(after, 4)} after {steps_text(report)}",
+        )
+    yield from _environment(run)
     yield (
         "speed",
         f"{short(report['tokens_per_second'])} tok/s, {seconds_text(report['seconds'])} in training steps, "
         f"peak memory {bytes_text(report['peak_memory_bytes'])}",
     )
+
+
+def _environment(run: Run) -> Iterable[tuple[str, str]]:
+    """What the run was made with, as rows of the card: versions, machine, date, command, commits of the data."""
+    facts = run.first("started").get("environment") or {}
+    named = [f"{name} {facts[name]}" for name in VERSIONS if facts.get(name, "none") != "none"]
+    if named:
+        yield "versions", ", ".join(named)
+    machine = [facts[name] for name in ("device", "processor", "platform") if facts.get(name)]
+    if machine:
+        yield "machine", "; ".join(dict.fromkeys(machine))
+    if facts.get("date"):
+        yield "date", facts["date"]
+    if facts.get("command"):
+        yield "command", _code(_public_command(facts["command"]))
+    yield from ((name, value) for name, value in facts.items() if name.startswith("commit of "))
+
+
+def _public_command(text: str) -> str:
+    """A command line in which files and folders stand by their names alone."""
+
+    def public(word: str) -> str:
+        head, equals, value = word.partition("=")
+        if word.startswith("--") and equals:
+            return f"{head}={public(value)}"
+        return _public_name(word) if "/" in word or "\\" in word else word
+
+    try:
+        return shlex.join(map(public, shlex.split(text)))
+    except ValueError:  # quotes that do not match
+        return ""
 
 
 def _public_name(text: str) -> str:

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from lorafit.screen.ascii import allow_ascii as allow_ascii
     from lorafit.screen.cache import show_caches as show_caches
     from lorafit.screen.cache import show_removed as show_removed
+    from lorafit.screen.chat import ChatView as ChatView
     from lorafit.screen.compare import CompareView as CompareView
     from lorafit.screen.compare import show_ahead as show_ahead
     from lorafit.screen.compare import show_answer as show_answer
@@ -36,6 +37,7 @@ __getattr__ = door(
         "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
         "compare": "CompareView show_ahead show_answer show_impossible",
+        "chat": "ChatView",
         "console": "Screen",
         "data": "show_data show_tokens",
         "evaluate": "show_eval",

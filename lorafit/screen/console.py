@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -27,6 +28,10 @@ from lorafit.units import count
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.
 CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) != "\n"} | {0x7F: "\u2421", 0x9B: "�"}
+
+# A figure and its unit stay on one line; a space of any kind would be broken at, so another character stands for it.
+UNIT = re.compile(r"(?<=\d) (?=(?:%|[kMGT]?(?:B|FLOP)(?:/s)?|[kMGT]|ms|s|min|h|d)(?:[\s,.;:)]|$))")
+JOINT = "\ue000"
 
 LABEL = 11  # columns of the word at the head of a line
 NARROWEST = 12  # columns that a wrapped column keeps
@@ -83,7 +88,7 @@ class Screen:
         return len(_wrapped(self.talk, Text(text), max(NARROWEST, self.talk.width - LABEL - 2))) or 1
 
     def command(self, label: str, text: str, answer: bool = True) -> None:
-        """`  label      command`, to be copied: one line, however narrow the terminal."""
+        """`  label      text`, a command or a path to be copied: one line, however narrow the terminal."""
         if not (self.as_json if answer else self.quiet):
             (self.out if answer else self.talk).print(
                 _labelled(label, Text(text)), highlight=False, soft_wrap=True
@@ -108,7 +113,7 @@ class Screen:
             return
         columns = (
             TextColumn("  {task.description}"),
-            BarColumn(bar_width=30),
+            BarColumn(bar_width=30 if self.talk.width >= 70 else 8),
             TextColumn("{task.fields[shown]}"),
         )
         with Progress(*columns, console=self.talk, transient=True) as progress:
@@ -217,8 +222,11 @@ def _labelled(label: str, text: Text) -> Text:
 
 def _wrapped(console: Console, text: Text, width: int) -> list[Text]:
     """The text in lines of that many columns, broken between words; a word that is longer is broken too."""
+    text = text.copy()
+    text.plain = UNIT.sub(JOINT, text.plain)  # of the same length: styles stay where they are
     lines = text.wrap(console, max(1, width), overflow="fold")
     for line in lines:
+        line.plain = line.plain.replace(JOINT, " ")
         line.rstrip()
     return list(lines)
 

@@ -61,7 +61,11 @@ def _show_sources(screen: Screen, look: DataReport, answer: bool, most: int) -> 
         "data",
         f"{named}: {rows_text(look.rows)}, {count(look.tokens)} tokens, "
         f"{percent(look.supervised_tokens, look.tokens)} supervised; "
-        f"{rows_text(look.held_out_rows)} held out ({look.held_out_name})",
+        + (
+            f"{rows_text(look.held_out_rows)} held out ({look.held_out_name})"
+            if look.held_out_rows
+            else "none held out"
+        ),
         answer,
     )
 

@@ -45,7 +45,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for a, name in zip(group.adapters, named, strict=True):
             _say(screen, name, _significance(a, group.rows))
     if report.benchmarks:
-        names = {"base": "base", **dict(zip(report.paths, named, strict=True))}
+        names = {"base": _own(report.paths), **dict(zip(report.paths, named, strict=True))}
         table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
         for b in report.benchmarks:
             error = "" if b.stderr is None else f"± {b.stderr:.4f}"
@@ -68,11 +68,15 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         screen.answer()
         screen.line(f"sample {number}", clip(sample.prompt), answer=True)
         reference = [("reference", sample.reference)] if sample.reference else []
-        for label, text in (*reference, ("base", sample.base), *zip(named, sample.adapters, strict=True)):
+        for label, text in (
+            *reference,
+            (_own(report.paths), sample.base),
+            *zip(named, sample.adapters, strict=True),
+        ):
             _say(screen, label, clip(text) or "(nothing)")
     if report.page:
         screen.answer()
-        screen.line("page", report.page, answer=True)
+        screen.command("page", report.page)
     for note in report.notes:
         screen.note(note, answer=True)
 
@@ -112,17 +116,23 @@ def _ranking(ranked: Sequence[AdapterScore], named: Mapping[str, str], rows: int
     return table
 
 
+def _own(adapters: Sequence[object]) -> str:
+    """What the model without an adapter is called: the base, or the one model that was scored."""
+    return "base" if adapters else "model"
+
+
 def _scores_table(base: Score, adapters: Sequence[AdapterScore], named: Sequence[str], exact: bool) -> Table:
     """One line per model."""
-    columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else []), "difference"]
+    columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
+    columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
     labels = named if len(adapters) > 1 else [a.path for a in adapters]
-    for label, score in (("base", base), *zip(labels, adapters, strict=True)):
+    for label, score in ((_own(adapters), base), *zip(labels, adapters, strict=True)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
         if exact:
             values.append("" if score.exact is None else f"{score.exact:.1%}")
         differs = f"{score.delta:+.4f} ± {score.stderr:.4f}" if isinstance(score, AdapterScore) else ""
-        table.add_row(f"  {escape(label)}", *values, differs)
+        table.add_row(f"  {escape(label)}", *values, *([differs] if adapters else []))
     return table
 
 
@@ -145,7 +155,7 @@ def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Tab
         table.add_row(
             f"  {escape(clip(group.name, 40)) or '(empty)'}",
             *sizes,
-            "base",
+            _own(group.adapters),
             f"{base.loss:.4f}",
             f"{base.accuracy:.1%}",
             "",

@@ -47,4 +47,4 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
         screen.note(f"left out: {names}", answer=True)
     for note in report.notes:
         screen.note(note, answer=True)
-    screen.line("saved", report.output, answer=True)
+    screen.command("saved", report.output)

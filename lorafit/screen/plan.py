@@ -9,14 +9,23 @@ from rich.markup import escape
 
 from lorafit import __version__
 from lorafit.adapter import Plan, lora_params
-from lorafit.estimate import Estimate, Fit
+from lorafit.estimate import TOO_MUCH, Estimate, Fit
 from lorafit.events import DataReport
 from lorafit.jsonio import jsonable
 from lorafit.model import ModelMap, Role, Slot
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_look
 from lorafit.settings import RunConfig
-from lorafit.units import bytes_text, count, index_ranges, layers_text, percent, seconds_text, short
+from lorafit.units import (
+    bytes_text,
+    count,
+    epochs_text,
+    index_ranges,
+    layers_text,
+    percent,
+    seconds_text,
+    short,
+)
 
 
 def show_plan(
@@ -112,9 +121,9 @@ def _plan_table(plan: Plan) -> Table:
 
 def _fit_text(fit: Fit, estimate: Estimate) -> str:
     each = f" in each of {estimate.processes} processes" if estimate.processes > 1 else ""
-    return (
-        f"{bytes_text(estimate.memory.peak)} at the peak{each}, {bytes_text(fit.free)} free on {fit.device}"
-    )
+    peak = estimate.memory.peak
+    forced = ": `lorafit train` starts only with --force" if peak > TOO_MUCH * fit.free else ""
+    return f"{bytes_text(peak)} at the peak{each}, {bytes_text(fit.free)} free on {fit.device}{forced}"
 
 
 def _time_text(estimate: Estimate) -> str:
@@ -122,9 +131,9 @@ def _time_text(estimate: Estimate) -> str:
     speed = f"{short(estimate.tokens_per_second)} tok/s"
     if estimate.tokens_per_epoch is None or estimate.seconds_per_epoch is None or estimate.epochs is None:
         return f"{speed}; add --data to get the time of an epoch"
-    passes = f"{round(estimate.epochs, 2):g}"
-    text = f"{passes} epoch{'s' if estimate.epochs != 1 else ''}, "
-    text += f"{short(estimate.tokens_per_epoch * estimate.epochs)} tokens: about "
+    text = (
+        f"{epochs_text(estimate.epochs)}, {short(estimate.tokens_per_epoch * estimate.epochs)} tokens: about "
+    )
     plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
     if estimate.prefix_cache.where == "off" or estimate.seconds is None:
         return f"{text}{plain} at {speed}"

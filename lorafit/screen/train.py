@@ -5,6 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Mapping
+from math import ceil
 from typing import Any
 
 from rich.progress import (
@@ -33,8 +34,9 @@ from lorafit.events import (
 )
 from lorafit.outputs import PAGE
 from lorafit.screen.console import LABEL, Screen, clip
-from lorafit.units import bytes_text, compared, count, figures, rows_text, seconds_text, short
+from lorafit.units import bytes_text, compared, count, epochs_text, figures, rows_text, seconds_text, short
 
+BAR, SHORTEST_BAR = 12, 5  # columns of the bar
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
 PRELUDE = 15  # lines before the first step, at most
 NOTE_LINES = 2  # of a note among them
@@ -50,8 +52,10 @@ class TrainView:
         self.progress: Progress | None = None
         self.task: Any = None
         self.settings: Mapping[str, Any] = {}
-        self.epochs = 1
+        self.epochs = 1.0
+        self.held_out = True
         self.loss = 0.0
+        self.parts: dict[str, int] = {}  # of the bar's line, with their columns
         self.recent: list[Stepped] = []
         self.marks: list[float] = []  # when the last steps ended
         self.shown_at = time.monotonic()
@@ -83,6 +87,8 @@ class TrainView:
                 self.screen.line("cache", _cache_text(event))
                 if self.before:
                     self._show_notes()
+                    if not self.held_out:
+                        self._open()
             case Filling():
                 self._filling(event)
             case Evaluated(step=0):
@@ -98,7 +104,7 @@ class TrainView:
             case EpochDone() if not self.screen.quiet:
                 self._epoch(event)
             case Saved() if not event.best:  # that of the best is shown as it is evaluated
-                self.screen.line("saved", event.path)
+                self.screen.command("saved", event.path, answer=False)
             case TrainReport():
                 self.close()
             case _:
@@ -106,10 +112,12 @@ class TrainView:
 
     def _started(self, event: Started) -> None:
         self.epochs, self.steps, self.at = event.epochs, event.steps, event.resumed_at
-        plan = f"{event.epochs} epoch{'s' if event.epochs > 1 else ''}, {count(event.steps)} steps"
+        self.held_out = event.held_out_rows > 0
+        plan = f"{epochs_text(event.epochs)}, {count(event.steps)} step{'s' if event.steps > 1 else ''}"
         if self.settings:
             parts = self.settings["accumulate"]
-            plan += f" of {rows_text(self.settings['batch_size'])}{f' × {parts}' if parts > 1 else ''}"
+            rows = min(self.settings["batch_size"], event.rows)
+            plan += f" of {rows_text(rows)}{f' × {parts}' if parts > 1 else ''}"
             plan += (
                 f", learning rate {figures(self.settings['learning_rate'], 2)} ({self.settings['scheduler']})"
             )
@@ -144,9 +152,10 @@ class TrainView:
         elif self.screen.live:
             if self.progress is None:
                 columns = (
-                    TextColumn("  frozen layers"),
+                    TextColumn("frozen layers"),
                     BarColumn(bar_width=12),
                     TextColumn("{task.fields[now]}"),
+                    TimeRemainingColumn(compact=True),
                 )
                 self._show(*columns, total=event.tokens, now="")
             assert self.progress is not None
@@ -158,10 +167,8 @@ class TrainView:
             self.shown_at = time.monotonic()
 
     def _show(self, *columns: ProgressColumn, **fields: Any) -> None:
-        """A live bar of these columns, with the time that is left."""
-        self.progress = Progress(
-            *columns, TimeRemainingColumn(compact=True), console=self.screen.talk, transient=True
-        )
+        """A live bar of these columns."""
+        self.progress = Progress(TextColumn(" "), *columns, console=self.screen.talk, transient=True)
         self.progress.start()
         self.task = self.progress.add_task("", **fields)
 
@@ -170,13 +177,17 @@ class TrainView:
         self.screen.say()
         if not self.screen.live:
             return
-        columns = (
-            TextColumn("  epoch {task.fields[epoch]}/{task.fields[epochs]}"),
-            BarColumn(bar_width=12),
-            MofNCompleteColumn(),
-            TextColumn("{task.fields[now]}"),
-        )
-        self._show(*columns, total=self.steps, completed=self.at, epoch=1, epochs=self.epochs, now="")
+        self.parts = bar_parts(self.screen.talk.width, self.steps, ceil(self.epochs))
+        columns: dict[str, ProgressColumn] = {
+            "epoch": TextColumn("epoch {task.fields[epoch]}/{task.fields[epochs]}"),
+            "bar": BarColumn(bar_width=self.parts.get("bar")),
+            "count": MofNCompleteColumn(),
+            "loss": TextColumn("{task.fields[now]}"),
+            "left": TimeRemainingColumn(compact=True),
+        }
+        shown = [column for name, column in columns.items() if name in self.parts]
+        fields = {"epoch": 1, "epochs": ceil(self.epochs), "now": ""}
+        self._show(*shown, total=self.steps, completed=self.at, **fields)
 
     def _stepped(self, event: Stepped) -> None:
         self.loss = event.loss if not self.loss else 0.9 * self.loss + 0.1 * event.loss
@@ -184,7 +195,9 @@ class TrainView:
         self.marks = [*self.marks[-49:], time.monotonic()]
         if self.progress is not None:
             target = short(self._rate(sum(e.supervised_tokens for e in self.recent)))
-            now = f"loss {self.loss:.3f}  {self._speed()}, {target} target tok/s"
+            now = f"loss {self.loss:.3f}"
+            now += f"  {self._speed()}" if "speed" in self.parts else ""
+            now += f", {target} target tok/s" if "target" in self.parts else ""
             self.progress.update(self.task, completed=event.step, epoch=event.epoch, now=now)
         elif self.marks[-1] - self.shown_at >= self.every and event.step < self.steps:
             self._progress_line()
@@ -243,6 +256,26 @@ class TrainView:
             self.progress = None
 
 
+def bar_parts(width: int, steps: int, epochs: int) -> dict[str, int]:
+    """The parts of the bar's line that fit into so many columns, each with its own: parts are left out before a
+    figure is cut, and the bar takes what is left."""
+    wide = {
+        "count": 2 * len(str(steps)) + 1,
+        "loss": len("loss 0.000"),
+        "left": len("1:00:00"),
+        "epoch": len(f"epoch {epochs}/{epochs}"),
+        "speed": len("  1.23 M tok/s") - 1,  # in the column of the loss
+        "target": len(", 1.23 M target tok/s") - 1,
+    }
+    room, shown = width - 2, dict[str, int]()
+    for name, columns in wide.items():
+        if room < columns + 1:
+            return shown
+        room -= columns + 1
+        shown[name] = columns
+    return shown if room <= SHORTEST_BAR else {**shown, "bar": min(BAR, room - 1)}
+
+
 def _cache_text(event: PrefixCache) -> str:
     if event.where == "off":
         return f"frozen-layer cache off: {event.reason}"
@@ -255,12 +288,13 @@ def _cache_text(event: PrefixCache) -> str:
 
 def show_train_report(screen: Screen, report: TrainReport) -> None:
     """The result of the run, and the next commands."""
-    before, after = report.eval["before"], report.eval["after"]
-    screen.line(
-        "after",
-        f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
-        answer=True,
-    )
+    if report.eval:
+        before, after = report.eval["before"], report.eval["after"]
+        screen.line(
+            "after",
+            f"held-out loss {after.loss:.3f} ({after.loss - before.loss:+.3f}), perplexity {figures(after.perplexity)}",
+            answer=True,
+        )
     guess = report.predicted
     time_off = compared(guess.seconds, report.seconds) if guess else ""
     memory_off = compared(guess.peak_memory_bytes, report.memory_growth_bytes) if guess else ""
@@ -288,8 +322,11 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
         texts = (("before", said.before), ("after", said.after))
         for label, text in (("sample", said.prompt), *wanted, *texts):
             screen.line(label, clip(text, 240) or "(nothing)", answer=True)
-    screen.line("saved", f"{report.output} ({step})", answer=True)
-    screen.line("page", f"{report.output}/{PAGE}", answer=True)
+    screen.command("saved", f"{report.output} ({step})")
+    screen.command("page", f"{report.output}/{PAGE}")
     name = report.output.rstrip("/").rpartition("/")[2]
-    screen.command("next", shlex.join(["lorafit", "eval", report.output]))
-    screen.command("", shlex.join(["lorafit", "merge", report.output, "-o", f"{name}-merged"]))
+    commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
+    commands += [["chat", report.output]] if report.task != "masked" else []
+    commands += [["merge", report.output, "-o", f"{name}-merged"]]
+    for number, command in enumerate(commands):
+        screen.command("" if number else "next", shlex.join(["lorafit", *command]))

@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from lorafit.settings.options import TRAINING as TRAINING
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
+    from lorafit.settings.places import lasting as lasting
+    from lorafit.settings.places import weighted as weighted
     from lorafit.settings.precedence import as_recorded as as_recorded
     from lorafit.settings.precedence import dated as dated
     from lorafit.settings.precedence import derive_from_model as derive_from_model
@@ -31,8 +33,6 @@ if TYPE_CHECKING:
     from lorafit.settings.preset import read_yaml as read_yaml
     from lorafit.settings.run_config import OPTIONS as OPTIONS
     from lorafit.settings.run_config import RunConfig as RunConfig
-    from lorafit.settings.run_config import lasting as lasting
-    from lorafit.settings.run_config import weighted as weighted
     from lorafit.settings.same_run import IN_DIGESTS as IN_DIGESTS
     from lorafit.settings.same_run import MAY_CHANGE as MAY_CHANGE
     from lorafit.settings.same_run import changed_settings as changed_settings
@@ -43,9 +43,10 @@ __getattr__ = door(
         "bands": "BANDS LayerChoice TILED_FROM",
         "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
         "options": "DATA OUTPUT Option TRAINING WHAT",
+        "places": "lasting weighted",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml",
-        "run_config": "OPTIONS RunConfig lasting weighted",
+        "run_config": "OPTIONS RunConfig",
         "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",
     },
 )

@@ -7,6 +7,7 @@ and a value is derived again when a flag changes what it was derived from.
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import datetime
@@ -15,12 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError, closest
-from lorafit.model import ModelMap
+from lorafit.model import DATA_FILES, ModelMap
+from lorafit.outputs import RUN_FILE
 from lorafit.settings.optimizers import check_optimizer
-from lorafit.settings.preset import Preset, load_preset, read_yaml
+from lorafit.settings.preset import LORA, TOP, Preset, load_preset, read_yaml
 from lorafit.settings.run_config import OPTIONS, RunConfig
 from lorafit.settings.trackers import check_trackers
 from lorafit.units import figures
+
+PRESETS_OWN = {*TOP, *LORA, "roles"} - {*OPTIONS}  # keys that no run file has
 
 TOKENS_PER_STEP = 2048
 ENOUGH_STEPS, MOST_EPOCHS = 250, 3
@@ -33,14 +37,22 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
     Raises RequestError for a key that is unknown (with the closest one) or a value of the
     wrong type or out of bounds.
     """
+    if Path(path).suffix.lower() in DATA_FILES:
+        raise RequestError(f"`{path}` is data, not a run file", f"--data {shlex.quote(path)}")
+    if Path(path).expanduser().is_dir() and (Path(path).expanduser() / RUN_FILE).is_file():
+        raise RequestError(f"`{path}` is a run's folder", f"--config {shlex.quote(f'{path}/{RUN_FILE}')}")
     data = read_yaml(Path(path).expanduser(), "run file")
+    if PRESETS_OWN & data.keys():
+        raise RequestError(f"`{path}` is a preset, not a run file", f"--preset {shlex.quote(path)}")
     origin = data.pop("origin", {}) or {}
+    data.pop("environment", None)  # of the run that wrote it
     if not isinstance(origin, dict) or not all(isinstance(v, str) for v in origin.values()):
         raise RequestError(f"run file `{path}`: `origin` is not a mapping of options to texts")
     values: dict[str, Any] = {}
     for name, value in data.items():
         if name not in OPTIONS:
-            raise RequestError(f"run file `{path}`: unknown key `{name}`", closest(name, OPTIONS))
+            hint = closest(name, OPTIONS, "lorafit help options lists the keys")
+            raise RequestError(f"run file `{path}`: unknown key `{name}`", hint)
         option = OPTIONS[name]
         if value is None or not option.kept or (option.many and value == []):
             continue
@@ -119,16 +131,28 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
-    if values["patience"] and not values["eval_steps"]:
-        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
-    if values["min_delta"] and not values["patience"]:
-        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
+    _check_evaluations(values)
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
         lora = replace(lora, init_lora_weights=True)
     config = RunConfig(**values, origin=origin)
     return config, replace(preset, lora=lora)
+
+
+def _check_evaluations(values: Mapping[str, Any]) -> None:
+    """Raises RequestError for options about evaluations where there are none."""
+    if values["patience"] and not values["eval_steps"]:
+        raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
+    if values["min_delta"] and not values["patience"]:
+        raise RequestError("--min-delta is the gain that --patience waits for", "e.g. --patience 3")
+    if not (values["holdout"] or values["eval_data"]):
+        for name in ("eval_steps", "patience", "group_by"):
+            if values[name]:
+                raise RequestError(
+                    f"{OPTIONS[name].flag} needs held-out rows, and --holdout 0 holds none out",
+                    "a share such as --holdout 0.05, or --eval-data FILE",
+                )
 
 
 def as_recorded(file: str) -> RunConfig:

@@ -7,6 +7,7 @@ and training defaults. Those of lorafit are in `presets/`; a user's own is given
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
@@ -142,6 +143,10 @@ def load_preset(name_or_path: str) -> Preset:
     for folder in FOLDERS:
         if text and (folder / f"{text}.yaml").is_file():
             return parse(read_yaml(folder / f"{text}.yaml", "preset"), text)
+    if Path(text).expanduser().is_file():
+        raise RequestError(
+            f"`{text}` is not a preset: a preset is a .yaml file", "see `lorafit help presets`"
+        )
     raise RequestError(f"there is no preset `{text}`", closest(text, preset_names()))
 
 
@@ -283,6 +288,8 @@ def _bands(data: Mapping[str, Any], faults: list[str]) -> dict[str, Band | str]:
 
 def parse(data: Mapping[str, Any], name: str, path: str = "") -> Preset:
     """The preset in a mapping. Raises RequestError with all its errors, one per line."""
+    if path and ("origin" in data or {"model", "data", "preset"} & data.keys()):
+        raise RequestError(f"`{path}` is a run file, not a preset", f"--config {shlex.quote(path)}")
     faults = check(data, TOP, "")
     lora = data.get("lora") or {}
     training = data.get("training") or {}

@@ -5,12 +5,13 @@ A default of None is derived later, from the model or the data (see precedence.p
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorafit.errors import RequestError
 from lorafit.model import KINDS
 from lorafit.settings.optimizers import OPTIMIZERS
 from lorafit.settings.options import (
@@ -27,6 +28,7 @@ from lorafit.settings.options import (
     text,
     whole,
 )
+from lorafit.settings.places import lasting, lasting_data, weighted
 from lorafit.settings.trackers import TRACKERS
 from lorafit.settings.values import (
     ATTENTIONS,
@@ -35,6 +37,7 @@ from lorafit.settings.values import (
     DELIMITER,
     DEVICE,
     DTYPES,
+    EPOCHS,
     FORMATS,
     LAYERS,
     LOSS_ON,
@@ -44,6 +47,7 @@ from lorafit.settings.values import (
     RESIDENCIES,
     SCHEDULERS,
 )
+from lorafit.system import git_state
 
 # what the rows of a run follow from
 SHAPE = ("model", "data", "format", "map", "chat_template", "template_args", "as_chat")
@@ -133,8 +137,8 @@ class RunConfig:
     )
     holdout: float = option(
         0.05,
-        number(0, 0.5, "a share above 0, at most 0.5", above=True),
-        "Share of the training data to hold out.",
+        number(0, 0.5, "a share from 0 to 0.5; 0 holds nothing out"),
+        "Share of the training data to hold out; 0 holds nothing out.",
         DATA,
     )
     format: str = option("auto", one_of(*FORMATS), "Data format; `auto` detects it", DATA)
@@ -208,10 +212,10 @@ class RunConfig:
         derived="the model's positions",
         depends_on=SHAPE,
     )
-    epochs: int | None = option(
+    epochs: float | None = option(
         None,
-        whole(1),
-        "Passes over the training data.",
+        EPOCHS,
+        "Passes over the training data, e.g. `3` or `0.5`.",
         TRAINING,
         training=True,
         derived="the number of rows",
@@ -384,6 +388,16 @@ class RunConfig:
         """The seed of the held-out split and of the batches."""
         return self.seed if self.data_seed is None else self.data_seed
 
+    @property
+    def holds_out(self) -> bool:
+        """Whether some rows are held out: a share of the data, or files of their own."""
+        return bool(self.eval_data) or self.holdout > 0
+
+    def steps(self, per_epoch: int) -> int:
+        """Optimizer steps of the whole run; an epoch has `per_epoch` of them."""
+        passes = ceil(round(per_epoch * (self.epochs or 1), 6))  # 0.1 × 30 is 3.0000000000000004
+        return min(passes, self.max_steps or sys.maxsize)
+
     def derived(self, name: str, value: Any, reason: str) -> RunConfig:
         """The settings with this derived value, unless one is set."""
         if getattr(self, name) is not None:
@@ -407,48 +421,23 @@ class RunConfig:
         found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
         return tuple(path for path in found if path.exists())
 
+    def data_state(self) -> dict[str, str]:
+        """The git commit of each file or folder of data that is in a repository, by name."""
+        paths = [Path(weighted(spec)[0]).expanduser() for spec in (*self.data, *self.eval_data)]
+        found = {f"commit of {path.name}": git_state(path) for path in paths if path.exists()}
+        return {name: state for name, state in found.items() if state}
+
     def as_file(self) -> dict[str, Any]:
         """The content of `run.yaml`: the values, then their origins. Files and folders are absolute paths."""
         kept = [name for name, option in OPTIONS.items() if option.kept]
         values = {name: getattr(self, name) for name in kept}
         values |= {name: lasting(values[name]) for name in ("model", "from_adapter")}
         for name in ("data", "eval_data"):
-            values[name] = [_lasting(spec) for spec in values[name]]
+            values[name] = [lasting_data(spec) for spec in values[name]]
         if self.chat_template:
-            values["chat_template"] = _lasting(self.chat_template)
+            values["chat_template"] = lasting_data(self.chat_template)
         plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
         return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
 
 
 OPTIONS: dict[str, Option] = options_of(RunConfig)
-
-
-def weighted(spec: str) -> tuple[str, float]:
-    """A `--data` and how often it is used per epoch: `a.jsonl=2` is ("a.jsonl", 2.0).
-
-    Raises RequestError for a weight that is not above 0 or is above 1,000.
-    """
-    name, equals, text = spec.rpartition("=")
-    if not equals or Path(spec).expanduser().exists():
-        return spec, 1.0
-    try:
-        weight = float(text)
-    except ValueError:
-        return spec, 1.0
-    if not 0 < weight <= 1000:
-        raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"e.g. {name}=2")
-    return name, weight
-
-
-def lasting(name: str | None) -> str | None:
-    """A model or an adapter as a run file names it: a folder by its absolute path."""
-    return name if name in (None, "demo") else _lasting(str(name))
-
-
-def _lasting(name: str) -> str:
-    """A file or folder as an absolute path with its weight; anything else unchanged."""
-    plain, weight = weighted(name)
-    path = Path(plain).expanduser()
-    if not path.parent.exists() or not (path.exists() or any(c in path.name for c in "*?[")):
-        return name
-    return str(path.parent.resolve() / path.name) + (f"={weight:g}" if weight != 1 else "")

@@ -16,6 +16,12 @@ def _is_date(value: Any) -> bool:
         return False
 
 
+def _passes(text: str) -> float:
+    """`3` and `3.0` as 3, `0.5` as it is."""
+    value = float(text)
+    return int(value) if value.is_integer() else value
+
+
 SCHEDULERS = (
     "linear", "cosine", "constant", "constant_with_warmup", "cosine_with_restarts", "inverse_sqrt", "polynomial",
 )  # fmt: skip
@@ -35,6 +41,12 @@ DELIMITER = Kind(
 )
 QUOTE = Kind(
     "one character, or `none`", "CHAR", str, lambda v: isinstance(v, str) and (len(v) == 1 or v == "none")
+)
+EPOCHS = Kind(
+    "a number above 0, e.g. `3` or `0.5`",
+    "X",
+    _passes,
+    lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and 0 < v < 2**31,
 )
 LAYERS = Kind("a choice of layers, e.g. `high` or `0-3`", "CHOICE", str, lambda v: isinstance(v, str))
 DEVICE = Kind(

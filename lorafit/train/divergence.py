@@ -17,19 +17,28 @@ RECENT = 10  # steps over which a loss that keeps growing is told from one bad b
 
 class Divergence:
     """The adapter as it was when the loss was last good: up to one and a half times the loss of guessing
-    at random, or twice what the held-out rows lost before."""
+    at random, or twice what the held-out rows lost before. Without held-out rows, `before` is None and the
+    loss of the first step stands for it."""
 
-    def __init__(self, job: Job, before: float) -> None:
+    def __init__(self, job: Job, before: float | None) -> None:
         self.job = job
-        self.most = max(1.5 * math.log(max(2, job.found.vocab_size)), 2 * before)
+        self.guessing = math.log(max(2, job.found.vocab_size))
+        self.before = before
         self.copies = [p.detach().clone() for p in job.parameters]
-        self.recent = before
+        self.recent = self.guessing if before is None else before
         self.step = 0
+
+    @property
+    def most(self) -> float:
+        """The largest loss that is good."""
+        return max(1.5 * self.guessing, 2 * (self.before or 0.0))
 
     @torch.no_grad()  # a copy is a value: it remembers no graph
     def judge(self, loss: float, finite_gradient: bool, step: int, rate: float) -> None:
         """Called before the update of `step`. Raises RunError when the run has diverged; the last good
         adapter is in the model then, and saved."""
+        if self.before is None and math.isfinite(loss):
+            self.before = self.recent = loss
         if math.isfinite(loss):
             self.recent += (loss - self.recent) / RECENT
         if math.isfinite(loss) and finite_gradient and self.recent <= self.most:

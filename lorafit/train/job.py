@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
@@ -18,7 +17,7 @@ from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
 from lorafit.evaluate import mask_id
 from lorafit.events import Predicted
-from lorafit.forward import StateStore, blocks_below, checkpoint_activations, refused_by_map
+from lorafit.forward import StateStore, base_of, blocks_below, checkpoint_activations, refused_by_map
 from lorafit.model import (
     ModelMap,
     ModelSource,
@@ -31,6 +30,7 @@ from lorafit.model import (
     pick_dtype,
 )
 from lorafit.settings import RunConfig
+from lorafit.system import environment
 from lorafit.train.checkpoint import trainable
 from lorafit.train.measure import load_kernels, matrix_rate, memory_before
 from lorafit.train.run_folder import RunFolder
@@ -92,11 +92,20 @@ class Job:
     memory_before: int = 0  # bytes that the process held before the model was loaded
     world: World = ALONE
     streamed: Streamed | None = None  # the base, where the layers below the cut are read as they run
+    environment: dict[str, str] = field(
+        default_factory=dict
+    )  # versions, machine, command, date, git state of data
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
     states: Mapping[tuple[str, int], SharedStates] = field(default_factory=dict)  # by stack and cut
 
     def __post_init__(self) -> None:
+        self.environment = {
+            **environment(),
+            "device": _device_name(self.device),
+            "attention": str(getattr(base_of(self.model).config, "_attn_implementation", "")),
+            **self.config.data_state(),
+        }
         self.parameters = list(trainable(self.model).values())
         self.batches = composed(self.rows, self.config, self.task)
 
@@ -105,7 +114,7 @@ class Job:
         return self.config.batch_size or 1
 
     @property
-    def epochs(self) -> int:
+    def epochs(self) -> float:
         return self.config.epochs or 1
 
     @property
@@ -115,11 +124,11 @@ class Job:
     @property
     def steps(self) -> int:
         """Optimizer steps of the whole run."""
-        return min(self.steps_per_epoch * self.epochs, self.config.max_steps or sys.maxsize)
+        return self.config.steps(self.steps_per_epoch)
 
     def optimizer_steps(self, done: int) -> Iterator[tuple[int, int, list[Batch]]]:
         """(number, epoch, micro-batches) of each optimizer step after the first `done`; numbers begin at 1."""
-        for epoch in range(done // self.steps_per_epoch, self.epochs):
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
             first = epoch * self.steps_per_epoch
             for at, group in enumerate(self.micro_batches(epoch + 1), first + 1):
                 if at > self.steps:
@@ -158,7 +167,7 @@ class Job:
         """(batch, part) of each micro-batch that comes after the first `done` steps and in which this process
         has rows, once."""
         numbers: set[int] = set()
-        for epoch in range(done // self.steps_per_epoch, self.epochs):
+        for epoch in range(done // self.steps_per_epoch, math.ceil(self.epochs)):
             first = epoch * self.steps_per_epoch
             start, end = max(0, done - first), self.steps - first
             if end <= 0 or len(numbers) == len(self.batches):
@@ -189,6 +198,13 @@ class Job:
             for part, rows in enumerate(batch)
             if self.world.share(rows)
         ]
+
+
+def _device_name(device: torch.device) -> str:
+    """`cpu`, or a GPU by its name."""
+    if device.type == "cuda":
+        return f"{device}, {torch.cuda.get_device_name(device)}"
+    return str(device)
 
 
 def not_streamed(reason: str) -> RequestError:

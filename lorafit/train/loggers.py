@@ -115,7 +115,8 @@ def recorded(
             first = next(events)  # Started: by then a resumed run is known to be the same
             assert isinstance(first, Started)
             settings = job.config.as_file()
-            run_file = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+            whole = {**settings, "environment": first.environment}
+            run_file = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
             (folder.work / RUN_FILE).write_text(run_file, encoding="utf-8")
             write_base(folder.work, job.found.model, job.fingerprint, job.config.quantize)
             save_rows(job.rows.held_out, folder.work / HELD_OUT)

@@ -32,7 +32,6 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
-from lorafit.system import environment
 from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import (
     last_whole,
@@ -157,11 +156,7 @@ def _start(
         resumed_at=state.step,
         damaged=damaged,
         processes=job.world.size,
-        environment={
-            **environment(),
-            "device": _device_name(job.device),
-            "attention": str(getattr(base_of(job.model).config, "_attn_implementation", "")),
-        },
+        environment=job.environment,
     )
     if not state.step:
         yield job.rows.look
@@ -178,13 +173,6 @@ def _start(
     if routes_for_loss(base_of(job.model)):
         yield Note(_router_note(forward))
     yield caching
-
-
-def _device_name(device: torch.device) -> str:
-    """`cpu`, or a GPU by its name."""
-    if device.type == "cuda":
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    return str(device)
 
 
 def _router_note(forward: Forward) -> str:
@@ -204,15 +192,16 @@ def _steps(
 ) -> Iterator[Event]:
     """The run itself, from the state it is in."""
     config = job.config
-    if state.before is None:
+    if state.before is None and held_out.rows:
         state.before = _held_out_loss(job, held_out)
         if config.sample and job.streamed is None and job.world.first:
             with suppress(Exception):  # of the model's own code; at the end it is told
                 state.said = sample.answer(job, held_out)
-    yield Evaluated(0, state.before.loss, state.before.tokens)
+    if state.before is not None:
+        yield Evaluated(0, state.before.loss, state.before.tokens)
 
     rates = schedule.rates(config, job.steps)
-    step.check = Divergence(job, state.before.loss).judge
+    step.check = Divergence(job, state.before.loss if state.before else None).judge
     job.model.train()
     if state.step % job.steps_per_epoch == 0 and state.epoch_supervised:  # resumed just where an epoch ends
         yield state.close_epoch(state.step // job.steps_per_epoch, job, prefix)
@@ -290,24 +279,23 @@ def _end(
         save_adapter(job.model, job.folder.work)
         save_tokenizer(job.tokenizer, job.folder.work)
         write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
-    if last is None:
+    if last is None and held_out.rows:
         last = _held_out_loss(job, held_out)
         yield Evaluated(
             state.step, last.loss, last.tokens, state.best is not None and last.loss <= state.best.loss
         )
-    if state.best is not None and last.loss <= state.best.loss:
+    if state.best is not None and last is not None and last.loss <= state.best.loss:
         state.best = state.best_step = None  # the end is the best there was
     report = replace(_report(job, state, last), prefix_cache=caching)
     if report.best is not None and not job.config.keep_last:
         try:
             _take_best(job, report.best.step)
             after = Loss(report.best.loss, report.best.tokens)
-            report = replace(
-                report, adapter_step=report.best.step, eval={**report.eval, "after": after, "last": last}
-            )
+            losses = {**report.eval, "after": after, "last": report.eval["after"]}
+            report = replace(report, adapter_step=report.best.step, eval=losses)
         except RequestError as error:
             yield Note(f"the last adapter is saved, not the best: {error.message}")
-    if job.config.sample and job.streamed is None and job.world.first:
+    if job.config.sample and job.streamed is None and job.world.first and held_out.rows:
         try:
             prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
             report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))
@@ -343,10 +331,9 @@ def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
     return found
 
 
-def _report(job: Job, state: State, after: Loss) -> TrainReport:
+def _report(job: Job, state: State, after: Loss | None) -> TrainReport:
     """What the run did. Raises RunError when what is adapted is no longer what was planned."""
     compare(job.plan.modules, adapted_names(job.model))
-    assert state.before is not None
     return TrainReport(
         output=str(job.folder.target),
         trainable_params=job.plan.trainable_params,
@@ -360,8 +347,11 @@ def _report(job: Job, state: State, after: Loss) -> TrainReport:
         peak_memory_bytes=peak_memory(job.device),
         memory_growth_bytes=peak_memory(job.device) - job.memory_before,
         predicted=job.predicted,
-        eval={"before": state.before, "after": after},
+        eval={} if state.before is None or after is None else {"before": state.before, "after": after},
         adapter_step=state.step,
+        task=job.task,
+        settings={name: value for name, value in job.config.as_file().items() if name != "origin"},
+        environment=job.environment,
         best=None
         if state.best is None
         else Evaluated(state.best_step or 0, state.best.loss, state.best.tokens),

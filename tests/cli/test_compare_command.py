@@ -108,6 +108,7 @@ def test_what_is_impossible_is_named_before_anything_is_loaded(tiny, pairs, tmp_
         (["--grid", "nowhere.yaml"], "cannot read grid file"),
         (["--resume"], "--resume needs"),
         (["--rank", "8"], "--ranks"),
+        (["--holdout", "0"], "--holdout 0 holds out none"),
     ],
 )
 def test_what_is_wrong_is_said_with_the_value(run, words, says):

@@ -1,6 +1,10 @@
 """Mistakes people make, and what they are told: what was wrong, with the value, and what to do next."""
 
+import json
 import shutil
+import subprocess
+import sys
+import time
 
 import pytest
 
@@ -10,8 +14,10 @@ TYPED = [
     (["train", "--output-dir", "x"], "`--output-dir`", "--output"),
     (["train", "--lora-r", "8"], "`--lora-r`", "--rank"),
     (["train", "--lerning-rate", "1"], "`--lerning-rate`", "--learning-rate"),
-    (["train", "--epochs", "three"], "`three`", "whole number"),
-    (["train", "--epochs", "0"], "--epochs is 0", "from 1 on"),
+    (["train", "--epochs", "three"], "`three`", "e.g. `3` or `0.5`"),
+    (["train", "--epochs", "0"], "--epochs is 0", "above 0"),
+    (["train", "--epochs", "-1"], "--epochs is -1", "above 0"),
+    (["train", "--epochs", "nan"], "--epochs is nan", "above 0"),
     (["train", "--dropout", "1.5"], "--dropout is 1.5", "up to 1"),
     (["train", "--scheduler", "linaer"], "`linaer`", "linear"),
     (["train", "--data"], "'--data'", "lorafit train --help"),
@@ -25,7 +31,9 @@ TYPED = [
     (["plan", "--fit", "24"], "`24`", "24GB"),
     (["plan", "--rank", "100000"], "rank 100,000", "--rank 128"),
     (["plan", "./nowhere"], "`./nowhere`", "folder"),
-    (["merge", "a", "b", "-o", "c"], "(b)", "--adapter"),
+    (["merge", "a", "b", "-o", "c"], "`b`", "lorafit merge a --adapter b -o DIR"),
+    (["train", "demo", "d.jsonl"], "`d.jsonl`", "--data d.jsonl"),
+    (["presets", "ffn"], "`ffn`", "lorafit presets --help"),
     (["merge", "nowhere", "-o", "c"], "`nowhere`", ""),
     (["eval", "nowhere"], "`nowhere`", ""),
     (["trian"], "trian", "train"),
@@ -41,6 +49,229 @@ def test_a_mistake_is_named_and_the_next_step_with_it(run, tmp_path, monkeypatch
     assert lines[0].startswith("error: ") and len(lines) <= 3
     assert named in done.err and offered in done.err, done.err
     assert list(tmp_path.iterdir()) == [], "a refused command leaves nothing behind"
+
+
+# Names that people know from TRL, the transformers Trainer, PEFT, Axolotl and others.
+KNOWN = {
+    "--lr": "--learning-rate",
+    "--learning_rate": "--learning-rate",
+    "--num_train_epochs": "--epochs",
+    "--num-train-epochs": "--epochs",
+    "--num_epochs": "--epochs",
+    "--per_device_train_batch_size": "--batch-size",
+    "--micro_batch_size": "--batch-size",
+    "--batch": "--batch-size",
+    "--gradient_accumulation_steps": "--accumulate",
+    "--lora_r": "--rank",
+    "-r": "--rank",
+    "--lora_alpha": "--alpha",
+    "--lora_dropout": "--dropout",
+    "--target_modules": "--modules",
+    "--lora_target_linear": "--preset all",
+    "--layers_to_transform": "--layers",
+    "--model_name_or_path": "MODEL",
+    "--base_model": "MODEL",
+    "--model": "MODEL",
+    "--dataset": "--data",
+    "--dataset_name": "--data",
+    "--val_set_size": "--holdout",
+    "--warmup_ratio": "--warmup",
+    "--lr_scheduler_type": "--scheduler",
+    "--max_seq_length": "--max-length",
+    "--sequence_len": "--max-length",
+    "--packing": "leave it out",
+    "--bf16": "--dtype bfloat16",
+    "--load_in_4bit": "--quantize nf4",
+    "--load_in_8bit": "--quantize int8",
+    "--optim": "--optimizer",
+    "--report_to": "--report-to",
+    "--run_name": "--track-name",
+    "--output_dir": "--output",
+    "--save_total_limit": "--keep",
+    "--eval_strategy": "--eval-steps",
+    "--resume_from_checkpoint": "--resume RUN",
+    "--early_stopping_patience": "--patience",
+    "--logging_steps": "leave it out",
+    "--attn_implementation": "--attention",
+    "--trust_remote_code": "leave it out",
+    "--hub_model_id": "--push-to-hub",
+    "--completion_only_loss": "--loss-on",
+}
+
+
+@pytest.mark.parametrize("name, ours", KNOWN.items())
+def test_names_of_other_tools_are_answered(run, name, ours):
+    done = run("train", name, "1")
+    assert done.code == 2 and f"there is no option `{name}`" in done.err and ours in done.err, done.err
+
+
+def test_every_answer_is_an_option_of_train(run):
+    """A table of names that is right on the day it is written, and later."""
+    import typer
+
+    from lorafit.cli import app
+    from lorafit.cli.other_tools import LORAFITS, ours
+
+    group = typer.main.get_command(app)
+    train, plan = ({f for p in group.commands[n].params for f in p.opts} for n in ("train", "plan"))
+    for theirs, found in LORAFITS.items():
+        assert not found.startswith("--") or found.split()[0] in train, (theirs, found)
+        assert f"--{theirs}" not in train, f"{theirs} is an option of lorafit's own"
+    assert ours("--output_dir", plan) == "`lorafit train` calls it --output"
+    assert ours("--nothing-known", train) == ""
+
+
+# Files and folders taken for something else: (command, what the error names, what the hint offers).
+TAKEN = [
+    ("train x.gguf --data d.jsonl", "GGUF", "name the original model"),
+    ("train gguf --data d.jsonl", "GGUF", "name the original model"),
+    ("train m/model.safetensors --data d.jsonl", "weight file", "name its folder: m"),
+    ("train d.jsonl --data m", "model and data are swapped", "lorafit train m --data d.jsonl"),
+    ("plan d.jsonl --data m", "model and data are swapped", "lorafit train m --data d.jsonl"),
+    ("train d.jsonl", "needs data", "--data"),
+    ("inspect d.jsonl", "`d.jsonl` is data", "--data d.jsonl"),
+    ("train m --data m", "`m` is a model, not data", ".jsonl"),
+    ("train m --data a", "`a` is a run, not data", ".jsonl"),
+    ("train m", "`m` needs data", "--data"),
+    ("data m", "`m` needs data", "--data"),
+    ("train a --data d.jsonl", "`a` is an adapter, not a model", "--from-adapter a"),
+    ("train m --data d.jsonl --preset a/run.yaml", "is a run file, not a preset", "--config"),
+    ("train m --data d.jsonl --preset d.jsonl", "is not a preset", "lorafit help presets"),
+    ("train --config p.yaml", "is a preset, not a run file", "--preset p.yaml"),
+    ("train --config d.jsonl", "is data, not a run file", "--data d.jsonl"),
+    ("train --config a", "is a run's folder", "--config a/run.yaml"),
+    ("train --config odd.yaml", "unknown key `wxyz`", "lorafit help options"),
+    ("eval m", "is a model, not an adapter", "lorafit eval m --data FILE"),
+    (
+        "eval m a --data d.jsonl",
+        "`m` is a model, and models are scored one by one",
+        "lorafit eval m --data FILE",
+    ),
+    ("merge m -o x", "is a model, not an adapter", "lorafit eval m --data FILE"),
+    ("eval d.jsonl", "is data, not an adapter", "--data d.jsonl"),
+    ("eval begun", "is an unfinished run", "lorafit train --resume begun"),
+    ("eval begun.partial", "is an unfinished run", "lorafit train --resume begun"),
+    ("train link --data d.jsonl", "`link` is a link whose target is missing", ""),
+    ("train m --data link", "`link` is a link whose target is missing", "gone"),
+    ("eval link", "`link` is a link whose target is missing", "gone"),
+    ("chat link", "`link` is a link whose target is missing", "gone"),
+    ("eval a --data nowhere.jsonl", "`nowhere.jsonl`", ".jsonl"),
+    ("train bare --data d.jsonl", "no tokenizer", "where the model came from"),
+    ("plan bare --data d.jsonl", "no tokenizer", "where the model came from"),
+    ("train nobody/nothing --data d.jsonl", "HF_HUB_OFFLINE is set", "check the name"),
+    ("eval nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
+    ("chat nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
+]
+
+
+@pytest.fixture(scope="module")
+def desk(tiny, pairs, tmp_path_factory):
+    """A folder with a model, a run, data, and what is easily taken for one of them."""
+    from lorafit.cli import app
+
+    folder = tmp_path_factory.mktemp("desk")
+    shutil.copytree(tiny("llama"), folder / "m")
+    shutil.copytree(tiny("llama"), folder / "bare", ignore=shutil.ignore_patterns("*token*", "*.jinja"))
+    shutil.copy(pairs, folder / "d.jsonl")
+    words = [
+        "--data",
+        str(folder / "d.jsonl"),
+        "--max-steps",
+        "1",
+        "--no-sample",
+        "-q",
+        "-o",
+        str(folder / "a"),
+    ]
+    with pytest.raises(SystemExit) as end:
+        app(["train", str(folder / "m"), *words])
+    assert end.value.code == 0
+    (folder / "begun.partial").mkdir()
+    shutil.copy(folder / "a" / "run.yaml", folder / "begun.partial")
+    (folder / "gguf").mkdir()
+    for name in ("x.gguf", "gguf/x.gguf"):
+        (folder / name).write_bytes(b"GGUF" + bytes(64))
+    (folder / "p.yaml").write_text("description: mine\nroles: [q]\nlora: {r: 4}\n")
+    (folder / "odd.yaml").write_text("wxyz: red\n")
+    (folder / "link").symlink_to("gone")
+    return folder
+
+
+@pytest.mark.parametrize("command, named, offered", TAKEN, ids=[row[0] for row in TAKEN])
+def test_what_is_taken_for_something_else_is_named(run, desk, monkeypatch, command, named, offered):
+    monkeypatch.chdir(desk)
+    before = sorted(desk.iterdir())
+    done = run(*command.split())
+    assert done.code == 2 and done.out == ""
+    lines = done.err.strip().splitlines()
+    assert lines[0].startswith("error: ") and len(lines) <= 2, done.err
+    assert named in lines[0] and offered in lines[-1], done.err
+    assert sorted(desk.iterdir()) == before
+
+
+def test_these_are_refused_before_torch_is_loaded(desk):
+    code = (
+        "import json, sys\n"
+        "from lorafit.cli import app\n"
+        "for words in json.loads(sys.argv[1]):\n"
+        "    try:\n        app(words)\n"
+        "    except SystemExit as end:\n        assert end.code == 2, words\n"
+        "    assert 'torch' not in sys.modules, words\n"
+    )
+    commands = [row[0].split() for row in TAKEN] + [row[0] for row in TYPED if row[0][0] != "plan"]
+    done = subprocess.run(
+        [sys.executable, "-c", code, json.dumps(commands)], cwd=desk, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-600:]
+
+
+def test_bitsandbytes_that_is_missing_is_named(run, desk, monkeypatch):
+    monkeypatch.setattr("lorafit.model.quantised.find_spec", lambda name: None)
+    monkeypatch.chdir(desk)
+    done = run("train", "m", "--data", "d.jsonl", "--quantize", "nf4")
+    assert done.code == 2 and "needs `bitsandbytes`, which is not installed" in done.err, done.err
+    assert "pip install 'lorafit[quant]'" in done.err
+
+
+def test_a_hub_that_is_not_reached_is_tried_once(run, desk, monkeypatch):
+    """A port that nothing listens on: without a look before, the libraries try again for half a minute."""
+    from huggingface_hub import constants
+
+    from lorafit.model.network import hub_reached
+
+    monkeypatch.chdir(desk)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "0")
+    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    hub_reached.cache_clear()
+    try:
+        started = time.perf_counter()
+        for command in (
+            ("train", "ada/nothing", "--data", "d.jsonl"),
+            ("eval", "ada/nothing"),
+            ("chat", "ada/nothing"),
+        ):
+            done = run(*command)
+            assert done.code == 2 and "the Hub was not reached" in done.err, done.err
+        assert time.perf_counter() - started < 5
+    finally:
+        hub_reached.cache_clear()
+        del hub_reached.offline
+
+
+def test_a_model_is_scored_alone(run, desk, monkeypatch):
+    monkeypatch.chdir(desk)
+    beside = run("eval", "a", "--data", "d.jsonl", "--samples", 0, "--json").document
+    alone = run("eval", "m", "--data", "d.jsonl", "--samples", 0, "--json").document
+    assert alone["base"] == beside["base"] and alone["adapters"] == [] and alone["rows"] == 40
+    out = run("eval", "m", "--data", "d.jsonl", "--samples", 1).out
+    assert "  model" in out and "base" not in out and "difference" not in out
+    assert run("merge", "a", "-o", "merged", "-q").code == 0
+    merged = run("eval", "merged", "--data", "d.jsonl", "--samples", 0, "--json").document["base"]["loss"]
+    assert merged == pytest.approx(beside["adapters"][0]["loss"], abs=1e-4)
+    shutil.rmtree("merged")
+    assert run("eval", "m", "--prompt", "Ada", "--json").document["samples"][0]["base"]
 
 
 def test_a_batch_larger_than_the_data_is_the_data(run):

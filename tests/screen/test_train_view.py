@@ -1,12 +1,15 @@
 """What `lorafit train` shows while it runs: on a terminal, and in a log."""
 
+import io
 import os
 import pty
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from lorafit.events import Evaluated, Note, Predicted, PrefixCache, Started, Stepped
 from lorafit.screen import Screen, TrainView
@@ -117,3 +120,39 @@ def test_a_log_is_a_log_whatever_colours_are_asked_for(tiny, pairs, tmp_path):
     assert prelude[-1].startswith("  before") and len(prelude) <= 15
     page = (tmp_path / "r" / "report.html").read_text()
     assert "Rows have" in page and "<mark>" in page
+
+
+@pytest.mark.parametrize("steps, epochs", [(87, 3), (120_000, 12)])
+@pytest.mark.parametrize("width", range(30, 130, 5))
+def test_a_narrow_terminal_loses_words_and_no_figure(width, steps, epochs):
+    """The line of the bar, drawn at its widest in a terminal of that width."""
+    stream = io.StringIO()
+    screen = Screen()
+    screen.talk = Console(file=stream, force_terminal=True, width=width, color_system=None)
+    screen.live = True
+    view = TrainView(screen)
+    view.on(replace(started()[0], steps=steps, epochs=epochs))
+    view._open()
+    view.progress.update(view.task, completed=steps, epoch=epochs)
+    fast = {"tokens": 1_234_000, "supervised_tokens": 1_200_000, "seconds": 1.0}
+    view.on(replace(step(steps), epoch=epochs, loss=9.994, **fast))
+    view.progress.refresh()
+    view.close()
+    line = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", stream.getvalue()).replace("\r", "\n").split("\n")
+    line = next(text for text in reversed(line) if "loss" in text)
+    assert f"{steps}/{steps}" in line and "loss 9.994" in line and "…" not in line, line
+    assert ("1.23 M tok/s" in line) == ("tok/s" in line) == ("speed" in view.parts), line
+    assert width < 100 or ("1.20 M target tok/s" in line and "━" in line)
+
+
+@pytest.mark.parametrize("width", [20, 30, 37, 40, 44, 53, 80])
+def test_a_figure_keeps_its_unit(width):
+    stream = io.StringIO()
+    screen = Screen()
+    screen.out = Console(file=stream, width=width, color_system=None)
+    text = "it took 13 s (68 % more) at 9.27k tok/s, grew by 99.8 MB to 1.5 GB, 24.4 GB free, 2.5 M of 3 M"
+    screen.line("measured", text, answer=True)
+    lines = stream.getvalue().splitlines()
+    assert " ".join(" ".join(lines).split()) == f"measured {text}"
+    for line in lines:
+        assert not re.search(r"\d$", line.rstrip()), line

@@ -126,7 +126,7 @@ def test_a_length_beyond_the_models_positions(demo_map):
     "name, value",
     [
         ("learning_rate", -1.0), ("learning_rate", 0.0), ("learning_rate", float("nan")), ("batch_size", 0),
-        ("max_length", 0), ("epochs", 0), ("rank", -2), ("dropout", 1.0), ("holdout", 0.0), ("holdout", 0.9),
+        ("max_length", 0), ("epochs", 0), ("rank", -2), ("dropout", 1.0), ("holdout", -0.1), ("holdout", 0.9),
         ("scheduler", "cosin"), ("dtype", "int8"), ("format", "xml"), ("seed", -1), ("warmup", -0.1), ("data", ("",)),
     ],
 )  # fmt: skip

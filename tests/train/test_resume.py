@@ -341,8 +341,10 @@ def test_two_runs_into_one_folder(tiny, pairs, tmp_path):
     assert events_of(job)[-1].steps == 2
 
 
-@pytest.mark.parametrize("rate, words", [(1e4, "step [34]"), (1e30, "step 2")])
-def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp_path, rate, words):
+@pytest.mark.parametrize(
+    "rate, words, holdout", [(1e4, "step [34]", 0.05), (1e30, "step 2", 0.05), (1e4, "step [34]", 0.0)]
+)
+def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp_path, rate, words, holdout):
     from lorafit.train.loggers import recorded
     from lorafit.train.loop import run
 
@@ -354,6 +356,7 @@ def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp
         batch_size=4,
         warmup=20.0,
         scheduler="constant",
+        holdout=holdout,
     )
     job.config = replace(job.config, learning_rate=rate)
     with pytest.raises(RunError, match=words) as error:

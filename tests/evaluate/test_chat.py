@@ -1,0 +1,216 @@
+"""`lorafit chat`: streamed answers, several turns, the base beside the adapter."""
+
+import io
+import os
+import pty
+import re
+import select
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+ASKED = "Anton broke the small key on the bridge."
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A short run of the demo."""
+    from lorafit.cli import app
+
+    folder = tmp_path_factory.mktemp("chat") / "run"
+    words = [
+        "--preset",
+        "ffn",
+        "--layers",
+        "high",
+        "--max-steps",
+        "15",
+        "-o",
+        str(folder),
+        "-q",
+        "--no-sample",
+    ]
+    with pytest.raises(SystemExit) as end:
+        app(["train", *words])
+    assert end.value.code == 0
+    return folder
+
+
+@pytest.fixture
+def talk(run, monkeypatch):
+    """`lorafit chat …` with these lines on stdin."""
+
+    def call(lines, *words):
+        monkeypatch.setattr(sys, "stdin", io.StringIO("".join(f"{line}\n" for line in lines)))
+        return run("chat", *words)
+
+    return call
+
+
+def opened(folder, **more):
+    from lorafit.cli.chat import _opened
+
+    return _opened({}, str(folder), None, "", (0.0, 0, 48), None, **more)[0]
+
+
+def test_answers_are_those_of_eval_for_base_and_adapter(trained, talk, run):
+    done = talk([ASKED, "/base", f"/base {ASKED}"], trained, "--json")
+    assert done.code == 0, done.err
+    turns = done.document["turns"]
+    assert [t["of"] for t in turns] == ["adapter", "base", "base"] and not any(t["stopped"] for t in turns)
+    sample = run("eval", trained, "--prompt", ASKED, "--samples", 0, "--json").document["samples"][0]
+    assert turns[0]["answer"] == sample["adapters"][0] and turns[1]["answer"] == sample["base"]
+    assert turns[1]["answer"] != turns[0]["answer"], "the base says something else"
+
+
+def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
+    lines = ["", ASKED, "/reset", ASKED, "/nonsense", "/help", "/quit", "not read"]
+    done = talk(lines, trained)
+    one, two = done.out.splitlines()
+    assert done.code == 0 and one == two != "", "forgotten, the same question has the same answer"
+    assert "forgotten" in done.err and "no command /nonsense" in done.err and "> " not in done.out
+    assert talk([ASKED], trained, "-q").err == ""
+
+
+def test_a_conversation_goes_through_the_chat_template(trained):
+    chat = opened(trained)
+    first = "".join(chat.ask(ASKED))
+    assert [t["role"] for t in chat.turns] == ["user", "assistant"] and chat.turns[1]["content"] == first
+    text = chat.generator.tokenizer.decode(chat._fitted("And Mara?"))
+    assert text.index(ASKED) < text.index(first) < text.index("And Mara?")
+    before = list(chat.turns)
+    again = "".join(chat.ask_base())
+    assert chat.turns == before and again != first, "the base is no part of the conversation"
+    alone = opened(trained)
+    assert chat._ids([], ASKED) == alone._ids([], ASKED)
+
+
+def test_the_system_message_stands_first(trained):
+    chat = opened(trained)
+    chat.system = "You write JSON."
+    text = chat.generator.tokenizer.decode(chat._fitted(ASKED))
+    assert text.index("You write JSON.") < text.index(ASKED)
+
+
+def test_answers_come_in_pieces_and_stop_with_their_reader(trained):
+    chat = opened(trained)
+    pieces = chat.ask(ASKED)
+    first = next(pieces)
+    pieces.close()
+    assert chat.turns[1]["content"] == first and len(chat.turns) == 2, "what was said counts"
+    whole = list(opened(trained).ask(ASKED))
+    assert len(whole) > 3 and whole[0] == first
+
+
+def test_the_oldest_turns_go_where_there_is_no_room(trained):
+    from dataclasses import replace
+
+    from lorafit.errors import RequestError
+
+    chat = opened(trained)
+    for _ in range(3):
+        list(chat.ask(ASKED))
+    most = len(chat._fitted(ASKED)) - 5
+    chat.generator = replace(chat.generator, positions=most)
+    assert len(chat._fitted(ASKED)) < most and chat.forgotten == 2
+    assert len(chat.turns) == 6, "they are kept"
+    chat.generator = replace(chat.generator, positions=4)
+    with pytest.raises(RequestError, match="and the model takes 4"):
+        chat._fitted(ASKED)
+
+
+@pytest.fixture
+def without_template(tiny, tmp_path):
+    """A model whose tokenizer has no chat template."""
+    from transformers import AutoTokenizer
+
+    shutil.copytree(tiny("llama"), tmp_path / "m", ignore=shutil.ignore_patterns("chat_template*", "token*"))
+    tokenizer = AutoTokenizer.from_pretrained(tiny("llama"))
+    tokenizer.chat_template = None
+    tokenizer.save_pretrained(tmp_path / "m")
+    return tmp_path / "m"
+
+
+def test_a_model_without_a_template_continues_text(without_template, talk):
+    done = talk(["Ada lent", r"a\nb"], without_template, "--max-new-tokens", 5, "--json")
+    assert done.code == 0 and "plain text" in done.err, done.err
+    assert [t["prompt"] for t in done.document["turns"]] == ["Ada lent", "a\nb"]
+    assert {t["of"] for t in done.document["turns"]} == {"model"}
+    assert talk(["/base"], without_template).err.count("this is the base") == 1
+    refused = talk(["x"], without_template, "--system", "s")
+    assert refused.code == 2 and "--system needs a chat template" in refused.err
+
+
+def test_a_run_on_plain_pairs_is_asked_as_it_was_trained(talk, pairs, run, tmp_path):
+    words = ("--data", pairs, "--max-steps", 1, "--no-sample", "-q")
+    for name, more in (("plain", ()), ("chat", ("--as-chat",))):
+        assert run("train", *words, *more, "-o", tmp_path / name).code == 0
+        done = talk(["x"], tmp_path / name, "--max-new-tokens", 1)
+        assert ("plain text" in done.err) == (name == "plain"), done.err
+    assert "chat template" in talk(["x"], tmp_path / "plain", "--no-plain", "--max-new-tokens", 1).err
+
+
+def test_sequence_to_sequence_models_answer(tiny, talk):
+    assert len(talk(["Ada", "Otto"], tiny("t5"), "--max-new-tokens", 4, "--json").document["turns"]) == 2
+
+
+def test_a_merged_folder_says_what_its_adapter_says(trained, talk, run, tmp_path):
+    assert run("merge", trained, "-o", tmp_path / "m", "--no-verify").code == 0
+    answers = [
+        talk([ASKED], place, "--json").document["turns"][0]["answer"] for place in (trained, tmp_path / "m")
+    ]
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize("words, named", [(("nowhere",), "`nowhere`"), ((), "missing argument")])
+def test_what_cannot_be_talked_to(talk, words, named, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = talk(["x"], *words)
+    assert done.code == 2 and named in done.err and done.out == ""
+
+
+def test_masked_models_do_not_chat(tiny, talk):
+    done = talk(["x"], tiny("bert"))
+    assert done.code == 2 and "masked model" in done.err
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(trained):
+    master, slave = pty.openpty()
+    words = [
+        sys.executable,
+        "-m",
+        "lorafit",
+        "chat",
+        "demo",
+        "--temperature",
+        "10",
+        "--max-new-tokens",
+        "100000",
+    ]
+    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
+    os.close(slave)
+    seen = b""
+
+    def read_until(pattern, seconds=60.0):
+        nonlocal seen
+        end = time.monotonic() + seconds
+        while not re.search(pattern, seen):
+            assert time.monotonic() < end, seen
+            if select.select([master], [], [], 0.2)[0]:
+                seen += os.read(master, 4096)
+
+    try:
+        read_until(rb"> ")
+        os.write(master, b"Anton runs.\n")
+        read_until(rb"runs\.\r?\n.*\w")
+        process.send_signal(signal.SIGINT)
+        read_until(rb"stopped(.|\n)*> $")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(20) == 0 and b"Traceback" not in seen and b"error" not in seen
+    finally:
+        process.kill()
+        os.close(master)
