@@ -171,11 +171,10 @@ class Comparison:
     def _fill(self) -> Iterator[Event]:
         """The states below all cuts, in one pass."""
         ahead, base = self.ahead.candidates, self.shared.base
-        if all(cost.epochs is not None and cost.epochs < 1 for cost in self.ahead.costs.values()):
-            return  # no candidate sees all rows: each fills what it needs
         forward = self._forward(base.model, ahead[0].config)
+        steps = {name: cost.steps or 1 for name, cost in self.ahead.costs.items()}
         evaluators = list(self._evaluators(ahead[0].config, forward).values())
-        for event in fill_all(self.shared, ahead, self.rows, self.tokenizer, evaluators, forward):
+        for event in fill_all(self.shared, ahead, self.rows, self.tokenizer, evaluators, forward, steps):
             yield event
             if number := self.stop():
                 raise self._interrupted(Interrupted("interrupted before the first candidate", "", number))

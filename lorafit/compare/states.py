@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from itertools import chain
 from typing import TYPE_CHECKING
 
 from lorafit.compare.candidates import Candidate
 from lorafit.compare.shared import Lasting, SharedBase
-from lorafit.data import Rows
+from lorafit.data import Batch, Rows, in_epoch
 from lorafit.evaluate import Evaluator
 from lorafit.events import Filling
 from lorafit.forward import (
@@ -26,9 +26,8 @@ from lorafit.forward import (
     states_folder,
     states_key,
 )
-from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
-from lorafit.train import Base, SharedStates, composed, every_micro_batch
+from lorafit.train import Base, SharedStates, composed, micro_batches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -43,9 +42,10 @@ def fill_all(
     tokenizer: PreTrainedTokenizerBase,
     evaluators: Sequence[Evaluator],
     forward: Forward,
+    steps: Mapping[str, int],
 ) -> Iterator[Filling]:
-    """Run the layers below the highest cut once over the training rows and those of the evaluators; the states of
-    every cut are kept, for all candidates. What each candidate still lacks it fills itself.
+    """Run the layers below the highest cut once over the rows that some candidate trains on in its `steps`, and over
+    those of the evaluators; the states of every cut are kept, for all candidates.
 
     The states of all cuts lie in memory where they fit, else on disk, else they are made by each candidate.
     """
@@ -54,14 +54,20 @@ def fill_all(
     if not cuts:
         return
     batches = composed(rows, config, base.found.task)
+    numbers = _needed(candidates, steps, len(batches))
+    parts = [part for number in numbers for part in batches[number]]
     lengths = rows.train.lengths
-    processed = sum(len(part) * int(lengths[list(part)].max()) for batch in batches for part in batch)
+    processed = sum(len(part) * int(lengths[list(part)].max()) for part in parts)
     processed += sum(each.processed for each in evaluators)
     dtype = next(base.model.parameters()).dtype
     size = base.found.hidden_size * dtype.itemsize * processed
-    keys = [f"train {n}.{part}" for n, batch in enumerate(batches) for part in range(len(batch))]
+    keys = [f"train {n}.{part}" for n in numbers for part in range(len(batches[n]))]
     keys += [key for each in evaluators for key in each.keys]
-    composition = [rows.train.digest, *(each.rows.digest for each in evaluators), json.dumps(batches)]
+    composition = [
+        rows.train.digest,
+        *(each.rows.digest for each in evaluators),
+        json.dumps([batches, numbers]),
+    ]
     places = {
         cut: states_folder() / states_key(base.model, *cut, composition, base.fingerprint) for cut in cuts
     }
@@ -82,30 +88,38 @@ def fill_all(
         prefix.store, prefix.forms = states.store, states.forms
         prefixes.append(prefix)
     try:
-        yield from _filled(prefixes, base, rows, tokenizer, evaluators, forward, config)
+        trained = micro_batches_of(rows, config, base.found.task, tokenizer, numbers)
+        held_out = (batch for each in evaluators for _, batch in each.batches())
+        tokens = sum(int(lengths[list(part)].sum()) for part in parts) + sum(
+            each.tokens for each in evaluators
+        )
+        yield from _filled(prefixes, base, chain(trained, held_out), tokens, forward)
     except OSError:  # the disk is full: each candidate makes its own
         shared.close()
 
 
 def _filled(
-    prefixes: Sequence[Prefix],
-    base: Base,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluators: Sequence[Evaluator],
-    forward: Forward,
-    config: RunConfig,
+    prefixes: Sequence[Prefix], base: Base, batches: Iterable[Batch], tokens: int, forward: Forward
 ) -> Iterator[Filling]:
     """The pass itself. Raises OSError where a file cannot be written."""
-    trained = every_micro_batch(rows, config, base.found.task, tokenizer)
-    batches = chain(trained, (batch for each in evaluators for _, batch in each.batches()))
-    tokens = rows.look.tokens + sum(each.tokens for each in evaluators)
     done, started = 0.0, time.perf_counter()
     base.model.eval()
     for part in fill(prefixes, batches, partial(forward.run, base.model), base.device):
         done += part
         yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
     yield Filling(tokens, tokens, time.perf_counter() - started)
+
+
+def _needed(candidates: Sequence[Candidate], steps: Mapping[str, int], count: int) -> list[int]:
+    """The numbers of the batches that some candidate trains on, of so many: a short run does not see all."""
+    found: set[int] = set()
+    for one in candidates:
+        taken, epoch = steps[one.name] * one.config.accumulate, 0
+        while taken > 0 and len(found) < count:
+            epoch += 1
+            found.update(in_epoch(count, one.config.seed, epoch)[:taken])
+            taken -= count
+    return sorted(found)
 
 
 def _cuts(base: Base, candidates: Sequence[Candidate]) -> list[Cut]:

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
     from lorafit.train.job import SharedStates as SharedStates
     from lorafit.train.job import assemble as assemble
     from lorafit.train.job import composed as composed
-    from lorafit.train.job import every_micro_batch as every_micro_batch
     from lorafit.train.job import load_base as load_base
+    from lorafit.train.job import micro_batches_of as micro_batches_of
     from lorafit.train.job import put_on as put_on
     from lorafit.train.loggers import Listener as Listener
     from lorafit.train.loggers import recorded as recorded
@@ -30,7 +30,7 @@ __getattr__ = door(
     __name__,
     {
         "checkpoint": "STATE_FILES",
-        "job": "Base Job SharedStates assemble composed every_micro_batch load_base put_on",
+        "job": "Base Job SharedStates assemble composed micro_batches_of load_base put_on",
         "loggers": "Listener recorded records",
         "loop": "run",
         "measure": "memory_before peak_memory",

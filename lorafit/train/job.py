@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
@@ -58,14 +58,14 @@ def composed(rows: Rows, config: RunConfig, task: str) -> list[tuple[MicroBatch,
     return batches(lengths.tolist(), config.batch_size or 1, config.seed_of_data)
 
 
-def every_micro_batch(
-    rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase
+def micro_batches_of(
+    rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase, numbers: Iterable[int]
 ) -> Iterator[Batch]:
-    """Each micro-batch of a run's training rows once, in one process."""
-    pad = tokenizer.pad_token_id or 0
-    for number, batch in enumerate(composed(rows, config, task)):
-        for part, numbers in enumerate(batch):
-            yield collate_rows([rows.train[n] for n in numbers], pad, task, _key(number, part))
+    """Each micro-batch of these batches of a run once, in one process."""
+    made, pad = composed(rows, config, task), tokenizer.pad_token_id or 0
+    for number in numbers:
+        for part, chosen in enumerate(made[number]):
+            yield collate_rows([rows.train[n] for n in chosen], pad, task, _key(number, part))
 
 
 def _key(number: int, part: int) -> str:

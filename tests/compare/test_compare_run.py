@@ -159,3 +159,20 @@ def test_halving_drops_the_worse_and_the_rest_ends_as_without_it(tiny, pairs, tm
         tiny("llama"), pairs, tmp_path / "b", halving=True, resume=True, flags=flags, **lists
     )
     assert not any(isinstance(e, (TrainReport, Began)) for e in again.run())
+
+
+def test_of_a_short_run_only_what_it_sees_is_filled(tiny, pairs, tmp_path):
+    comparison = comparison_of(
+        tiny("llama"),
+        pairs,
+        tmp_path / "c",
+        presets=["basic,ffn"],
+        layers=["high"],
+        flags={"max_steps": 2, "batch_size": 4},
+    )
+    events = list(comparison.run())
+    (shared,) = comparison.shared.states.values()
+    kept = [f"train {n}.0" for n in range(8) if shared.store.has(f"train {n}.0")]
+    assert 2 <= len(kept) <= 3 and shared.store.has("held-out 0")  # one more is that of the trial
+    whole = [e.tokens for e in events if isinstance(e, Filling) and e.done == e.tokens]
+    assert len(whole) == 3 and len(set(whole)) == 1  # in one pass, and found again by both
