@@ -113,6 +113,9 @@ def compare(
             TRAINING,
         ),
     ] = False,
+    hint: Annotated[
+        bool, _flag("--hint", "First rank the choices by the gradient at the start, as a hint.", TRAINING)
+    ] = False,
     resume: Annotated[
         bool, _flag("--resume", "Go on with an unfinished comparison: `--resume DIR`.", OUTPUT)
     ] = False,
@@ -138,7 +141,7 @@ def compare(
         {name: value for name, value in flags.items() if name != "output"},
         presets=tuple(presets or ()), layers=tuple(layers or ()), ranks=tuple(ranks or ()),
         learning_rates=tuple(rates or ()), seeds=tuple(seeds or ()), grid=grid, config=config, budget=budget,
-        trainable=trainable, also=tuple(also or ()), halving=halving,
+        trainable=trainable, also=tuple(also or ()), halving=halving, hint=hint,
     )  # fmt: skip
     target = Path(flags["output"]).expanduser() if "output" in flags else None
     asked, target = _resumed(asked, target) if resume else (asked.checked(), target)
@@ -266,7 +269,15 @@ def _check_memory(screen: Screen, ahead: Ahead) -> None:
 
 def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
     """Train what is missing, and write and return the answer."""
-    from lorafit.compare import CompareFolder, Comparison, SharedBase, answer_of, write_answer
+    from lorafit.compare import (
+        CompareFolder,
+        Comparison,
+        Hint,
+        SharedBase,
+        answer_of,
+        with_hint,
+        write_answer,
+    )
     from lorafit.screen import CompareView
     from lorafit.train import load_base
 
@@ -274,14 +285,23 @@ def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
     folder.open(resume)
     folder.begin(run.asked, [run.rows.train.digest, run.rows.held_out.digest])
     config = run.ahead.candidates[0].config
-    view = CompareView(screen, run.ahead)
+    view, hint = CompareView(screen, run.ahead), None
     with stopping() as stop:
         shared = SharedBase(lambda: load_base(run.source, run.found, config))
         comparison = Comparison(
-            run.ahead, shared, run.rows, run.tokenizer, folder, run.also, run.asked.halving, stop
+            run.ahead,
+            shared,
+            run.rows,
+            run.tokenizer,
+            folder,
+            run.also,
+            run.asked.halving,
+            run.asked.hint,
+            stop,
         )
         try:
             for event in comparison.run():
+                hint = event if isinstance(event, Hint) else hint
                 view.on(event)
         finally:
             view.close()
@@ -297,7 +317,7 @@ def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
         run.impossible,
         folder.cuts(),
     )
-    answer = replace(answer, command=_command(run, answer.take))
+    answer = with_hint(replace(answer, command=_command(run, answer.take)), hint)
     write_answer(folder, answer, run.found, comparison.outcomes(), run.rows.held_out, run.tokenizer)
     return answer
 

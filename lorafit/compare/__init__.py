@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.compare.answer import Answer as Answer
     from lorafit.compare.answer import ChoiceRow as ChoiceRow
     from lorafit.compare.answer import answer_of as answer_of
+    from lorafit.compare.answer import with_hint as with_hint
     from lorafit.compare.candidates import Candidate as Candidate
     from lorafit.compare.candidates import Impossible as Impossible
     from lorafit.compare.candidates import parse_count as parse_count
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from lorafit.compare.folder import new_folder as new_folder
     from lorafit.compare.grid import from_file as from_file
     from lorafit.compare.grid import from_lists as from_lists
+    from lorafit.compare.hint import Hint as Hint
     from lorafit.compare.ranking import rank as rank
     from lorafit.compare.request import Request as Request
     from lorafit.compare.request import full_settings as full_settings
@@ -36,11 +38,12 @@ __getattr__ = door(
     __name__,
     {
         "ahead": "Ahead look_ahead parse_duration",
-        "answer": "Answer ChoiceRow answer_of",
+        "answer": "Answer ChoiceRow answer_of with_hint",
         "candidates": "Candidate Impossible parse_count resolve_all",
         "folder": "CompareFolder new_folder",
         "files": "table_text write_answer",
         "grid": "from_file from_lists",
+        "hint": "Hint",
         "ranking": "rank",
         "request": "Request full_settings",
         "results": "Began Cut Ended",

@@ -9,7 +9,8 @@ import numpy as np
 
 from lorafit.compare.candidates import Candidate, Impossible
 from lorafit.compare.halving import rows_of, weights_of
-from lorafit.compare.ranking import Ranked, difference, front, rank
+from lorafit.compare.hint import Hint
+from lorafit.compare.ranking import Ranked, correlation, difference, front, rank
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, Cut, Outcome, Scores
 from lorafit.evaluate import RowScore, summed
 from lorafit.units import figures, percent
@@ -84,6 +85,8 @@ class Answer:
     command: str = ""
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
+    hint: Hint | None = None
+    hint_correlation: float | None = None  # of the hint's ranking with the measured one (Spearman)
 
 
 def answer_of(
@@ -126,6 +129,15 @@ def answer_of(
         seconds=sum(o.seconds for o in outcomes.values()),
         notes=tuple(_notes(choices)),
     )
+
+
+def with_hint(answer: Answer, hint: Hint | None) -> Answer:
+    """The answer with the hint that came before it, and how well it ranked the choices."""
+    if hint is None:
+        return answer
+    known = [c for c in answer.choices if c.choice in hint.scores]
+    found = correlation([hint.scores[c.choice] for c in known], [-c.loss for c in known])
+    return replace(answer, hint=hint, hint_correlation=found)
 
 
 def _row(

@@ -56,6 +56,7 @@ def compare_page(answer: Answer, found: ModelMap, apart: Sequence[RowApart] = ()
         parts.append(el("pre", answer.command))
     if answer.choices:
         parts += [_table(answer.choices), _heat(answer.choices), _curves(answer), _costs(answer.choices)]
+        parts.append(_hint(answer))
         parts += [_forgetting(answer.choices), _rows(apart, answer.choices)]
     parts.append(_missing(answer))
     return document(f"{found.model}: strategies and bands", parts)
@@ -220,6 +221,34 @@ def _rows(apart: Sequence[RowApart], choices: Sequence[ChoiceRow]) -> Html:
         head = f"{row.where}: {row.losses[first]:.3f} with {first}, {row.losses[last]:.3f} with {last}"
         parts.append(Html(el("p", head) + el("div", row.text, cls="said")))
     return el("section", el("h2", "Rows on which they differ most"), parts)
+
+
+def _hint(answer: Answer) -> Html:
+    """Roles × layers of the hint, and how well it ranked the choices."""
+    hint = answer.hint
+    if hint is None:
+        return Html("")
+    strongest = max(cell or 0.0 for cells in hint.signals.values() for cell in cells) or 1.0
+    depth = max(map(len, hint.signals.values()))
+    rows = [el("tr", el("th"), [el("th", str(n)) for n in range(depth)])]
+    for role, cells in hint.signals.items():
+        shown = []
+        for cell in cells:
+            share = 0 if cell is None else round(100 * cell / strongest)
+            style = f"background: color-mix(in srgb, var(--c0) {round(0.7 * share)}%, transparent)"
+            shown.append(el("td", "–" if cell is None else str(share), style=style))
+        rows.append(el("tr", el("th", role), shown))
+    agrees = ""
+    if answer.hint_correlation is not None:
+        agrees = f" Its ranking agrees with the measured one to {answer.hint_correlation:+.2f} (Spearman)."
+    about = (
+        "Gradient of an adapter at its start, by role and layer, as a percentage of the strongest. "
+        f"It suggested {hint.suggested}: a hint, not a measurement.{agrees}"
+    )
+    return el(
+        "section", el("h2", "The hint before training"), el("div", el("table", rows, cls="heat"), cls="wide"),
+        el("p", el("small", about)),
+    )  # fmt: skip
 
 
 def _missing(answer: Answer) -> Html:

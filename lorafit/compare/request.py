@@ -36,6 +36,7 @@ class Request:
     trainable: str | None = None
     also: tuple[str, ...] = ()
     halving: bool = False
+    hint: bool = False
     steps: int | None = None
 
     def checked(self) -> Request:

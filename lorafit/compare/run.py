@@ -14,6 +14,7 @@ from lorafit.compare.ahead import Ahead
 from lorafit.compare.candidates import Candidate
 from lorafit.compare.folder import CompareFolder
 from lorafit.compare.halving import halved, shares
+from lorafit.compare.hint import Hint, hint_of
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, PAUSED, Began, Cut, Ended, Outcome, Scores
 from lorafit.compare.shared import SharedBase
 from lorafit.compare.states import fill_all, replaying
@@ -30,7 +31,7 @@ from lorafit.train import Job, RunFolder, peak_memory, recorded, run
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-Happening = Event | Began | Ended | Cut
+Happening = Event | Began | Ended | Cut | Hint
 
 ENOUGH = 1  # the signal by which a candidate ends a round of halving
 
@@ -46,12 +47,15 @@ class Comparison:
     folder: CompareFolder
     also: Mapping[str, RowSet]
     halving: bool = False
+    hints: bool = False
     stop: Callable[[], int] = lambda: 0
 
     def run(self) -> Iterator[Happening]:
         """Train what is missing. Raises Interrupted, with what goes on, when `stop` asks for an end; RunError when
         the folder cannot be written."""
         base = self.folder.base() or self._base_scores()
+        if self.hints:
+            yield hint_of(self.shared, self.ahead.candidates, self.rows, self.tokenizer)
         if not all(self._is_there(one, 1.0) for one in self.ahead.candidates):
             yield from self._fill()
         alive = list(self.ahead.candidates)

@@ -19,6 +19,7 @@ from lorafit.settings import RunConfig
 from lorafit.train import Base, Job, RunFolder, SharedStates, memory_before, put_on
 
 if TYPE_CHECKING:
+    from peft import PeftModel
     from transformers import PreTrainedTokenizerBase
 
 
@@ -103,10 +104,11 @@ class SharedBase:
         try:
             yield job
         finally:
-            self._take_out(job, plan)
+            self.take_out(job.model, plan)
 
-    def _take_out(self, job: Job, plan: Plan) -> None:
-        model: Any = job.model.unload()
+    def take_out(self, adapted: PeftModel, plan: Plan) -> None:
+        """Take an adapter out of the base again, which is loaded anew for the next where it is not what it was."""
+        model: Any = adapted.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config
         model.requires_grad_(False).eval()

@@ -10,7 +10,7 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit import __version__
-from lorafit.compare import Ahead, Answer, Began, ChoiceRow, Cut, Ended, Impossible
+from lorafit.compare import Ahead, Answer, Began, ChoiceRow, Cut, Ended, Hint, Impossible
 from lorafit.events import Filling, Stepped
 from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
@@ -68,6 +68,8 @@ class CompareView:
                 self.screen.line(
                     "cache", f"frozen layers of all candidates run once, in {seconds_text(event.seconds)}"
                 ) if not self.began.name else None
+            case Hint():
+                self._hint(event)
             case Began():
                 self._begin(event)
             case Stepped() if self.progress is not None:
@@ -107,6 +109,20 @@ class CompareView:
             f"{one.name:<{self.width}}  held-out loss {event.loss:.4f} ({event.loss - event.base_loss:+.4f}), {took}{until}",
         )
 
+    def _hint(self, hint: Hint) -> None:
+        """Roles × layers, as digits: 9 is the strongest signal."""
+        strongest = max(cell or 0.0 for cells in hint.signals.values() for cell in cells) or 1.0
+        digits = {
+            role: "".join("·" if cell is None else str(min(9, int(10 * cell / strongest))) for cell in cells)
+            for role, cells in hint.signals.items()
+        }
+        for number, (role, text) in enumerate(digits.items()):
+            self.screen.line("" if number else "hint", f"{role:<5}{text}")
+        self.screen.line(
+            "", "gradient of an adapter at its start, by role, from layer 0 on; 9 is the strongest"
+        )
+        self.screen.line("", f"it suggests {hint.suggested}: a hint, not a measurement")
+
     def _cut(self, event: Cut) -> None:
         if event.dropped:
             self.screen.line("dropped", f"after {event.share:.0%} of the steps: {', '.join(event.dropped)}")
@@ -138,6 +154,11 @@ def show_answer(screen: Screen, answer: Answer) -> None:
             ("loss, size", [c.choice for c in answer.choices if c.small]),
         ):
             screen.line(label, f"no other is better in both: {', '.join(names)}", answer=True)
+    if answer.hint is not None:
+        said = f"suggested {answer.hint.suggested}"
+        if answer.hint_correlation is not None:
+            said += f"; its ranking agrees with the measured one to {answer.hint_correlation:+.2f} (Spearman)"
+        screen.line("hint", said, answer=True)
     for name, reason in answer.missing:
         screen.line("missing", f"{name}: {reason}", answer=True)
     for note in answer.notes:
