@@ -116,6 +116,16 @@ def compare(
     hint: Annotated[
         bool, _flag("--hint", "First rank the choices by the gradient at the start, as a hint.", TRAINING)
     ] = False,
+    workers: Annotated[
+        int,
+        typer.Option(
+            "--workers",
+            min=1,
+            max=64,
+            help="Candidates to train at once on a CPU, each on one thread.",
+            rich_help_panel=TRAINING,
+        ),
+    ] = 1,
     resume: Annotated[
         bool, _flag("--resume", "Go on with an unfinished comparison: `--resume DIR`.", OUTPUT)
     ] = False,
@@ -145,12 +155,12 @@ def compare(
     )  # fmt: skip
     target = Path(flags["output"]).expanduser() if "output" in flags else None
     asked, target = _resumed(asked, target) if resume else (asked.checked(), target)
-    prepared = _prepared(screen, asked, target)
+    prepared = _prepared(screen, asked, target, workers)
     if dry:
         if json:
             screen.document({**prepared.ahead.as_json(), "impossible": prepared.impossible})
         return
-    answer = _answered(screen, prepared, resume)
+    answer = _answered(screen, prepared, resume, workers)
     if json:
         screen.document(answer)
     elif csv:
@@ -201,9 +211,16 @@ def _resumed(asked: Request, target: Path | None) -> tuple[Request, Path]:
     return stored, target
 
 
-def _prepared(screen: Screen, asked: Request, target: Path | None) -> _Prepared:
+def _prepared(screen: Screen, asked: Request, target: Path | None, workers: int) -> _Prepared:
     """Everything before the model is loaded: the candidates, the rows, the cost."""
-    from lorafit.compare import look_ahead, new_folder, parse_count, parse_duration, resolve_all
+    from lorafit.compare import (
+        check_workers,
+        look_ahead,
+        new_folder,
+        parse_count,
+        parse_duration,
+        resolve_all,
+    )
     from lorafit.data import find_sources
     from lorafit.model import chart_of, find, load_tokenizer, pick_device
     from lorafit.screen import show_ahead, show_impossible
@@ -232,7 +249,11 @@ def _prepared(screen: Screen, asked: Request, target: Path | None) -> _Prepared:
     config = candidates[0].config
     with without_collecting():
         from lorafit.data import load, read_eval_rows
-    pick_device(config.device)
+    check_workers(workers, pick_device(config.device).type)
+    if workers > 1:
+        import torch
+
+        torch.set_num_threads(1)  # what is timed and filled here runs as the candidates will
     tokenizer = load_tokenizer(source.place, source.name)
     with screen.bar("reading", bytes_text) as tick:
         rows = load(config, tokenizer, found.task, found.vocab_size, tick)
@@ -243,7 +264,7 @@ def _prepared(screen: Screen, asked: Request, target: Path | None) -> _Prepared:
     }
     budget = parse_duration(asked.budget) if asked.budget and asked.steps is None else None
     with screen.bar("planning") as tick:
-        ahead = look_ahead(source, found, candidates, rows.look, budget, tick)
+        ahead = look_ahead(source, found, candidates, rows.look, budget, tick, workers)
     show_ahead(screen, found, ahead, trainable)
     _check_memory(screen, ahead)
     if budget is not None:
@@ -267,7 +288,7 @@ def _check_memory(screen: Screen, ahead: Ahead) -> None:
     screen.note(what)
 
 
-def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
+def _answered(screen: Screen, run: _Prepared, resume: bool, workers: int) -> Answer:
     """Train what is missing, and write and return the answer."""
     from lorafit.compare import (
         CompareFolder,
@@ -297,6 +318,7 @@ def _answered(screen: Screen, run: _Prepared, resume: bool) -> Answer:
             run.also,
             run.asked.halving,
             run.asked.hint,
+            workers,
             stop,
         )
         try:

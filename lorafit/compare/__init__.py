@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorafit.compare.results import Ended as Ended
     from lorafit.compare.run import Comparison as Comparison
     from lorafit.compare.shared import SharedBase as SharedBase
+    from lorafit.compare.workers import check_workers as check_workers
 
 __getattr__ = door(
     __name__,
@@ -49,5 +50,6 @@ __getattr__ = door(
         "results": "Began Cut Ended",
         "run": "Comparison",
         "shared": "SharedBase",
+        "workers": "check_workers",
     },
 )

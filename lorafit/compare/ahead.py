@@ -34,6 +34,7 @@ class Ahead:
     states: int
     forecasts: Mapping[str, Forecast]
     notes: tuple[str, ...] = ()
+    workers: int = 1  # candidates at a time
     timing: Timing | None = None  # of the first candidate: the others' follow from it
 
     def as_json(self) -> dict[str, Any]:
@@ -62,12 +63,14 @@ class Ahead:
     @property
     def total(self) -> float:
         """Seconds of the whole comparison."""
-        return self.fill + sum(self.seconds.values())
+        return self.fill + max(sum(self.seconds.values()) / self.workers, *self.seconds.values(), 0.0)
 
     @property
     def peak(self) -> int:
-        """Bytes at the peak: of the largest candidate, and the states of the other cuts."""
-        return max(cost.memory.peak - cost.memory.prefix_cache for cost in self.costs.values()) + self.states
+        """Bytes at the peak: of the largest candidates at a time, one base, and the states of all cuts."""
+        largest = sorted(cost.memory.peak - cost.memory.prefix_cache for cost in self.costs.values())
+        shared = min(cost.memory.weights for cost in self.costs.values())  # one base for all workers
+        return sum(peak - shared for peak in largest[-self.workers :]) + shared + self.states
 
     @property
     def disk(self) -> int:
@@ -82,18 +85,19 @@ def look_ahead(
     look: DataReport,
     budget: float | None = None,
     tick: Tick = lambda done, total: None,
+    workers: int = 1,
 ) -> Ahead:
     """The forecast of all candidates, as `plan` makes it, with one timing for all; within `budget` seconds, where one
     is set: all take as many steps as then fit.
 
     Raises RequestError where fewer than FEWEST steps do.
     """
-    made = _forecast(source, found, candidates, look, tick)
+    made = replace(_forecast(source, found, candidates, look, tick), workers=workers)
     if budget is None:
         return made
     steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
-    beside = made.fill + sum(EACH for _ in candidates)
-    each = sum((made.seconds[name] - EACH) / steps[name] for name in steps)
+    beside = made.fill + EACH * len(candidates) / workers
+    each = sum((made.seconds[name] - EACH) / steps[name] for name in steps) / workers
     fit = int((budget - beside) / each) if each else max(steps.values())
     if fit < FEWEST:
         least = beside + FEWEST * each
@@ -105,7 +109,7 @@ def look_ahead(
     if fit >= max(steps.values()):
         return made
     cut = [replace(one, config=_limited(one, fit)) for one in candidates]
-    return _forecast(source, found, cut, look, tick, made.timing)
+    return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
 
 
 def _limited(one: Candidate, steps: int) -> RunConfig:

@@ -18,6 +18,7 @@ from lorafit.compare.hint import Hint, hint_of
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, PAUSED, Began, Cut, Ended, Outcome, Scores
 from lorafit.compare.shared import SharedBase
 from lorafit.compare.states import fill_all, replaying
+from lorafit.compare.workers import Stop, spread
 from lorafit.data import Rows, RowSet
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.estimate import predicted
@@ -48,6 +49,7 @@ class Comparison:
     also: Mapping[str, RowSet]
     halving: bool = False
     hints: bool = False
+    workers: int = 1
     stop: Callable[[], int] = lambda: 0
 
     def run(self) -> Iterator[Happening]:
@@ -61,21 +63,47 @@ class Comparison:
         alive = list(self.ahead.candidates)
         every = shares() if self.halving else (1.0,)
         for share in every:
-            for at, one in enumerate(alive, 1):
-                if self._is_there(one, share):
-                    continue
-                if number := self.stop():
-                    raise self._interrupted(Interrupted("interrupted between two candidates", "", number))
-                yield Began(one.name, at, len(alive), self._work(one).is_dir())
-                yield from self._train(one, share)
-                outcome = self.folder.outcome(one.name)
-                assert outcome is not None
-                loss = summed(outcome.scores.rows).loss if outcome.scores else None
-                yield Ended(outcome, loss, summed(base.rows).loss)
+            left = [one for one in alive if not self._is_there(one, share)]
+            if self.workers > 1 and len(left) > 1:
+                yield from self._spread(left, alive, share, summed(base.rows).loss)
+                left = []
+            for one in left:
+                yield from self._one(one, alive, share, summed(base.rows).loss)
             if share < 1:
                 cut = self._halve(alive, share)
                 alive = [one for one in alive if one.choice in cut.kept]
                 yield cut
+
+    def _one(
+        self, one: Candidate, alive: Sequence[Candidate], share: float, base_loss: float
+    ) -> Iterator[Happening]:
+        """One candidate, to that share of its steps."""
+        if number := self.stop():
+            raise self._interrupted(Interrupted("interrupted between two candidates", "", number))
+        yield Began(one.name, alive.index(one) + 1, len(alive), self._work(one).is_dir())
+        yield from self._train(one, share)
+        outcome = self.folder.outcome(one.name)
+        assert outcome is not None
+        loss = summed(outcome.scores.rows).loss if outcome.scores else None
+        yield Ended(outcome, loss, base_loss)
+
+    def _spread(
+        self, left: Sequence[Candidate], alive: Sequence[Candidate], share: float, base_loss: float
+    ) -> Iterator[Happening]:
+        """Several candidates at once, those first that take longest."""
+        self.shared.base  # noqa: B018  # loaded before the processes part
+
+        def task(one: Candidate) -> Callable[[Stop], Iterator[Happening]]:
+            def run_one(stop: Stop) -> Iterator[Happening]:
+                self.stop = stop
+                for event in self._one(one, alive, share, base_loss):
+                    if isinstance(event, (Began, Ended, Stepped)):
+                        yield event
+
+            return run_one
+
+        order = sorted(left, key=lambda one: -self.ahead.seconds[one.name])
+        yield from spread([task(one) for one in order], self.workers, self.stop)
 
     def outcomes(self) -> dict[str, Outcome]:
         """What became of each candidate so far, in their order."""

@@ -59,7 +59,8 @@ class CompareView:
         self.progress: Progress | None = None
         self.task: Any = None
         self.began = Began("", 0, len(ahead.candidates))
-        self.started = 0.0
+        self.started: dict[str, float] = {}
+        self.ended = 0
         self.width = max(len(one.name) for one in ahead.candidates)
 
     def on(self, event: Any) -> None:
@@ -72,7 +73,7 @@ class CompareView:
                 self._hint(event)
             case Began():
                 self._begin(event)
-            case Stepped() if self.progress is not None:
+            case Stepped() if self.progress is not None and self.ahead.workers == 1:
                 self.progress.update(self.task, completed=event.step)
             case Ended():
                 self._end(event)
@@ -81,8 +82,8 @@ class CompareView:
 
     def _begin(self, event: Began) -> None:
         self.close()
-        self.began, self.started = event, time.perf_counter()
-        if not self.screen.live:
+        self.began, self.started[event.name] = event, time.perf_counter()
+        if not self.screen.live or self.ahead.workers > 1:
             return
         self.progress = Progress(
             TextColumn("  {task.description}"),
@@ -97,12 +98,14 @@ class CompareView:
 
     def _end(self, event: Ended) -> None:
         self.close()
+        self.ended += 1
         one, width = event.outcome, len(str(self.began.of))
-        at = f"{self.began.number:>{width}}/{self.began.of}"
+        number = self.began.number if self.ahead.workers == 1 else self.ended
+        at = f"{number:>{width}}/{self.began.of}"
         if event.loss is None:
             self.screen.line(at, f"{one.name:<{self.width}}  failed: {one.reason}")
             return
-        took = seconds_text(time.perf_counter() - self.started)
+        took = seconds_text(time.perf_counter() - self.started[one.name])
         until = f", after step {count(one.step)} of {count(one.steps)}" if one.status != "finished" else ""
         self.screen.line(
             at,
