@@ -316,10 +316,10 @@ def _answered(screen: Screen, run: _Prepared, resume: bool, workers: int) -> Ans
             run.tokenizer,
             folder,
             run.also,
-            run.asked.halving,
-            run.asked.hint,
-            workers,
-            stop,
+            halving=run.asked.halving,
+            hints=run.asked.hint,
+            workers=workers,
+            stop=stop,
         )
         try:
             for event in comparison.run():

@@ -14,6 +14,9 @@ def comparison_of(
     """A comparison over the lists of a request; FLAGS unless `flags` says otherwise."""
     flags = {**FLAGS, "model": str(model), "data": [str(data)], **lists.pop("flags", {})}
     asked = Request(flags, **{name: tuple(value) for name, value in lists.items()}).checked()
+    folder = CompareFolder(target)
+    folder.open(resume)
+    asked = Request.of(folder.request()) if resume else asked
     common, wanted = asked.wanted()
     source = find(flags["model"], None)
     found = chart_of(source)
@@ -22,8 +25,6 @@ def comparison_of(
     tokenizer = load_tokenizer(source.place, source.name)
     rows = load(config, tokenizer, found.task, found.vocab_size)
     ahead = look_ahead(source, found, candidates, rows.look)
-    folder = CompareFolder(target)
-    folder.open(resume)
     folder.begin(asked, [rows.train.digest, rows.held_out.digest])
     shared = SharedBase(lambda: loader(source, found, config))
-    return Comparison(ahead, shared, rows, tokenizer, folder, also or {}, halving, stop)
+    return Comparison(ahead, shared, rows, tokenizer, folder, also or {}, halving, stop=stop)

@@ -99,6 +99,7 @@ def test_a_comparison_that_was_stopped_goes_on_to_the_same_end(tiny, pairs, tmp_
     done = sum(o.status == "finished" for o in first.outcomes().values())
     second = comparison_of(tiny("llama"), pairs, tmp_path / "b", resume=True, **lists)
     events = list(second.run())
+    assert {o.reason for o in second.outcomes().values()} == {""}
     assert sum(isinstance(e, TrainReport) for e in events) == 2 - done
     for name, outcome in straight.outcomes().items():
         assert second.outcomes()[name].scores == outcome.scores
