@@ -85,7 +85,8 @@ class EvalReport:
 
     `paths` are the adapters', in the order of all that is said of them; `exact_rows` is how many rows
     have a short answer. `groups` are the rows by `by`, a column or their
-    file; `also` are texts that the adapters were not meant to change; `benchmarks` the figures of
+    file; `ranked` are several adapters from the lowest loss on, each against the first: `delta` and its interval are
+    the difference to it; `also` are texts that the adapters were not meant to change; `benchmarks` the figures of
     lm-eval's tasks, by model; `page` where all of it is drawn.
     """
 
@@ -97,6 +98,7 @@ class EvalReport:
     paths: tuple[str, ...] = ()
     exact_rows: int = 0
     by: str = ""
+    ranked: tuple[AdapterScore, ...] = ()
     groups: tuple[Group, ...] = ()
     also: tuple[Group, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()

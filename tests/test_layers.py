@@ -21,6 +21,7 @@ ROWS = [
     ["estimate"],
     ["evaluate"],
     ["train", "merge"],
+    ["compare"],
     ["hub", "screen"],
     ["cli"],
     ["__main__"],
@@ -32,9 +33,9 @@ LIGHT = [
     "lorafit", "demo", "hub", "model.roles", "model.map", "model.source", "model.chart", "model.classes", "model.load", "model.quantised",
     "settings.bands", "settings.options", "settings.run_config", "settings.preset", "settings.precedence",
     "adapter.plan", "adapter.peft_names", "adapter.folder", "adapter.base", "data.files", "data.formats", "data.batching",
-    "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card",
+    "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card", "report.listing",
     "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
-    "cli", "cli.plan", "cli.train",
+    "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "rich"}
 LONGEST_FILE, LONGEST_FUNCTION = 450, 66  # of about 60: a line less is no reason to cut a thought in two

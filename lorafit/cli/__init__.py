@@ -7,7 +7,22 @@ from __future__ import annotations
 
 from typing import NoReturn
 
-from lorafit.cli import cache, chat, data, env, evaluate, help, inspect, merge, plan, presets, push, train  # noqa: F401
+from lorafit.cli import (  # noqa: F401
+    cache,
+    chat,
+    compare,
+    data,
+    env,
+    evaluate,
+    help,
+    inspect,
+    merge,
+    plan,
+    presets,
+    push,
+    runs,
+    train,
+)
 from lorafit.cli.app import app, command_name
 from lorafit.cli.shell import run_to_the_end
 
@@ -17,6 +32,8 @@ ORDER = (
     "data",
     "plan",
     "train",
+    "compare",
+    "runs",
     "eval",
     "chat",
     "merge",

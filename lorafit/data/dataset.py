@@ -97,7 +97,7 @@ def load(
             out = next(chosen, np.zeros(len(numbers), dtype=bool))
             kept.append(numbers[out])
             keeping.append(numbers[~out])
-        train.append(as_often(np.concatenate(keeping), data.weight, config.seed))
+        train.append(as_often(np.concatenate(keeping), data.weight, config.seed_of_data))
     for data in others:
         for part in data.parts:
             kept.append(np.arange(len(part.store)) + sum(map(len, stores)))

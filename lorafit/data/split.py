@@ -65,7 +65,7 @@ def held_out_rows(data: Sequence[ReadData], config: RunConfig) -> list[np.ndarra
     if config.group_by:
         out = _out_by_group(np.concatenate(groups), config)
     elif several > 1:
-        out[held_out(several, config.holdout, config.seed)] = True
+        out[held_out(several, config.holdout, config.seed_of_data)] = True
     found, before = [], 0
     for part in parts:
         rows = len(part.store)
@@ -91,8 +91,8 @@ def _out_by_group(groups: np.ndarray, config: RunConfig) -> np.ndarray:
             f"--group-by {config.group_by}: all rows are one group: none can be held out", "--eval-data"
         )
     order = list(range(len(names)))
-    Random(f"{config.seed}/groups").shuffle(order)
-    wanted = len(held_out(len(groups), config.holdout, config.seed))
+    Random(f"{config.seed_of_data}/groups").shuffle(order)
+    wanted = len(held_out(len(groups), config.holdout, config.seed_of_data))
     chosen: list[int] = []
     for number in order[:-1]:  # one stays to be trained on
         if sum(int(sizes[n]) for n in chosen) >= wanted:

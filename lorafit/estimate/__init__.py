@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from lorafit.estimate.terms import TOO_MUCH as TOO_MUCH
     from lorafit.estimate.terms import Estimate as Estimate
     from lorafit.estimate.terms import Shape as Shape
+    from lorafit.estimate.terms import Timing as Timing
 
 __getattr__ = door(
     __name__,
@@ -29,6 +30,6 @@ __getattr__ = door(
         "formulas": "flops_per_token",
         "glibc_heap": "keep_freed start_over",
         "memory_trace": "MemoryTrace",
-        "terms": "Estimate ITEMSIZE Shape TOO_MUCH",
+        "terms": "Estimate ITEMSIZE Shape TOO_MUCH Timing",
     },
 )

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from lorafit.evaluate.held_out import held_out_rows as held_out_rows
     from lorafit.evaluate.held_out import stored_settings as stored_settings
     from lorafit.evaluate.lm_eval import Tasks as Tasks
+    from lorafit.evaluate.paired import RowScore as RowScore
+    from lorafit.evaluate.paired import paired_score as paired_score
+    from lorafit.evaluate.paired import summed as summed
     from lorafit.evaluate.score import Evaluator as Evaluator
     from lorafit.evaluate.score import mask_id as mask_id
     from lorafit.evaluate.side_by_side import EvalRequest as EvalRequest
@@ -29,6 +32,7 @@ __getattr__ = door(
         "generate": "Generator Prompt Sampling own_prompts row_prompts",
         "held_out": "check_holds_out held_out_rows stored_settings",
         "lm_eval": "Tasks",
+        "paired": "RowScore paired_score summed",
         "score": "Evaluator mask_id",
         "side_by_side": "EvalRequest compare",
     },

@@ -158,6 +158,7 @@ def _report(
         paths=tuple(adapters),
         exact_rows=sum(s.short for s in scores),
         by=request.by,
+        ranked=_ranked(adapters, theirs) if len(adapters) > 1 else (),
         groups=tuple(groups),
         also=also,
     )
@@ -170,6 +171,13 @@ def _group(
         paired_score(path, base, own) for path, own in zip(adapters, others, strict=True)
     ]
     return Group(name, len(base), sum(s.tokens for s in base), summed(base), tuple(scored))
+
+
+def _ranked(adapters: Sequence[str], scores: Sequence[Sequence[RowScore]]) -> tuple[AdapterScore, ...]:
+    """The adapters from the lowest loss on, each in the place of an adapter and the first in that of the base."""
+    order = sorted(zip(adapters, scores, strict=True), key=lambda each: summed(each[1]).loss)
+    best = order[0][1]
+    return tuple(paired_score(path, best, own) for path, own in order)
 
 
 def _extremes(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix_fill import fill as fill
     from lorafit.forward.prefix_store import DiskStore as DiskStore
     from lorafit.forward.prefix_store import MemoryStore as MemoryStore
+    from lorafit.forward.prefix_store import StateStore as StateStore
     from lorafit.forward.prefix_store import same_state as same_state
     from lorafit.forward.prefix_store import states_folder as states_folder
     from lorafit.forward.prefix_store import states_key as states_key
@@ -43,6 +44,6 @@ __getattr__ = door(
         "placement": "COMFORTABLE Choice choose fits_whole refused_by_map",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
         "streaming": "Trial first_pass sweep_of",
-        "prefix_store": "DiskStore MemoryStore same_state states_folder states_key",
+        "prefix_store": "DiskStore MemoryStore StateStore same_state states_folder states_key",
     },
 )

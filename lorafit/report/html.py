@@ -38,6 +38,7 @@ th { color: var(--soft); font-weight: 600; white-space: nowrap; } td.n, th.n { t
 td.name { min-width: 9rem; }
 .map th, .map td { padding: 0 1px; border: 0; text-align: center; font-size: 11px; line-height: 1.3; }
 .map th.role { text-align: right; padding-right: .5rem; font-size: 13px; font-weight: 400; color: var(--ink); }
+.heat td { text-align: center; padding: .45rem .7rem; border: 2px solid var(--back); white-space: nowrap; }
 .map td { min-width: 15px; color: var(--soft); line-height: 1.1; } .map td.on { color: var(--c0); font-size: 17px; }
 svg { width: 100%; min-width: 32rem; height: auto; display: block; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
 pre, .said { white-space: pre-wrap; background: var(--card); border-radius: 4px; padding: .5rem .7rem; margin: .3rem 0;
@@ -67,6 +68,11 @@ def make_page(
         parts += _evaluated(report)
     for run in finished:
         parts += [_said(run), _data(run), _environment(run), _settings(run)]
+    return document(title, parts)
+
+
+def document(title: str, parts: Iterable[Html]) -> str:
+    """A page of these parts, with the style of all pages."""
     body = el("body", [part for part in parts if part])
     head = el(
         "head",
@@ -133,7 +139,7 @@ def _effect(score: AdapterScore, rows: int) -> str:
     return f"is {'better' if score.high < 0 else 'worse'} than the base {interval}"
 
 
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
     """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned."""
 
     def cells(kind: str, row: Sequence[str]) -> Html:
@@ -212,7 +218,7 @@ def _epochs(runs: Sequence[Run]) -> Html:
                 ]
             )
     head = ["epoch", "loss", "tokens", "time", "tok/s", "matmul efficiency", "frozen layers"]
-    return _table((["run"] if len(runs) > 1 else []) + head, rows)
+    return table((["run"] if len(runs) > 1 else []) + head, rows)
 
 
 def _predicted(runs: Sequence[Run]) -> Html:
@@ -237,7 +243,7 @@ def _predicted(runs: Sequence[Run]) -> Html:
             rows.append([*name, what, text(before), text(after), deviation(before, after).strip(" ()")])
     head = [*(["run"] if len(runs) > 1 else []), "", "predicted", "actual", "difference"]
     return el(
-        "section", el("h2", "Predicted and actual"), _table(head, rows, 2 if len(runs) > 1 else 1)
+        "section", el("h2", "Predicted and actual"), table(head, rows, 2 if len(runs) > 1 else 1)
     )  # fmt: skip
 
 
@@ -253,6 +259,7 @@ def _evaluated(report: EvalReport) -> list[Html]:
                 _scores(report.base, report.adapters),
             )
         )
+    parts.append(_ranked(report.ranked))
     if report.groups:
         rows = []
         for group in report.groups:
@@ -265,7 +272,7 @@ def _evaluated(report: EvalReport) -> list[Html]:
             el(
                 "section",
                 el("h2", f"By {report.by}"),
-                _table([report.by, "model", "rows", "loss", "difference"], rows, 2),
+                table([report.by, "model", "rows", "loss", "difference"], rows, 2),
             )
         )
     for group in report.also:
@@ -293,7 +300,7 @@ def _evaluated(report: EvalReport) -> list[Html]:
             el(
                 "section",
                 el("h2", "Benchmarks"),
-                _table(["task", "metric", "model", "value", "standard error"], rows, 3),
+                table(["task", "metric", "model", "value", "standard error"], rows, 3),
             )
         )
     if report.samples:
@@ -307,6 +314,18 @@ def _evaluated(report: EvalReport) -> list[Html]:
     return parts
 
 
+def _ranked(ranked: Sequence[AdapterScore]) -> Html:
+    """Several adapters from the lowest loss on, each against the first."""
+    if not ranked:
+        return Html("")
+    rows = [[ranked[0].path, f"{ranked[0].loss:.4f}", "best", ""]]
+    for a in ranked[1:]:
+        interval = f"{a.low:+.4f} to {a.high:+.4f}"
+        rows.append([a.path, f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}", interval])
+    head = ["adapter", "loss", "to the best", "95 % CI"]
+    return el("section", el("h2", "Adapters among each other"), table(head, rows))
+
+
 def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
     rows = []
     for name, score in ((name_without(adapters), base), *((a.path, a) for a in adapters)):
@@ -315,7 +334,7 @@ def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
         if isinstance(score, AdapterScore):
             row += [f"{score.delta:+.4f} ± {score.stderr:.4f}", f"{score.low:+.4f} to {score.high:+.4f}"]
         rows.append([*row, *[""] * (7 - len(row))])
-    return _table(["model", "loss", "perplexity", "accuracy", "exact match", "difference", "95 % CI"], rows)
+    return table(["model", "loss", "perplexity", "accuracy", "exact match", "difference", "95 % CI"], rows)
 
 
 def _also(group: Group) -> Html:
@@ -391,7 +410,7 @@ def _environment(run: Run) -> Html:
     if not isinstance(facts, Mapping) or not facts:
         return Html("")
     rows = [[str(name).replace("_", " "), str(value)] for name, value in facts.items() if value]
-    return el("section", el("h2", f"Environment of {run.folder.name}"), _table(["", "value"], rows, 9))
+    return el("section", el("h2", f"Environment of {run.folder.name}"), table(["", "value"], rows, 9))
 
 
 def _settings(run: Run) -> Html:
@@ -404,5 +423,5 @@ def _settings(run: Run) -> Html:
     return el(
         "details",
         el("summary", f"All settings of {run.folder.name}"),
-        _table(["setting", "value", "from"], rows, 9),
+        table(["setting", "value", "from"], rows, 9),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +30,7 @@ class Curve:
 
 def curves(runs: Sequence[Run]) -> Html:
     """The training section: loss, learning rate and gradient norm by step. Empty if nothing was recorded."""
-    loss = [Curve(_thinned(_series(run, "step", "loss")), _series(run, "evaluated", "loss")) for run in runs]
+    loss = [Curve(thinned(series(run, "step", "loss")), series(run, "evaluated", "loss")) for run in runs]
     picture = chart(loss, "loss", LARGE, smooth=True)
     if not picture:
         return Html("")
@@ -49,7 +49,7 @@ def curves(runs: Sequence[Run]) -> Html:
         ("learning_rate", "Learning rate", ""),
         ("grad_norm", "Gradient norm", "Before clipping: each step (faint), running mean."),
     ):
-        steps = [Curve(_thinned(_series(run, "step", field)), []) for run in runs]
+        steps = [Curve(thinned(series(run, "step", field)), []) for run in runs]
         small = chart(steps, title.lower(), SMALL, smooth=bool(about))
         if small:
             parts += [
@@ -94,10 +94,51 @@ def chart(series: Sequence[Curve], title: str, height: int, *, smooth: bool) -> 
     return el("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=f"{title} by step")
 
 
+def scatter(points: Sequence[tuple[str, float, float]], marked: Container[str], across: str, up: str) -> Html:
+    """A chart of named points (name, x, y); those that are marked are joined by a line and carry their names.
+    Empty without points."""
+    if not points:
+        return Html("")
+    xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
+    low, top, last = min(ys), max(ys), max(xs) or 1.0
+    low, top = low - (top - low) / 12 - 1e-9, top + (top - low) / 12
+
+    def at(x: float, y: float) -> Point:
+        return (
+            LEFT + x / last * (WIDTH - LEFT - RIGHT - 90),
+            TOP + (top - y) / ((top - low) or 1) * (LARGE - TOP - BOTTOM),
+        )
+
+    parts = list(_axes(at, low, top, last, LARGE, across))
+    joined = " ".join(
+        "{:.1f},{:.1f}".format(*at(x, y))
+        for name, x, y in sorted(points, key=lambda p: p[1])
+        if name in marked
+    )
+    parts.append(Html(f'<polyline points="{joined}" fill="none" stroke="var(--c0)" stroke-width="1.5"/>'))
+    for name, x, y in points:
+        across_px, up_px = at(x, y)
+        colour = "var(--c0)" if name in marked else "var(--soft)"
+        dot = el("title", f"{name}: {figures(y, 4)} at {figures(x)}")
+        parts.append(
+            Html(
+                f'<circle cx="{across_px:.1f}" cy="{up_px:.1f}" r="4.5" fill="{colour}" stroke="var(--back)">{dot}</circle>'
+            )
+        )
+        if name in marked:
+            parts.append(el("text", name, x=f"{across_px + 7:.1f}", y=f"{up_px - 6:.1f}"))
+    return el("svg", parts, viewBox=f"0 0 {WIDTH} {LARGE}", role="img", aria_label=f"{up} by {across}")
+
+
 def _axes(
-    at: Callable[[float, float], Point], low: float, top: float, last: float, height: int
+    at: Callable[[float, float], Point],
+    low: float,
+    top: float,
+    last: float,
+    height: int,
+    across: str = "step",
 ) -> Iterator[Html]:
-    """Grid lines with their values, and the steps below."""
+    """Grid lines with their values, and below what goes across, whole numbers alone for steps."""
     ticks = _ticks(low, top)
     places = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)) if len(ticks) > 1 else 1
     for value in ticks:
@@ -106,19 +147,20 @@ def _axes(
         text = f"{value:.{places}f}" if places <= 4 else figures(value, 2)
         yield el("text", text, x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end")
     for value in _ticks(0, last):
-        if value == round(value):
+        if value == round(value) or across != "step":
             x, _ = at(value, low)
-            yield el("text", count(round(value)), x=f"{x:.1f}", y=height - 14, text_anchor="middle")
-    yield el("text", "step", x=WIDTH - RIGHT, y=height - 2, text_anchor="end")
+            shown = count(round(value)) if value == round(value) else figures(value, 2)
+            yield el("text", shown, x=f"{x:.1f}", y=height - 14, text_anchor="middle")
+    yield el("text", across, x=WIDTH - RIGHT, y=height - 2, text_anchor="end")
 
 
-def _series(run: Run, kind: str, field: str) -> list[Point]:
+def series(run: Run, kind: str, field: str) -> list[Point]:
     """(step, value) of that field in the events of a kind, without what is not a finite number."""
     events: list[dict[str, Any]] = run.every(kind)
     return [(float(e["step"]), float(e[field])) for e in events if is_number(e.get(field))]
 
 
-def _thinned(points: Sequence[Point]) -> list[Point]:
+def thinned(points: Sequence[Point]) -> list[Point]:
     """At most POINTS points: means of neighbours."""
     size = math.ceil(len(points) / POINTS) or 1
     groups = [points[at : at + size] for at in range(0, len(points), size)]

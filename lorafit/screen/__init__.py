@@ -11,6 +11,10 @@ if TYPE_CHECKING:
     from lorafit.screen.cache import show_caches as show_caches
     from lorafit.screen.cache import show_removed as show_removed
     from lorafit.screen.chat import ChatView as ChatView
+    from lorafit.screen.compare import CompareView as CompareView
+    from lorafit.screen.compare import show_ahead as show_ahead
+    from lorafit.screen.compare import show_answer as show_answer
+    from lorafit.screen.compare import show_impossible as show_impossible
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
     from lorafit.screen.data import show_tokens as show_tokens
@@ -23,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.screen.plan import show_matrix as show_matrix
     from lorafit.screen.plan import show_plan as show_plan
     from lorafit.screen.presets import show_presets as show_presets
+    from lorafit.screen.runs import show_runs as show_runs
     from lorafit.screen.train import TrainView as TrainView
     from lorafit.screen.train import show_train_report as show_train_report
 
@@ -31,6 +36,7 @@ __getattr__ = door(
     {
         "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
+        "compare": "CompareView show_ahead show_answer show_impossible",
         "chat": "ChatView",
         "console": "Screen",
         "data": "show_data show_tokens",
@@ -40,6 +46,7 @@ __getattr__ = door(
         "merge": "show_merge",
         "plan": "show_header show_matrix show_plan",
         "presets": "show_presets",
+        "runs": "show_runs",
         "train": "TrainView show_train_report",
     },
 )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import PurePath
 
 from rich.markup import escape
 
 from lorafit.report import name_without
 from lorafit.results import AdapterScore, EvalReport, Group, Score
-from lorafit.screen.console import Screen, Table, clip, table_of
+from lorafit.screen.console import LABEL, Screen, Table, clip, table_of
 from lorafit.units import count, figures, rows_text
 
 
@@ -18,10 +19,14 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
     if report.base is not None:
         screen.answer(f"{count(report.rows)} rows, {count(report.tokens)} supervised tokens")
         screen.answer()
-        screen.answer(_scores_table(report.base, report.adapters, exact=report.exact_rows > 0))
+        screen.answer(_scores_table(report.base, report.adapters, named, exact=report.exact_rows > 0))
         screen.answer()
         for a, name in zip(report.adapters, named, strict=True):
-            screen.line(name, _significance(a, report.rows), answer=True)
+            _say(screen, name, _significance(a, report.rows))
+        if report.ranked:
+            screen.answer()
+            screen.answer(_ranking(report.ranked, dict(zip(report.paths, named, strict=True)), report.rows))
+            screen.answer()
         if report.exact_rows:
             of = "all rows" if report.exact_rows == report.rows else rows_text(report.exact_rows)
             screen.line(
@@ -36,10 +41,10 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
             "also", f"{group.name}: {rows_text(group.rows)}, {count(group.tokens)} tokens", answer=True
         )
         screen.answer()
-        screen.answer(_scores_table(group.base, group.adapters, exact=False))
+        screen.answer(_scores_table(group.base, group.adapters, named, exact=False))
         screen.answer()
         for a, name in zip(group.adapters, named, strict=True):
-            screen.line(name, _significance(a, group.rows), answer=True)
+            _say(screen, name, _significance(a, group.rows))
     if report.benchmarks:
         names = {"base": name_without(report.paths), **dict(zip(report.paths, named, strict=True))}
         table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
@@ -69,7 +74,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
             (name_without(report.paths), sample.base),
             *zip(named, sample.adapters, strict=True),
         ):
-            screen.line(label, clip(text) or "(nothing)", answer=True)
+            _say(screen, label, clip(text) or "(nothing)")
     if report.page:
         screen.answer()
         screen.command("page", report.page)
@@ -83,16 +88,42 @@ def change_label(improved: bool, most: bool) -> str:
 
 
 def _short_names(paths: Sequence[str]) -> list[str]:
-    """The labels of the adapters in the margin: numbered where there are several."""
-    return ["adapter"] if len(paths) == 1 else [f"adapter {n}" for n in range(1, len(paths) + 1)]
+    """What the adapters are called, in tables and text alike: by their folder where that tells them apart."""
+    if len(paths) == 1:
+        return ["adapter"]
+    names = [PurePath(path).name or path for path in paths]
+    return names if len(set(names)) == len(names) else list(paths)
 
 
-def _scores_table(base: Score, adapters: Sequence[AdapterScore], exact: bool) -> Table:
+def _say(screen: Screen, name: str, text: str) -> None:
+    """A line about a model, with its name at the head where there is room for it."""
+    if len(name) < LABEL:
+        screen.line(name, text, answer=True)
+    else:
+        screen.line("", f"{name}: {text}", answer=True)
+
+
+def _ranking(ranked: Sequence[AdapterScore], named: Mapping[str, str], rows: int) -> Table:
+    """The adapters from the lowest loss on, each against the best."""
+    table = table_of("ranked", "loss", "to the best", "95 % CI", "", right=4, fold=0)
+    for number, a in enumerate(ranked):
+        name = f"  {escape(named[a.path])}"
+        if number == 0:
+            table.add_row(name, f"{a.loss:.4f}", "", "", "best")
+            continue
+        verdict = "" if rows < 2 else "same" if a.low <= 0 <= a.high else "worse"
+        interval = f"{a.low:+.4f} to {a.high:+.4f}" if rows > 1 else ""
+        table.add_row(name, f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}", interval, verdict)
+    return table
+
+
+def _scores_table(base: Score, adapters: Sequence[AdapterScore], named: Sequence[str], exact: bool) -> Table:
     """One line per model."""
     columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
     columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
-    for label, score in ((name_without(adapters), base), *((a.path, a) for a in adapters)):
+    labels = named if len(adapters) > 1 else [a.path for a in adapters]
+    for label, score in ((name_without(adapters), base), *zip(labels, adapters, strict=True)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
         if exact:
             values.append("" if score.exact is None else f"{score.exact:.1%}")

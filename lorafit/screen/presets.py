@@ -36,8 +36,7 @@ def show_presets(screen: Screen, presets: Iterable[Preset]) -> None:
     screen.answer(bands)
     screen.answer()
     screen.note(
-        "which strategy and band is best depends on the model and the data: train two and compare them "
-        "with `lorafit eval`",
+        "which strategy and band is best depends on the model and the data: `lorafit compare` measures it",
         answer=True,
     )
     screen.command("next", "lorafit help presets")

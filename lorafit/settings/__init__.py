@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafit.settings.optimizers import check_optimizer as check_optimizer
     from lorafit.settings.options import DATA as DATA
     from lorafit.settings.options import OUTPUT as OUTPUT
+    from lorafit.settings.options import TRAINING as TRAINING
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
     from lorafit.settings.places import lasting as lasting
@@ -42,7 +43,7 @@ __getattr__ = door(
     {
         "bands": "BANDS LayerChoice TILED_FROM",
         "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
-        "options": "DATA OUTPUT Option WHAT",
+        "options": "DATA OUTPUT Option TRAINING WHAT",
         "places": "lasting weighted",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml takes_from_base",

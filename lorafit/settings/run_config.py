@@ -200,6 +200,9 @@ class RunConfig:
     overflow: str = option(
         "truncate", one_of(*OVERFLOWS), "What to do with a row longer than --max-length", DATA, training=True
     )
+    data_seed: int | None = option(
+        None, whole(0), "Seed of the held-out split and the batches.", DATA, training=True, derived="--seed"
+    )
     max_length: int | None = option(
         None,
         whole(2),
@@ -250,13 +253,7 @@ class RunConfig:
         TRAINING,
         training=True,
     )
-    optimizer: str = option(
-        "adamw",
-        one_of(*OPTIMIZERS),
-        "Optimizer",
-        TRAINING,
-        training=True,
-    )
+    optimizer: str = option("adamw", one_of(*OPTIMIZERS), "Optimizer", TRAINING, training=True)
     weight_decay: float = option(
         0.0, number(0, 10), "Weight decay of the optimizer, on the adapters.", TRAINING, training=True
     )
@@ -264,8 +261,8 @@ class RunConfig:
         1.0, number(0, 1e9, above=True), "Clip gradients to this norm.", TRAINING, training=True
     )
     seed: int = option(
-        0, whole(0), "Seed of the held-out split, the order of the rows and the initial adapters.", TRAINING,
-        training=True,
+        0, whole(0), "Seed of the order of the batches, the initial adapters and, without --data-seed, the data.",
+        TRAINING, training=True,
     )  # fmt: skip
     dtype: str = option(
         "auto",
@@ -385,6 +382,11 @@ class RunConfig:
         None, text("a name"), "Name of the run in the tracker.", OUTPUT, derived="the output folder"
     )
     origin: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def seed_of_data(self) -> int:
+        """The seed of the held-out split and of the batches."""
+        return self.seed if self.data_seed is None else self.data_seed
 
     @property
     def holds_out(self) -> bool:

@@ -92,6 +92,9 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     # streamed layers run once, however many epochs there are
     passes = job.steps / job.steps_per_epoch if trial is None else 2.0
     choice = choose(asked, passes, size, free_memory(), free_disk(states_folder()), place.exists())
+    shared = job.states.get((stack, cut))
+    if shared is not None:
+        choice = Choice(shared.where, "shared by all candidates with this cut", size)
     where, reason = job.world.told([choice.where, choice.reason])
     choice = Choice(where, reason, size)
     if choice.where == "off":
@@ -109,7 +112,9 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
     prefix.store = MemoryStore(size)
-    if choice.where == "disk":
+    if shared is not None:
+        prefix.store, prefix.forms = shared.store, shared.forms
+    elif choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from random import Random
 from typing import TYPE_CHECKING
@@ -17,7 +17,7 @@ from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
 from lorafit.evaluate import mask_id
 from lorafit.events import Predicted
-from lorafit.forward import base_of, blocks_below, checkpoint_activations, refused_by_map
+from lorafit.forward import StateStore, base_of, blocks_below, checkpoint_activations, refused_by_map
 from lorafit.model import (
     ModelMap,
     ModelSource,
@@ -37,7 +37,40 @@ from lorafit.train.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from peft import PeftModel
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True, slots=True)
+class SharedStates:
+    """The states below a cut that several jobs share: their store, where it is (`memory` or `disk`), and the form of
+    each lower block's output."""
+
+    store: StateStore
+    where: str
+    forms: dict[int, int] = field(default_factory=dict)
+
+
+def composed(rows: Rows, config: RunConfig, task: str) -> list[tuple[MicroBatch, ...]]:
+    """The batches of a run, each in the parts it is run in: the same for every seed with one seed of the data."""
+    lengths = rows.train.lengths
+    if task == "seq2seq":
+        lengths = lengths + rows.train.target_lengths
+    return batches(lengths.tolist(), config.batch_size or 1, config.seed_of_data)
+
+
+def micro_batches_of(
+    rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase, numbers: Iterable[int]
+) -> Iterator[Batch]:
+    """Each micro-batch of these batches of a run once, in one process."""
+    made, pad = composed(rows, config, task), tokenizer.pad_token_id or 0
+    for number in numbers:
+        for part, chosen in enumerate(made[number]):
+            yield collate_rows([rows.train[n] for n in chosen], pad, task, _key(number, part))
+
+
+def _key(number: int, part: int) -> str:
+    """The key of a micro-batch of training."""
+    return f"train {number}.{part}"
 
 
 @dataclass(slots=True)
@@ -64,6 +97,7 @@ class Job:
     )  # versions, machine, command, date, git state of data
     parameters: list[torch.nn.Parameter] = field(default_factory=list)
     batches: list[tuple[MicroBatch, ...]] = field(default_factory=list)
+    states: Mapping[tuple[str, int], SharedStates] = field(default_factory=dict)  # by stack and cut
 
     def __post_init__(self) -> None:
         self.environment = {
@@ -73,10 +107,7 @@ class Job:
             **self.config.data_state(),
         }
         self.parameters = list(trainable(self.model).values())
-        lengths = self.rows.train.lengths
-        if self.task == "seq2seq":
-            lengths = lengths + self.rows.train.target_lengths
-        self.batches = batches(lengths.tolist(), self.batch_size, self.config.seed)
+        self.batches = composed(self.rows, self.config, self.task)
 
     @property
     def batch_size(self) -> int:
@@ -130,7 +161,7 @@ class Job:
             mask, vocab = mask_id(self.tokenizer), self.found.vocab_size
             rows = [mask_row(self.rows.train[n], pad, mask, vocab, seeds[n]) for n in numbers]
             return collate_rows(rows, pad, self.task)
-        return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, f"train {number}.{part}")
+        return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, _key(number, part))
 
     def ahead(self, done: int) -> list[tuple[int, int]]:
         """(batch, part) of each micro-batch that comes after the first `done` steps and in which this process
@@ -162,7 +193,7 @@ class Job:
     def keys(self) -> list[str]:
         """The keys of all micro-batches of training in which this process has rows."""
         return [
-            f"train {n}.{part}"
+            _key(n, part)
             for n, batch in enumerate(self.batches)
             for part, rows in enumerate(batch)
             if self.world.share(rows)
@@ -181,21 +212,25 @@ def not_streamed(reason: str) -> RequestError:
     return RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
 
 
-def assemble(
-    source: ModelSource,
-    found: ModelMap,
-    config: RunConfig,
-    plan: Plan,
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: RunFolder,
-    stop: Callable[[], int] = lambda: 0,
-    predicted: Predicted | None = None,
-    world: World = ALONE,
-) -> Job:
-    """Load the model and put the planned adapter in, checked to be what was planned.
+@dataclass(frozen=True, slots=True)
+class Base:
+    """A model, loaded, for one job after another; `streamed` where the layers below a cut are read as they run.
+    `before` is what the process held before, in bytes."""
 
-    `predicted` is the forecast of the run; it is reported beside what is measured.
+    model: PreTrainedModel
+    found: ModelMap
+    device: torch.device
+    fingerprint: str
+    before: int
+    streamed: Streamed | None = None
+
+
+def load_base(
+    source: ModelSource, found: ModelMap, config: RunConfig, plan: Plan | None = None, world: World = ALONE
+) -> Base:
+    """Load the model of a run; `plan` says below which cut its layers are streamed, where they are to be.
+
+    Raises RequestError and RunError as `load_model` does, and where streaming would not be exact.
     """
     device = pick_device(config.device)
     if device.type == "cuda" and not world.alone:
@@ -210,7 +245,7 @@ def assemble(
     load_kernels(device, dtype)
     before = memory_before(device)
     streamed = None
-    if config.prefix_residency == "stream":
+    if config.prefix_residency == "stream" and plan is not None:
         if reason := refused_by_map(found, plan.cut):
             raise not_streamed(reason)
         if held is not None:
@@ -222,26 +257,62 @@ def assemble(
         model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
-    torch.manual_seed(config.seed)  # not before: loading some models draws
-    peft_model = inject_plan(model, plan, found.task)
+    return Base(model, found, device, fingerprint(source.place), before, streamed)
+
+
+def put_on(
+    base: Base,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
+    world: World = ALONE,
+) -> Job:
+    """Put the planned adapter into a base, checked to be what was planned; what it starts with follows from the
+    seed alone.
+
+    `predicted` is the forecast of the run; it is reported beside what is measured.
+    """
+    torch.manual_seed(config.seed)  # not before the model is loaded: loading some draws
+    peft_model = inject_plan(base.model, plan, base.found.task)
     if config.from_adapter:
         put_in(peft_model, locate(config.from_adapter))
     if config.gradient_checkpointing:
-        checkpoint_activations(peft_model, blocks_below(model, plan))
+        checkpoint_activations(peft_model, blocks_below(base.model, plan))
     return Job(
         peft_model,
-        found.task,
+        base.found.task,
         config,
         plan,
         rows,
         tokenizer,
-        found,
-        device,
+        base.found,
+        base.device,
         folder,
         stop,
         predicted,
-        fingerprint(source.place),
-        before,
+        base.fingerprint,
+        base.before,
         world,
-        streamed,
+        base.streamed,
     )
+
+
+def assemble(
+    source: ModelSource,
+    found: ModelMap,
+    config: RunConfig,
+    plan: Plan,
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: RunFolder,
+    stop: Callable[[], int] = lambda: 0,
+    predicted: Predicted | None = None,
+    world: World = ALONE,
+) -> Job:
+    """Load the model and put the planned adapter in."""
+    base = load_base(source, found, config, plan, world)
+    return put_on(base, config, plan, rows, tokenizer, folder, stop, predicted, world)

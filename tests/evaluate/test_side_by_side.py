@@ -213,7 +213,7 @@ def test_a_prompt_of_one_s_own_alone(runs, run):
     assert found["rows"] == 0 and found["base"] is None and found["adapters"] == []
     assert sample["reference"] == "" and sample["base"] and len(sample["adapters"]) == 2
     shown = run("eval", *runs, "--prompt", "Ada lent the lamp to Finn.").out
-    assert "adapter 2" in shown and "reference" not in shown
+    assert "\n  b  " in shown and "reference" not in shown
 
 
 def test_what_is_drawn_is_drawn_by_the_seed(runs, run):
@@ -276,3 +276,21 @@ def test_rows_that_all_lost_are_not_said_to_gain(runs, run, topics, tmp_path):
     assert all(row["adapter"] > row["base"] for row in best)
     shown = run("eval", harmed, "--samples", "0").out
     assert "improved" not in shown and "regressed" in shown
+
+
+def test_adapters_are_ranked_against_the_best_of_them(runs, run):
+    """Each pair with the best on the same rows, under the names of the table."""
+    found = run("eval", *reversed(runs), "--samples", "0", "--json").document
+    best, other = found["ranked"]
+    losses = {a["path"]: a["loss"] for a in found["adapters"]}
+    assert [best["path"], other["path"]] == sorted(losses, key=losses.get)
+    assert best["delta"] == 0 and other["delta"] == pytest.approx(other["loss"] - best["loss"])
+    assert other["low"] < other["delta"] < other["high"] and other["stderr"] > 0
+    verdict = "same" if other["low"] <= 0 else "worse"
+    apart = {a["path"]: a["stderr"] for a in found["adapters"]}
+    assert other["stderr"] != apart[other["path"]]  # to the best, not to the base
+    shown = run("eval", *reversed(runs), "--samples", "0").out
+    ranked = shown[shown.index("ranked") :].splitlines()
+    assert ranked[1].split()[0] == best["path"].rpartition("/")[2] and ranked[1].endswith("best")
+    assert ranked[2].split()[0] == other["path"].rpartition("/")[2] and ranked[2].endswith(verdict)
+    assert "adapter 1" not in shown and "ranked" not in run("eval", runs[0], "--samples", "0").out

@@ -65,6 +65,18 @@ def test_the_same_seed_gives_the_same_losses_to_the_bit(tiny, pairs, tmp_path):
     assert (tmp_path / "a" / CONFIG).read_bytes() == (tmp_path / "b" / CONFIG).read_bytes()
 
 
+def test_a_seed_of_the_data_fixes_the_rows_and_batches_whatever_the_seed(tiny, pairs, tmp_path):
+    flags = {"data": (str(pairs),), "batch_size": 8, "holdout": 0.2}
+    one, other = (job_for(tiny("llama"), tmp_path / f"{n}", seed=n, data_seed=3, **flags) for n in (0, 1))
+    plain = job_for(tiny("llama"), tmp_path / "c", seed=3, **flags)
+    assert one.batches == other.batches == plain.batches
+    assert one.rows.held_out.digest == other.rows.held_out.digest == plain.rows.held_out.digest
+    orders = [[b.key for step in job.micro_batches(1) for b in step] for job in (one, other)]
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1])
+    assert not torch.equal(one.parameters[0], other.parameters[0])
+    assert job_for(tiny("llama"), tmp_path / "d", seed=1, **flags).batches != one.batches
+
+
 def test_accumulation_is_the_same_step(tiny, pairs, tmp_path):
     """Four micro-batches of two rows or one of eight: the loss counts tokens over the whole step."""
     job = job_for(tiny("llama"), tmp_path / "a", data=(str(pairs),), batch_size=8)

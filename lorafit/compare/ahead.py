@@ -1,0 +1,175 @@
+"""What a comparison will take before it starts: seconds, memory and disk of each candidate, and how many steps fit."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from lorafit.compare.candidates import Candidate
+from lorafit.errors import RequestError
+from lorafit.estimate import Estimate, Forecast, Timing, prepare
+from lorafit.events import DataReport
+from lorafit.model import ModelMap, ModelSource
+from lorafit.settings import RunConfig
+from lorafit.units import seconds_text
+
+EACH = 0.4  # seconds that a candidate takes beside its passes: putting it in, saving, its page
+FEWEST = 10  # steps of a candidate, at least: fewer tell nothing
+FILES = 300_000  # bytes of a run's folder beside the adapter: settings, events, page, held-out rows
+
+Tick = Callable[[float, float], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """The candidates with their settings completed, and what each will cost; `fill` is the seconds of the one pass
+    that makes the states of all cuts, `states` their bytes."""
+
+    candidates: tuple[Candidate, ...]
+    costs: Mapping[str, Estimate]
+    seconds: Mapping[str, float]
+    fill: float
+    states: int
+    forecasts: Mapping[str, Forecast]
+    notes: tuple[str, ...] = ()
+    workers: int = 1  # candidates at a time
+    timing: Timing | None = None  # of the first candidate: the others' follow from it
+
+    def as_json(self) -> dict[str, Any]:
+        """The document of `--plan --json`."""
+        rows = []
+        for one in self.candidates:
+            cost = self.costs[one.name]
+            rows.append(
+                {
+                    "name": one.name,
+                    "choice": one.choice,
+                    "preset": one.plan.preset,
+                    "layers": one.plan.spec,
+                    "rank": one.plan.lora.r,
+                    "learning_rate": one.config.learning_rate,
+                    "seed": one.config.seed,
+                    "trainable_params": one.plan.trainable_params,
+                    "adapter_bytes": one.plan.adapter_bytes,
+                    "steps": cost.steps,
+                    "seconds": self.seconds[one.name],
+                    "peak_memory": cost.memory.peak,
+                }
+            )
+        return {"candidates": rows, "seconds": self.total, "peak_memory": self.peak, "disk": self.disk}
+
+    @property
+    def total(self) -> float:
+        """Seconds of the whole comparison."""
+        return self.fill + max(sum(self.seconds.values()) / self.workers, *self.seconds.values(), 0.0)
+
+    @property
+    def peak(self) -> int:
+        """Bytes at the peak: of the largest candidates at a time, one base, and the states of all cuts."""
+        largest = sorted(cost.memory.peak - cost.memory.prefix_cache for cost in self.costs.values())
+        shared = min(cost.memory.weights for cost in self.costs.values())  # one base for all workers
+        return sum(peak - shared for peak in largest[-self.workers :]) + shared + self.states
+
+    @property
+    def disk(self) -> int:
+        """Bytes that all run folders take."""
+        return sum(one.plan.adapter_bytes + FILES for one in self.candidates)
+
+
+def look_ahead(
+    source: ModelSource,
+    found: ModelMap,
+    candidates: Sequence[Candidate],
+    look: DataReport,
+    budget: float | None = None,
+    tick: Tick = lambda done, total: None,
+    workers: int = 1,
+) -> Ahead:
+    """The forecast of all candidates, as `plan` makes it, with one timing for all; within `budget` seconds, where one
+    is set: all take as many steps as then fit.
+
+    Raises RequestError where fewer than FEWEST steps do.
+    """
+    made = replace(_forecast(source, found, candidates, look, tick), workers=workers)
+    if budget is None:
+        return made
+    steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
+    beside = made.fill + EACH * len(candidates) / workers
+    each = sum((made.seconds[name] - EACH) / steps[name] for name in steps) / workers
+    fit = int((budget - beside) / each) if each else max(steps.values())
+    if fit < FEWEST:
+        least = beside + FEWEST * each
+        raise RequestError(
+            f"--budget {seconds_text(budget)} allows {max(0, fit)} steps for each of {len(candidates)} candidates, and "
+            f"{FEWEST} is the least",
+            f"--budget {round(least) + 1}s, or fewer candidates",
+        )
+    if fit >= max(steps.values()):
+        return made
+    cut = [replace(one, config=_limited(one, fit)) for one in candidates]
+    return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
+
+
+def _limited(one: Candidate, steps: int) -> RunConfig:
+    """The settings with that many steps at most."""
+    config = one.config
+    least = min(steps, config.max_steps or steps)
+    return replace(config, max_steps=least, origin={**config.origin, "max_steps": "derived: to fit --budget"})
+
+
+def _forecast(
+    source: ModelSource,
+    found: ModelMap,
+    candidates: Sequence[Candidate],
+    look: DataReport,
+    tick: Tick,
+    timing: Timing | None = None,
+) -> Ahead:
+    done, costs, seconds, forecasts, notes = [], {}, {}, {}, []
+    first: tuple[Candidate, Forecast] | None = None
+    states: dict[tuple[tuple[str, int], ...], int] = {}
+    fill = 0.0
+    for number, one in enumerate(candidates):
+        ahead, config = prepare(one.config, source, found, look=look, seconds=1.0)
+        one = replace(one, config=config)
+        if first is None:
+            first, timing = (one, ahead), timing or ahead.timing(one.plan)
+        scaled = first[1].scaled(timing, first[0].plan, one.plan, ahead.shape)
+        cost = ahead.estimate(one.plan, scaled)
+        done.append(one)
+        costs[one.name], forecasts[one.name] = cost, ahead
+        notes += ahead.notes
+        whole, replayed = cost.seconds_per_epoch or 0.0, cost.seconds_per_epoch_replayed
+        shares = replayed is not None and config.prefix_cache != "off" and any(cut for _, cut in one.cut)
+        if shares and replayed is not None:
+            states[one.cut] = cost.prefix_cache.bytes
+            fill = max(fill, whole - replayed)
+        passes = (replayed if shares and replayed is not None else whole) * (cost.epochs or 1.0)
+        # held-out rows are scored three times, forward only: a third of a training pass
+        beside = whole / max(1, look.tokens) * look.held_out_tokens
+        seconds[one.name] = passes + beside + EACH
+        tick(number + 1, len(candidates))
+    return Ahead(
+        candidates=tuple(done),
+        costs=costs,
+        seconds=seconds,
+        fill=fill,
+        states=sum(states.values()),
+        forecasts=forecasts,
+        notes=tuple(dict.fromkeys(notes)),
+        timing=timing,
+    )
+
+
+def parse_duration(text: str, flag: str = "--budget") -> float:
+    """`10m`, `90s`, `1h`, `1h30m` in seconds. Raises RequestError for anything else, a number without a unit among
+    it."""
+    match = re.fullmatch(
+        r"\s*(?:(\d+(?:\.\d+)?)h)?\s*(?:(\d+(?:\.\d+)?)m(?:in)?)?\s*(?:(\d+(?:\.\d+)?)s)?\s*", text
+    )
+    found = [float(part or 0) for part in match.groups()] if match else [0.0]
+    if not sum(found):
+        raise RequestError(f"{flag} is `{text}`: it takes a time with its unit", "e.g. 10m, 90s or 1h30m")
+    return 3600 * found[0] + 60 * found[1] + found[2]

@@ -1,0 +1,130 @@
+"""A comparison's folder: what was asked for, the scores of each candidate, and each candidate's own run folder."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lorafit.compare.results import Cut, Outcome, Scores
+from lorafit.errors import RequestError
+from lorafit.jsonio import jsonable
+from lorafit.outputs import RUNS, writing
+
+REQUEST, ANSWER, TABLE, PAGE, SCORES = "request.json", "compare.json", "compare.csv", "compare.html", "scores"
+HALVING = "halving.json"
+BASE = ".base"  # the name under which the base's scores lie among the candidates'
+
+
+@dataclass(frozen=True, slots=True)
+class CompareFolder:
+    """Where a comparison is written; a candidate's run is `target / its name`."""
+
+    target: Path
+
+    def open(self, resume: bool) -> None:
+        """Make the folder. Raises RequestError when it is there and is not resumed, or is not a comparison's."""
+        there = self.target.exists() or self.target.is_symlink()
+        if resume:
+            if not (self.target / REQUEST).is_file():
+                raise RequestError(
+                    f"`{self.target}` is not a comparison", "without --resume, a new one is made there"
+                )
+            return
+        if there and not self.target.is_dir():
+            raise RequestError(f"`{self.target}` is a file", "another -o")
+        if there and any(self.target.iterdir()):
+            hint = (
+                f"lorafit compare --resume {self.target} goes on with it"
+                if (self.target / REQUEST).is_file()
+                else "another -o"
+            )
+            raise RequestError(f"`{self.target}` exists", hint)
+        try:
+            (self.target / SCORES).mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise RequestError(f"cannot write `{self.target}`: {error.strerror}", "another -o") from None
+
+    def begin(self, request: Any, rows: Sequence[str]) -> None:
+        """Write what was asked for, with the digests of the rows. Raises RequestError where a comparison that goes
+        on had other rows."""
+        stored = self.request() if (self.target / REQUEST).is_file() else None
+        if stored is not None and stored.get("rows") != list(rows):
+            raise RequestError(
+                f"the rows are not those that `{self.target}` began with: the data has changed",
+                "another -o compares on the data as they are",
+            )
+        if stored is None:
+            self.write_json(REQUEST, {**jsonable(request), "rows": list(rows)})
+
+    def request(self) -> dict[str, Any]:
+        """What was asked for. Raises RequestError when that is damaged."""
+        try:
+            found = json.loads((self.target / REQUEST).read_text(encoding="utf-8"))
+            assert isinstance(found, dict)
+        except (OSError, ValueError, AssertionError):
+            raise RequestError(f"`{self.target / REQUEST}` is damaged", "another -o starts again") from None
+        return found
+
+    def write(self, name: str, text: str) -> None:
+        """Write a file of the folder beside its place, and rename it. Raises RunError where that fails."""
+        path = self.target / name
+        with writing(self.target):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            beside = path.with_name(f".{path.name}.new")
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(jsonable(value), ensure_ascii=False) + "\n")
+
+    def run(self, name: str) -> Path:
+        """The folder of a candidate's run."""
+        return self.target / name
+
+    def keep(self, outcome: Outcome) -> None:
+        """Write what became of a candidate."""
+        self.write_json(f"{SCORES}/{outcome.name}.json", outcome.as_json())
+
+    def keep_base(self, scores: Scores) -> None:
+        self.write_json(f"{SCORES}/{BASE}.json", scores.as_json())
+
+    def base(self) -> Scores | None:
+        """The base's scores; None where there are none, or they are damaged."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return Scores.of(self._read(BASE))
+        return None
+
+    def outcome(self, name: str) -> Outcome | None:
+        """What became of a candidate; None where nothing is known, or it is damaged."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            return Outcome.of(self._read(name))
+        return None
+
+    def keep_cut(self, cut: Cut) -> None:
+        """Write which choices a round of halving dropped."""
+        self.write_json(HALVING, [*self.cuts(), cut])
+
+    def cuts(self) -> list[Cut]:
+        """The rounds of halving that were decided."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            found = json.loads((self.target / HALVING).read_text(encoding="utf-8"))
+            return [Cut(c["share"], tuple(c["kept"]), tuple(c["dropped"])) for c in found]
+        return []
+
+    def _read(self, name: str) -> Mapping[str, Any]:
+        found = json.loads((self.target / SCORES / f"{name}.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError(name)
+        return found
+
+
+def new_folder(stem: str) -> Path:
+    """`runs/compare-STEM-1`, or the first number that is free."""
+    number = 1
+    while (path := Path(RUNS) / f"compare-{stem}-{number}").exists():
+        number += 1
+    return path

@@ -1,0 +1,56 @@
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from comparisons import comparison_of
+
+from lorafit.adapter import inject_plan, planned
+from lorafit.compare.hint import RANK, hint_of
+from lorafit.forward import Forward
+from lorafit.settings import Lora
+from lorafit.train import micro_batches_of
+
+
+def test_the_signal_is_the_gradient_that_an_adapter_would_start_from(tiny, pairs, tmp_path):
+    """For a weight W with gradient G, mean |G A^T|, from a backward pass through W itself."""
+    comparison = comparison_of(
+        tiny("llama"), pairs, tmp_path / "c", presets=["all"], layers=["all"], flags={"batch_size": 8}
+    )
+    shared, (one,) = comparison.shared, comparison.ahead.candidates
+    before = {name: value.clone() for name, value in shared.base.model.state_dict().items()}
+    hint = hint_of(shared, [one], comparison.rows, comparison.tokenizer)
+    now = shared.base.model.state_dict()
+    assert shared.loaded == 1 and all(torch.equal(now[name], value) for name, value in before.items())
+
+    plan = planned(shared.base.found, replace(one.preset, lora=Lora(r=RANK, alpha=RANK)), one.config)
+    torch.manual_seed(0)
+    model = inject_plan(shared.base.model, plan, "causal")
+    layer = model.base_model.model.model.layers[1].mlp.down_proj
+    a = layer.lora_A["default"].weight.detach().clone()
+    base = model.unload()
+    weight = base.model.layers[1].mlp.down_proj.weight.requires_grad_(True)
+    forward = Forward.of(base, "causal")
+    batches = micro_batches_of(comparison.rows, one.config, "causal", comparison.tokenizer, range(4))
+    for batch in batches:
+        (forward.loss_sum(base, batch) / batch.weight).backward()
+    assert hint.signals["down"][1] == pytest.approx(float((weight.grad @ a.t()).abs().mean()), rel=1e-4)
+    assert list(hint.signals) == ["q", "k", "v", "o", "gate", "up", "down"]
+    assert all(len(cells) == 4 for cells in hint.signals.values())
+
+
+def test_scores_count_what_a_choice_trains_and_results_stay_the_same(tiny, pairs, tmp_path):
+    lists = {"presets": ["basic,all"], "layers": ["high"], "flags": {"batch_size": 8, "epochs": 1}}
+    plain = comparison_of(tiny("llama"), pairs, tmp_path / "a", **lists)
+    list(plain.run())
+    hinted = comparison_of(tiny("llama"), pairs, tmp_path / "b", **lists)
+    hinted.hints = True
+    hint = next(hinted.run())
+    assert hint.scores["all-high"] > hint.scores["basic-high"] > 0 and hint.suggested == "all-high"
+    list(hinted.run())
+    for name, outcome in plain.outcomes().items():
+        assert hinted.outcomes()[name].scores == outcome.scores

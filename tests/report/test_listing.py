@@ -1,0 +1,67 @@
+import csv
+from io import StringIO
+
+import pytest
+from jobs import events_of, job_for
+
+from lorafit.errors import Interrupted
+
+
+@pytest.fixture(scope="module")
+def place(tiny, pairs, tmp_path_factory):
+    """Two finished runs, one of them in a comparison's folder, and an unfinished one."""
+    folder = tmp_path_factory.mktemp("listed")
+    flags = {"data": (str(pairs),), "batch_size": 8, "epochs": 1}
+    (folder / "both").mkdir()
+    one = events_of(job_for(tiny("llama"), folder / "a", seed=3, **flags))[-1]
+    other = events_of(
+        job_for(tiny("llama"), folder / "both" / "b", preset="ffn", layers="high", rank=4, **flags)
+    )[-1]
+    with pytest.raises(Interrupted):
+        events_of(job_for(tiny("llama"), folder / "c", stop=lambda: 2, **flags))
+    return folder, one, other
+
+
+def test_every_run_is_a_row_with_its_settings_and_results(place, run, tiny):
+    folder, one, other = place
+    rows = {row["run"]: row for row in run("runs", folder, "--json").document["runs"]}
+    assert set(rows) == {str(folder / name) for name in ("a", "both/b", "c")}
+    a, b, c = (rows[str(folder / name)] for name in ("a", "both/b", "c"))
+    assert (a["finished"], b["finished"], c["finished"]) == (True, True, False)
+    assert (a["seed"], b["preset"], b["layers"], b["rank"]) == (3, "ffn", "high", 4)
+    assert a["after"] == one.eval["after"].loss and b["before"] == other.eval["before"].loss
+    assert a["steps"] == one.steps and c["steps"] == 1 and c["before"] and c["after"] is None
+    assert a["model"] == str(tiny("llama")) and a["data"] == "pairs.jsonl" and a["date"] and a["torch"]
+
+
+def test_the_table_marks_what_is_unfinished_and_says_how_to_go_on(place, run):
+    folder, _, _ = place
+    shown = run("runs", folder)
+    assert f"{folder / 'c'} *" in shown.out.replace("\n", "") and "* is unfinished" in shown.out
+    assert f"lorafit train --resume {folder / 'c'}" in shown.out
+    only = run("runs", folder / "a")
+    assert str(folder / "a") in only.out and "unfinished" not in only.out
+
+
+def test_rows_are_sorted_by_any_column_with_what_is_unknown_last(place, run):
+    folder, one, other = place
+    rows = list(csv.DictReader(StringIO(run("runs", folder, "--csv", "--sort", "after").out)))
+    losses = sorted([one.eval["after"].loss, other.eval["after"].loss])
+    assert [row["after"] for row in rows] == [*map(str, losses), ""]
+    back = run("runs", folder, "--json", "--sort", "-after").document["runs"]
+    assert [row["after"] for row in back] == [*losses[::-1], None]
+    wrong = run("runs", folder, "--sort", "aftr")
+    assert wrong.code == 2 and "did you mean `after`" in wrong.err
+
+
+def test_where_there_are_no_runs(tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert run("runs").code == 2
+    assert "there is no folder `nowhere`" in run("runs", "nowhere").err
+    (tmp_path / "runs").mkdir()
+    assert "no runs" in run("runs").out
+    (tmp_path / "runs" / "odd").mkdir()
+    (tmp_path / "runs" / "odd" / "run.yaml").write_text("model: [")
+    (tmp_path / "runs" / "odd" / "events.jsonl").write_text('{"event": "report", "eval": 3}\n')
+    (row,) = run("runs", "--json").document["runs"]
+    assert row["after"] is None and row["model"] == ""
