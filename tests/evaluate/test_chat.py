@@ -77,6 +77,12 @@ def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
     assert talk([ASKED], trained, "-q").err == ""
 
 
+def test_a_closed_stdin_is_the_end_of_the_conversation(trained, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    done = run("chat", trained, "--json")
+    assert done.code == 0 and done.document["turns"] == []
+
+
 def test_a_conversation_goes_through_the_chat_template(trained):
     chat = opened(trained)
     first = "".join(chat.ask(ASKED))
