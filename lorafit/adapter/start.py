@@ -17,14 +17,9 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-STARTS = ("pissa", "olora", "corda")  # the words that PEFT's names for them begin with
+from lorafit.settings import takes_from_base
 
 Start = dict[str, torch.Tensor]
-
-
-def takes_from_base(init: Any) -> bool:
-    """Whether an `init_lora_weights` takes a part out of the base's weights."""
-    return isinstance(init, str) and init.lower().startswith(STARTS)
 
 
 def keep_start(model: Any) -> None:

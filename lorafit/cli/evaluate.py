@@ -30,7 +30,7 @@ ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
 
 @app.command(name="eval")
-@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "quantize", "device")
+@run_options("data", *ABOUT_DATA, "batch_size", "dtype", "quantize", "device", "prefix_residency")
 def evaluate(
     flags: Mapping[str, Any],
     adapters: Annotated[
@@ -147,8 +147,9 @@ def evaluate(
     """
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
-    from lorafit.adapter import locate, tokenizer_place
+    from lorafit.adapter import CONFIG, locate, tokenizer_place
     from lorafit.data import find_files
+    from lorafit.evaluate import check_holds_out
     from lorafit.outputs import check_file
     from lorafit.report import PAGE_MARK
     from lorafit.screen import Screen, show_eval
@@ -161,6 +162,8 @@ def evaluate(
     find_files((*given.get("data", ()), *(also or ())))
     alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks))
     adapters = [] if alone else [locate(adapter) for adapter in adapters]
+    if adapters and not (given.get("data") or prompt or tasks) and (Path(adapters[0]) / CONFIG).is_file():
+        check_holds_out(adapters[0])
     source, found = _base(adapters, model or alone)
 
     with without_collecting():
@@ -168,6 +171,7 @@ def evaluate(
         from lorafit.evaluate import EvalRequest, Sampling, Tasks, compare, own_prompts
         from lorafit.model import load_tokenizer, pick_device, pick_dtype
 
+    residency = given.get("prefix_residency", "auto")
     quantize, said = quantisation(given, adapters, found)
     device = pick_device(given.get("device", "auto"))
     own = tokenizer_place(adapters[0], source.place) if adapters else source.place
@@ -193,7 +197,7 @@ def evaluate(
     dtype = pick_dtype(given.get("dtype", "auto"), device)
     with screen.bar("evaluating") as tick:
         report, adapted = compare(
-            request, source, found, adapters, tokenizer, dtype, sampling, device, tick, quantize
+            request, source, found, adapters, tokenizer, dtype, sampling, device, tick, quantize, residency
         )
     written, why = _write_page(page, adapters, found, adapted, report)
     notes = [*report.notes, *said, *([why] if why else []), *_steps_kept(adapters)]
@@ -317,7 +321,7 @@ def _rows(
     rows, specs = None, data or [spec for part in files_of(stored) for spec in part]
     if data:
         rows = read(data, config=settings)
-    elif held_out:
+    elif held_out and adapter:
         rows = held_out_rows(adapter, tokenizer, found)
     labels = labelled(rows, by, specs, settings if data else stored) if by and rows is not None else ()
     return rows, labels, {file: read([file], config=beside) for file in also or ()}, settings
@@ -347,7 +351,7 @@ def _write_page(
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:
-        return "", f"no report page: the events or settings of `{runs[0].folder}` are damaged"
+        return "", f"no report page: the events or settings of `{title}` are damaged"
     try:
         write_page(path, shown)
     except OSError as error:

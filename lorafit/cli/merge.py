@@ -93,6 +93,7 @@ def merge(
     given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
 
     from lorafit.adapter import common_base, locate, tokenizer_place
+    from lorafit.report import uses_of_merged
     from lorafit.screen import Screen, show_merge
     from lorafit.system import without_collecting
     from lorafit.units import bytes_text, parse_bytes
@@ -141,7 +142,7 @@ def merge(
     if json:
         screen.document(report)
     else:
-        show_merge(screen, report)
+        show_merge(screen, report, uses_of_merged(found.family, found.task, report.output, found.model))
     if push_to_hub:
         push_folder(screen, report.output, push_to_hub)
 

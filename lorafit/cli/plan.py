@@ -141,6 +141,7 @@ def plan(
             elsewhere=room is not None,
             fresh=fresh,
             processes=several,
+            room=room,
             tick=tick,
         )
     free = free_on(ahead.device) if room is None else room

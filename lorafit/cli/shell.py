@@ -117,12 +117,32 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
     if (extra := re.search(r"unexpected extra arguments? ?(?:\(s\))? ?\((.*)\)", message)) is not None:
         return _too_many(command, extra[1], arguments)
+    if (wrong := _bad_number(getattr(error, "param", None), arguments)) is not None:
+        return wrong
     offer = (
         f"the last run: {command} {shlex.quote(last)}; "
         if "ADAPTER" in message and (last := last_run())
         else ""
     )
     return RequestError(message[:1].lower() + message[1:], f"{offer}see `{command.strip()} --help`")
+
+
+def _bad_number(parameter: Any, arguments: list[str]) -> LorafitError | None:
+    """An option that takes a number and was given something else; None for other options."""
+    bare = getattr(parameter, "bare_type", None)  # where typer has its own parser; click's types have names
+    kind = bare() if callable(bare) else getattr(getattr(parameter, "type", None), "name", "")
+    number = next((word for word in ("int", "float") if word in str(kind)), "")
+    flag = next((name for name in getattr(parameter, "opts", ()) if name in arguments), "")
+    if not number or not flag or flag == arguments[-1]:
+        return None
+    low, high = (
+        getattr(parameter, end, None) if hasattr(parameter, end) else getattr(parameter.type, end, None)
+        for end in ("min", "max")
+    )
+    takes = "a whole number" if number == "int" else "a number"
+    takes += f" from {low:g} on" if low is not None else ""
+    takes += f", at most {high:g}" if high is not None and high < 1e6 else ""
+    return RequestError(f"{flag} is `{arguments[arguments.index(flag) + 1]}`: it takes {takes}")
 
 
 def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorafit.estimate import Estimate, Forecast
     from lorafit.events import TrainReport
     from lorafit.model import ModelMap, ModelSource
+    from lorafit.report import Use
     from lorafit.screen import Screen
     from lorafit.settings import Preset, RunConfig
     from lorafit.train import Job, RunFolder
@@ -81,9 +82,21 @@ def train(
     if json:
         screen.document(report)
     else:
-        show_train_report(screen, report)
+        show_train_report(screen, report, _uses(prepared, report))
     if push_to_hub and world.first:
         push_folder(screen, report.output, push_to_hub)
+
+
+def _uses(run: _Prepared, report: TrainReport) -> list[Use]:
+    """The lines for other tools; the demo's base is nowhere but here."""
+    from lorafit.model import split_revision
+    from lorafit.report import uses_of_adapter
+
+    if run.settings.model == "demo":
+        return []
+    base, behind = split_revision(run.settings.model)
+    revision = run.settings.revision or behind
+    return uses_of_adapter(run.plan, run.found.family, run.found.task, report.output, base, revision)
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,6 +167,7 @@ def _prepared(
         settings, source, found, look=rows.look, seconds=1.0, probing=world.first, processes=world.size
     )
     cost = ahead.estimate(made, ahead.timing(made))
+    settings = settings.settled("prefix_residency", "auto", *cost.residency)
     show_data(screen, settings, rows.look)
     if world.first:
         for text in dict.fromkeys(ahead.notes):

@@ -26,6 +26,7 @@ from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
 from lorafit.data.source import DataSource
 from lorafit.data.split import ReadData, ReadFile, as_often, held_out_rows, nothing_left
 from lorafit.data.template import ChatTemplate, parse_args, special_texts
+from lorafit.data.template_file import read_template
 from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError, RunError, closest
 from lorafit.events import DataReport
@@ -36,9 +37,6 @@ if TYPE_CHECKING:
 
 
 STORED_FROM = 64_000_000  # bytes of a file from which on its rows are kept on disk for the next run
-
-LARGEST_TEMPLATE = 1_000_000  # bytes
-
 
 Tick = Callable[[float, float], None]  # (done, in all)
 
@@ -259,21 +257,6 @@ def _as_told(source: DataSource, config: RunConfig) -> DataSource:
     return replace(source, delimiter=delimiter, quote="" if config.csv_quote == "none" else config.csv_quote)
 
 
-def _template(path: str) -> str:
-    file = Path(path).expanduser()
-    try:
-        if file.stat().st_size > LARGEST_TEMPLATE:
-            raise RequestError(f"--chat-template `{path}` is larger than {LARGEST_TEMPLATE:,} bytes")
-        text = file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise RequestError(f"cannot read --chat-template `{path}`: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise RequestError(f"--chat-template `{path}` is not UTF-8", "save the file as UTF-8") from None
-    if not text.strip():
-        raise RequestError(f"--chat-template `{path}` is empty")
-    return text
-
-
 def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable[[int], None]) -> ReadFile:
     """The rows of a source: from the cache where a large one was read before, else made, and then kept."""
     by_line = source.where(0).endswith(":0")
@@ -349,7 +332,7 @@ def prepare(tokenizer: PreTrainedTokenizerBase, config: RunConfig | None = None)
     Raises RequestError for a template that cannot be read, or an end token that is not one token.
     """
     if config is not None and config.chat_template:
-        tokenizer.chat_template = _template(config.chat_template)
+        tokenizer.chat_template = read_template(config.chat_template)
     if config is not None and config.end_token:
         known = tokenizer.get_vocab()
         if config.end_token not in known:

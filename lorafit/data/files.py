@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from lorafit.data.source import KINDS, LONGEST_LINE, DataSource, Fault, Tick, kind_of, refuse
 from lorafit.data.tables import read_table
+from lorafit.data.template_file import read_template
 from lorafit.errors import RequestError
 from lorafit.model import HUB_ID, hub_reached, why_offline
 from lorafit.outputs import RUN_FILE
@@ -382,6 +383,8 @@ def find_sources(config: RunConfig, needed: bool = True) -> None:
                 shlex.join(["lorafit", "train", name, "--data", config.model]),
             )
     find_files((*config.data, *config.eval_data))
+    if config.chat_template:
+        read_template(config.chat_template)
 
 
 def find_files(specs: Iterable[str]) -> None:

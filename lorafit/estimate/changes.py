@@ -8,6 +8,8 @@ from dataclasses import replace
 from lorafit.estimate.terms import Shape
 from lorafit.model import ModelMap
 
+STREAM = "--prefix-residency stream"
+
 
 def changes(
     shape: Shape, layers: str | None, processes: int, found: ModelMap
@@ -36,6 +38,13 @@ def changes(
         yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
     plain = shape.quantize == "none" and found.quantised is None and shape.dtype != "float16"
     yield [(f"--quantize {n}", replace(shape, quantize=n), None) for n in ("int8", "nf4") if plain]
+    if plain and processes == 1 and shape.residency != "stream":
+        bands = [("", shape, None), ("--layers high", shape, "high")]
+        bands += [(f"--layers last:{n} {least[0]}".strip(), least[1], f"last:{n}") for n in (4, 2, 1)]
+        yield [
+            (f"{STREAM} {flags}".strip(), replace(other, residency="stream"), band)
+            for flags, other, band in bands
+        ]
     both = replace(least[1], checkpointing=True)
     flags = f"{least[0]} --gradient-checkpointing".strip()
     together: list[tuple[str, Shape, str | None]] = [

@@ -12,8 +12,9 @@ from dataclasses import replace
 
 from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
-from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Shape, Timing, Work
-from lorafit.forward import Choice, choose
+from lorafit.estimate.streaming import DISK_RATE, not_streamable, streamed
+from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Residency, Shape, Timing, Work
+from lorafit.forward import Choice, choose, fits_whole
 from lorafit.model import ModelMap, held_as, weight_bytes
 from lorafit.settings import STATE_BYTES
 from lorafit.units import bytes_text, percent, scaled
@@ -24,6 +25,9 @@ LINK_RATE = {"cuda": 2e10, "cpu": 3e8}
 
 # FLOP/s that are assumed where nothing is timed.
 ASSUMED_RATE = {"cpu": 1e11, "cuda": 1e14, "mps": 4e12}
+
+
+NOT_EXACT = "no frozen layers below the band that can be cached exactly"
 
 
 def estimate(
@@ -41,52 +45,56 @@ def estimate(
     processes: int = 1,
     free: int = 0,
     free_on_disk: int = 0,
+    room: int = 0,
     notes: Sequence[str] = (),
 ) -> Estimate:
     """Peak memory of a training step in bytes, FLOPs per token, and seconds.
 
     Without a profile the formulas are used, without a timing the device's ASSUMED_RATE. `replay` says that
     the frozen layers' output can be reused exactly; then `prefix_cache`, `free` memory (bytes) and
-    `free_on_disk` (bytes) decide where it is kept. Of several `processes`, `shape` and `free` are those of
+    `free_on_disk` (bytes) decide where it is kept; `room` (bytes) is what is free on the device, 0 where that does
+    not matter. Of several `processes`, `shape` and `free` are those of
     one; they share the work, and a ring sends 2 (W - 1) / W of the gradients' bytes a step (Patarasuk and
     Yuan, Bandwidth optimal all-reduce algorithms, 2009).
     """
-    item = ITEMSIZE.get(shape.dtype, 4)
     profile = profile or by_formula(plan, model_map, shape)
-    adapter = plan.adapter_bytes
-    size = 0
-    cache = Choice(
-        "off",
-        "no frozen layers below the band that can be cached exactly"
-        if not replay
-        else "the number of rows is unknown",
-    )
-    if work and replay:
+
+    def states(passes: float) -> Choice:
+        """Where the frozen layers' output is kept in so many passes over the rows."""
+        if not (work and replay):
+            return Choice("off", "the number of rows is unknown" if replay else NOT_EXACT)
+        item = ITEMSIZE.get(shape.dtype, 4)
         size = model_map.hidden_size * item * (work.tokens + work.held_out_tokens) // processes
-        cache = choose(prefix_cache, work.passes, size, free, free_on_disk, False)
+        return replace(choose(prefix_cache, passes, size, free, free_on_disk, False), bytes=size)
+
+    cache = states(work.passes if work else 0.0)
     rate = ASSUMED_RATE.get(device, 1e11)
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    sent = 2 * (processes - 1) / processes * adapter
+    sent = 2 * (processes - 1) / processes * plan.adapter_bytes
     link = LINK_RATE.get(device, 3e8)
     timing = replace(timing, step=timing.step + sent / link)
-    whole, replayed, total = _seconds(timing, work, processes, replay, cache.where != "off")
+    memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
+    residency = Residency("resident", "")
+    reason = not_streamable(model_map, plan, shape, processes, replay)
+    if shape.residency != "resident" and not reason:
+        once = states(
+            max(2.0, work.passes if work else 0.0)
+        )  # streamed layers run once, however short the run
+        whole_peak, less = memory.peak, _memory(plan, model_map, shape, profile, optimizer, once, device)
+        less, streaming = streamed(less, plan, model_map, shape, work, once, free)
+        why = f"holding all layers takes {bytes_text(whole_peak)} of {bytes_text(room)} free"
+        if shape.residency == "stream":
+            memory, residency, cache = less, replace(streaming, reason="--prefix-residency stream"), once
+        elif room and not fits_whole(whole_peak, room) and less.peak < whole_peak:
+            memory, residency, cache = less, replace(streaming, reason=why), once
+    elif shape.residency == "stream":
+        residency = Residency("resident", reason)
+    whole, replayed, total = _seconds(timing, work, processes, replay, cache.where != "off", residency)
     return Estimate(
         shape=shape,
-        memory=Memory(
-            weights=weight_bytes(model_map, item, held_as(model_map, shape.quantize)),
-            adapter=adapter,
-            gradients=adapter,
-            # its state, and the adapter as it last was sound, in float32
-            optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
-            activations=profile.activations,
-            logits=profile.logits,
-            workspace=profile.workspace,
-            heap=profile.heap,
-            # a GPU's lies in the host's memory
-            prefix_cache=size if cache.where == "memory" and device != "cuda" else 0,
-        ),
+        memory=memory,
         flops_per_token=Flops(profile.forward, profile.backward, profile.prefix),
         tokens_per_epoch=work.tokens if work else None,
         steps=work.steps if work else None,
@@ -95,14 +103,42 @@ def estimate(
         seconds_per_epoch_replayed=replayed,
         seconds=total,
         tokens_per_second=processes / timing.token if timing.token else 0.0,
-        prefix_cache=replace(cache, bytes=size),
+        prefix_cache=cache,
+        prefix_residency=residency,
         assumptions=(
             *_assumptions(shape, profile, timing, device, rate, optimizer),
             *_dequantising(model_map, shape, timing),
             *(_shared(processes, sent, link) if processes > 1 else ()),
+            *_streaming(residency),
             *notes,
         ),
         processes=processes,
+    )
+
+
+def _memory(
+    plan: Plan,
+    model_map: ModelMap,
+    shape: Shape,
+    profile: Profile,
+    optimizer: str,
+    cache: Choice,
+    device: str,
+) -> Memory:
+    """The memory of a step that holds all layers."""
+    adapter = plan.adapter_bytes
+    return Memory(
+        weights=weight_bytes(model_map, ITEMSIZE.get(shape.dtype, 4), held_as(model_map, shape.quantize)),
+        adapter=adapter,
+        gradients=adapter,
+        # its state, and the adapter as it last was sound, in float32
+        optimizer=STATE_BYTES[optimizer](plan.trainable_params) + adapter,
+        activations=profile.activations,
+        logits=profile.logits,
+        workspace=profile.workspace,
+        heap=profile.heap,
+        # a GPU's lies in the host's memory
+        prefix_cache=cache.bytes if cache.where == "memory" and device != "cuda" else 0,
     )
 
 
@@ -117,6 +153,14 @@ def _dequantising(model_map: ModelMap, shape: Shape, timing: Timing) -> Iterator
         yield f"dequantising {held.kind} weights takes time that is not counted: once or twice for each micro-batch"
 
 
+def _streaming(residency: Residency) -> Iterator[str]:
+    """What is assumed of streamed layers, in words."""
+    if residency.where == "stream":
+        yield f"streamed layers are read at {bytes_text(round(DISK_RATE))}/s, assumed"
+    elif residency.reason:
+        yield f"the layers below the band cannot be streamed: {residency.reason}"
+
+
 def _shared(processes: int, sent: float, link: float) -> Iterator[str]:
     """What is assumed of several processes, in words."""
     yield f"{processes} processes, each with its share of every micro-batch; memory is that of one"
@@ -124,7 +168,7 @@ def _shared(processes: int, sent: float, link: float) -> Iterator[str]:
 
 
 def _seconds(
-    timing: Timing, work: Work | None, processes: int, replay: bool, cached: bool
+    timing: Timing, work: Work | None, processes: int, replay: bool, cached: bool, residency: Residency
 ) -> tuple[float | None, float | None, float | None]:
     """Seconds of an epoch, of one with the prefix replayed, and of the whole run; None where unknown."""
     if work is None:
@@ -134,6 +178,9 @@ def _seconds(
     whole = tokens * timing.token + steps
     replayed = tokens * timing.token_replayed + steps if replay else None
     later = replayed if replayed is not None and cached else whole
+    if residency.where == "stream":  # the layers below run once, also where the run is shorter than an epoch
+        once = tokens * (timing.token - timing.token_replayed) * min(1.0, work.passes)
+        return whole, replayed, once + work.passes * later + residency.bytes_read / DISK_RATE
     return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
 
 

@@ -120,6 +120,7 @@ class Forecast:
     look: DataReport | None = None
     fresh: bool = False  # times the device again, even if a timing is kept
     processes: int = 1
+    room: int = 0  # bytes that a run may take of the device
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
@@ -182,7 +183,8 @@ class Forecast:
             prefix_cache=self.config.prefix_cache,
             optimizer=self.config.optimizer,
             processes=self.processes,
-            free=free_memory(),
+            free=min(free_memory(), self.room or free_memory()) if self.device == "cpu" else free_memory(),
+            room=self.room,
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),
         )
@@ -219,6 +221,8 @@ class Forecast:
 
     def _fixed(self, plan: Plan, shape: Shape) -> int:
         """Bytes that every step needs, whatever its shape."""
+        if shape.residency != "resident":  # how much of the weights is held is seen only in the estimate
+            return 3 * plan.adapter_bytes
         held = held_as(self.found, shape.quantize)
         return weight_bytes(self.found, ITEMSIZE.get(shape.dtype, 4), held) + 3 * plan.adapter_bytes
 
@@ -237,6 +241,8 @@ class Forecast:
             return None
         other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
         cost = other.estimate(made, self.scaled(timing, plan, made, shape))
+        if shape.residency == "stream" != cost.prefix_residency.where:
+            return None
         return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
 
     def matrix(self, presets: Sequence[Preset], bands: Sequence[str]) -> list[dict[str, Any]]:
@@ -272,7 +278,7 @@ class Forecast:
         return replace(shape, length=min(shape.length, self.typical or shape.length))
 
     def _facts(self, plan: Plan, shape: Shape) -> list[Any]:
-        plain = replace(shape, accumulate=1, supervised=round(shape.supervised, 2))
+        plain = replace(shape, accumulate=1, supervised=round(shape.supervised, 2), residency="auto")
         return [self.source.config, plan.modules, plan.lora, plain, self.config.head_chunk]
 
 
@@ -333,12 +339,14 @@ def prepare(
     seconds: float = 5.0,
     fresh: bool = False,
     processes: int = 1,
+    room: int | None = None,
     tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
     """The forecast of a run, and its settings completed from its rows.
 
     `config` is completed from the model. `look` is the report on rows that are read already; `fresh`
-    times the device again, even if a timing is kept. `processes` share each micro-batch.
+    times the device again, even if a timing is kept. `processes` share each micro-batch. `room` is what a run may
+    take of the device, by default what is free there.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
@@ -371,6 +379,7 @@ def prepare(
         supervised,
         config.attention,
         config.quantize,
+        config.prefix_residency,
     )
     made = Forecast(
         source,
@@ -387,6 +396,7 @@ def prepare(
         look,
         fresh,
         processes,
+        free_on(device) if room is None else room,
     )
     return made, config
 

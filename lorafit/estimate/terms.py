@@ -28,6 +28,7 @@ class Shape:
     supervised: float = 1.0
     attention: str = "auto"
     quantize: str = "none"
+    residency: str = "auto"  # of the layers below the band: held, or streamed
 
     @property
     def tokens(self) -> int:
@@ -38,7 +39,8 @@ class Shape:
 class Memory:
     """Bytes at the peak of a training step, by what they hold; the terms sum to `peak`.
 
-    `heap` is the allocator's overhead: holes between the tensors that malloc cannot give back.
+    `heap` is the allocator's overhead: holes between the tensors that malloc cannot give back. `filling` is what
+    running streamed layers over the rows, before the first step, takes above the peak of a step.
     """
 
     weights: int
@@ -50,6 +52,7 @@ class Memory:
     workspace: int
     heap: int
     prefix_cache: int = 0
+    filling: int = 0
 
     @property
     def peak(self) -> int:
@@ -63,7 +66,19 @@ class Memory:
             + self.workspace
             + self.heap
             + self.prefix_cache
+            + self.filling
         )
+
+
+@dataclass(frozen=True, slots=True)
+class Residency:
+    """Whether the layers below the band are held (`resident`), or read as they run (`stream`); why; and of
+    streamed ones the bytes of weights that are read, by all reads together, and how many times each layer is."""
+
+    where: str
+    reason: str
+    bytes_read: int = 0
+    reads: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,8 +163,14 @@ class Estimate:
     seconds: float | None
     tokens_per_second: float
     prefix_cache: Choice
+    prefix_residency: Residency
     assumptions: tuple[str, ...]
     processes: int = 1
+
+    @property
+    def residency(self) -> tuple[str, str]:
+        """(where the layers below the band are, why): a value of --prefix-residency that is settled."""
+        return self.prefix_residency.where, self.prefix_residency.reason
 
     def as_json(self) -> dict[str, Any]:
         """The `estimate` of `plan --json`; the memory's terms sum to its `peak`."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from lorafit.evaluate.generate import Sampling as Sampling
     from lorafit.evaluate.generate import own_prompts as own_prompts
     from lorafit.evaluate.generate import row_prompts as row_prompts
+    from lorafit.evaluate.held_out import check_holds_out as check_holds_out
     from lorafit.evaluate.held_out import held_out_rows as held_out_rows
     from lorafit.evaluate.held_out import stored_settings as stored_settings
     from lorafit.evaluate.lm_eval import Tasks as Tasks
@@ -29,7 +30,7 @@ __getattr__ = door(
     {
         "chat": "Chat",
         "generate": "Generator Prompt Sampling own_prompts row_prompts",
-        "held_out": "held_out_rows stored_settings",
+        "held_out": "check_holds_out held_out_rows stored_settings",
         "lm_eval": "Tasks",
         "paired": "RowScore paired_score summed",
         "score": "Evaluator mask_id",

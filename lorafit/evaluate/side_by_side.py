@@ -4,22 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.adapter import adapted_names, attach, changes_its_base, read_config, tensor_names
+from lorafit.adapter import adapted_names, attach, changes_its_base, read_config
 from lorafit.data import RowSet, rendered
 from lorafit.evaluate.generate import Generator, Prompt, Sampling, row_prompts
 from lorafit.evaluate.lm_eval import Tasks
 from lorafit.evaluate.paired import RowScore, paired_score, summed
 from lorafit.evaluate.score import Evaluator
-from lorafit.forward import COMFORTABLE, Forward, MemoryStore, Prefix, cut_of, fill, refusal
-from lorafit.model import ModelMap, ModelSource, load_model
+from lorafit.evaluate.shared_base import SharedBase
+from lorafit.model import ModelMap, ModelSource
 from lorafit.results import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
-from lorafit.system import free_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -66,25 +63,30 @@ def compare(
     device: torch.device,
     tick: Callable[[int, int], None] = lambda done, total: None,
     quantize: str = "none",
+    residency: str = "auto",
 ) -> tuple[EvalReport, dict[str, tuple[str, ...]]]:
     """(base and adapters over the same rows, and side by side; by adapter the names of what it adapts).
 
-    `tick` is called with (rows done, rows in all).
-    Raises RequestError when an adapter does not fit the base.
+    `tick` is called with (rows done, rows in all). `residency` says whether the layers below all adapters are
+    held, or streamed; `auto` streams where the base does not fit.
+    Raises RequestError when an adapter does not fit the base, or layers that were to be streamed cannot be.
     """
-    base: Any = load_model(source, dtype, device, quantize)
-    forward = Forward.of(base, found.task)
     sets = {**({"": request.rows} if request.rows is not None else {}), **request.also}
-    size = request.batch_size
-    evaluators = [
-        Evaluator(rows, forward, size, tokenizer, found.vocab_size, device, name=f"set {number}")
-        for number, rows in enumerate(sets.values())
-    ]
-    prompts = [
-        *(row_prompts(evaluators[0], request.samples) if request.rows is not None else ()),
-        *request.prompts,
-    ]
-    generator = Generator(tokenizer, forward, device, found.max_positions, sampling)
+    shared = SharedBase(source, found, adapters, dtype, device, quantize)
+    forward = shared.open(residency, bool(request.tasks or request.prompts))
+    evaluators = shared.fill(
+        [
+            Evaluator(
+                rows, forward, request.batch_size, tokenizer, found.vocab_size, device, name=f"set {number}"
+            )
+            for number, rows in enumerate(sets.values())
+        ]
+    )
+    samples_of = request.samples if request.rows is not None and shared.streamed is None else 0
+    prompts = [*(row_prompts(evaluators[0], samples_of) if samples_of else ()), *request.prompts]
+    generator = Generator(
+        tokenizer, evaluators[0].forward if evaluators else forward, device, found.max_positions, sampling
+    )
     done, total = 0, sum(map(len, sets.values())) * (1 + len(adapters))
 
     def run_model(model: Any, around: Any, name: str) -> _ModelResult:
@@ -98,22 +100,15 @@ def compare(
         reached = tasks.measured(model, name, tokenizer, found.task, str(device)) if tasks else []
         return _ModelResult(scores, said, reached)
 
-    cuts = [_cut(path, found, base) for path in adapters]
-    prefixes = _prefixes(cuts, found, base, evaluators)
-    batches = (batch for each in evaluators for _, batch in each.batches())
-    for _ in fill(list(prefixes.values()), batches, partial(forward.run, base), device) if prefixes else ():
-        pass
-    of_base = run_model(base, _exact(prefixes.get(max(cuts)), forward, base, evaluators), "base")
+    of_base = run_model(shared.model, shared.around(None, shared.model, evaluators), "base")
     of_adapters, adapted = [], {}
     for number, path in enumerate(adapters):
-        peft_model = attach(base, path)
+        peft_model = attach(shared.model, path)
         adapted[path] = adapted_names(peft_model)
-        prefix = _exact(prefixes.get(cuts[number]), forward, peft_model, evaluators)
-        of_adapters.append(run_model(peft_model, prefix, path))
-        base = peft_model.unload()
+        of_adapters.append(run_model(peft_model, shared.around(path, peft_model, evaluators), path))
+        shared.model = peft_model.unload()
         if changes_its_base(read_config(path)) and number + 1 < len(adapters):
-            base = load_model(source, dtype, device, quantize)
-            prefixes = _moved(prefixes, base, found)
+            shared.renew()
     scores = {
         name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)
     }
@@ -122,53 +117,12 @@ def compare(
         for n, prompt in enumerate(prompts)
     )
     report = _report(request, adapters, evaluators, scores, samples)
+    if shared.streamed is not None:
+        layers = f"layers 0–{shared.streamed.cut - 1}" if shared.streamed.cut > 1 else "layer 0"
+        report = replace(report, notes=(f"{layers} were streamed: no text was generated",))
     reached = [figure for each in (of_base, *of_adapters) for figure in each.reached]
     reached.sort(key=lambda figure: (figure.task, figure.metric))  # which keeps the models' order
     return replace(report, benchmarks=tuple(reached)), adapted
-
-
-def _moved(prefixes: Mapping[int, Prefix], base: Any, found: ModelMap) -> dict[int, Prefix]:
-    """The same states, for another copy of the base."""
-    made = {}
-    for cut, prefix in prefixes.items():
-        made[cut] = Prefix.below(base, found.text_stacks[0].path, cut)
-        made[cut].store, made[cut].forms = prefix.store, prefix.forms
-    return made
-
-
-def _exact(
-    prefix: Prefix | None, forward: Forward, model: torch.nn.Module, evaluators: Sequence[Evaluator]
-) -> Prefix:
-    """That prefix where its replay gives the losses of a whole pass over the first rows, else one that runs
-    every pass whole."""
-    if prefix is None:
-        return Prefix()
-    _, first = next(evaluators[0].batches())
-    reason, _ = prefix.differs(first, lambda batch: forward.scores(model, batch)[0])
-    return Prefix() if reason else prefix
-
-
-def _cut(path: str, found: ModelMap, base: torch.nn.Module) -> int:
-    """The layer under which that adapter leaves the model as it is, and the replay may be exact; 0
-    where there is none."""
-    names = [name.removeprefix("base_model.model.") for name in tensor_names(Path(path).expanduser())]
-    cut = cut_of(found, names)
-    return 0 if refusal(found, cut, names, base, training=False) else next(iter(cut.values()))
-
-
-def _prefixes(
-    cuts: Sequence[int], found: ModelMap, base: Any, evaluators: Sequence[Evaluator]
-) -> dict[int, Prefix]:
-    """A prefix for each cut, so far as their states have room in memory, the highest cuts first."""
-    dtype = next(base.parameters()).dtype
-    size = found.hidden_size * dtype.itemsize * sum(each.processed for each in evaluators)
-    room, made = COMFORTABLE * free_memory(), {}
-    for cut in sorted(set(cuts) - {0}, reverse=True):
-        if 0 < size <= room:
-            room -= size
-            made[cut] = Prefix.below(base, found.text_stacks[0].path, cut)
-            made[cut].store = MemoryStore(size)
-    return made
 
 
 def _report(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorafit.forward.placement import COMFORTABLE as COMFORTABLE
     from lorafit.forward.placement import Choice as Choice
     from lorafit.forward.placement import choose as choose
+    from lorafit.forward.placement import fits_whole as fits_whole
     from lorafit.forward.placement import refused_by_map as refused_by_map
     from lorafit.forward.prefix import Prefix as Prefix
     from lorafit.forward.prefix import blocks_below as blocks_below
@@ -29,7 +30,9 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix_store import same_state as same_state
     from lorafit.forward.prefix_store import states_folder as states_folder
     from lorafit.forward.prefix_store import states_key as states_key
-    from lorafit.forward.stand_in import Blank as Blank
+    from lorafit.forward.streaming import Trial as Trial
+    from lorafit.forward.streaming import first_pass as first_pass
+    from lorafit.forward.streaming import sweep_of as sweep_of
 
 __getattr__ = door(
     __name__,
@@ -38,9 +41,9 @@ __getattr__ = door(
         "prefix_fill": "Sweep fill",
         "head": "Forward routes_for_loss",
         "loss": "chunk_for",
-        "placement": "COMFORTABLE Choice choose refused_by_map",
+        "placement": "COMFORTABLE Choice choose fits_whole refused_by_map",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
-        "stand_in": "Blank",
+        "streaming": "Trial first_pass sweep_of",
         "prefix_store": "DiskStore MemoryStore StateStore same_state states_folder states_key",
     },
 )

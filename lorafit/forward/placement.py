@@ -24,6 +24,9 @@ class Choice:
 COMFORTABLE = 0.25  # of the memory that is free: what the cache may take of it
 
 
+FULL = 0.9  # of the memory that is free: what may be taken of it before layers are streamed
+
+
 ROOM_LEFT = 1_000_000_000  # bytes that stay free on the disk
 
 
@@ -40,6 +43,11 @@ def refused_by_map(found: ModelMap, cut: Mapping[str, int], training: bool = Tru
     if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
         return "the adapted layers are shared, or not of the text"
     return "" if lowest else "the band begins at layer 0: nothing is frozen below it"
+
+
+def fits_whole(size: int, free: int) -> bool:
+    """Whether a run or a model that takes `size` bytes is held whole where `free` bytes are free."""
+    return size <= FULL * free
 
 
 def choose(asked: str, passes: float, size: int, memory: int, disk: int, stored: bool) -> Choice:

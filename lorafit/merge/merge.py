@@ -161,7 +161,9 @@ def merge_adapters(
             notes=tuple(notes),
             left_out=left_out,
         )
-        _finish(work, output, merged_card(report, source.name, _runs(adapters), model_map.task))
+        _finish(
+            work, output, merged_card(report, source.name, _runs(adapters), model_map.family, model_map.task)
+        )
     finally:
         shutil.rmtree(work, ignore_errors=True)
     return report

@@ -56,6 +56,7 @@ class Streamed:
 
         Raises RunError where a file became shorter or cannot be read, or the tensors do not fill the blocks.
         """
+        last = min(last, self.cut)  # those above are held
         with self._all_in_place():
             self._load([stored for number in range(first, last) for stored in self.homes.get(number, ())])
             for number in range(first, last):

@@ -7,6 +7,9 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.report.elsewhere import Use as Use
+    from lorafit.report.elsewhere import uses_of_adapter as uses_of_adapter
+    from lorafit.report.elsewhere import uses_of_merged as uses_of_merged
     from lorafit.report.html import PAGE_MARK as PAGE_MARK
     from lorafit.report.html import document as document
     from lorafit.report.html import make_page as make_page
@@ -22,6 +25,7 @@ if TYPE_CHECKING:
     from lorafit.report.model_card import merged_card as merged_card
     from lorafit.report.run import DAMAGED as DAMAGED
     from lorafit.report.run import Run as Run
+    from lorafit.report.run import name_without as name_without
     from lorafit.report.run import read_back as read_back
     from lorafit.report.run import steps_text as steps_text
     from lorafit.report.svg import COLOURS as COLOURS
@@ -35,10 +39,11 @@ __getattr__ = door(
     __name__,
     {
         "html": "PAGE_MARK document make_page table write_page",
+        "elsewhere": "Use uses_of_adapter uses_of_merged",
         "listing": "RunRow find_runs runs_text sorted_by",
         "markup": "Html el",
         "model_card": "adapter_card merged_card",
         "svg": "COLOURS Curve chart scatter series thinned",
-        "run": "DAMAGED Run read_back steps_text",
+        "run": "DAMAGED Run name_without read_back steps_text",
     },
 )

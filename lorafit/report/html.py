@@ -13,7 +13,7 @@ from lorafit import __version__
 from lorafit.events import DataReport
 from lorafit.model import ModelMap, Slot, Stack
 from lorafit.report.markup import Html, el, is_number
-from lorafit.report.run import Run, steps_text
+from lorafit.report.run import Run, name_without, steps_text
 from lorafit.report.svg import curves
 from lorafit.results import AdapterScore, EvalReport, Group, RowChange, Score
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
@@ -250,11 +250,11 @@ def _predicted(runs: Sequence[Run]) -> Html:
 def _evaluated(report: EvalReport) -> list[Html]:
     parts: list[Html] = []
     if report.base is not None:
-        about = f"{count(report.rows)} rows, {count(report.tokens)} target tokens; ± is the standard error."
+        about = f"{count(report.rows)} rows, {count(report.tokens)} target tokens{'; ± is the standard error' if report.paths else ''}."
         parts.append(
             el(
                 "section",
-                el("h2", "Base and adapter on the same rows"),
+                el("h2", "Base and adapter on the same rows" if report.paths else "The model on these rows"),
                 el("p", about, cls="soft"),
                 _scores(report.base, report.adapters),
             )
@@ -263,7 +263,9 @@ def _evaluated(report: EvalReport) -> list[Html]:
     if report.groups:
         rows = []
         for group in report.groups:
-            rows.append([group.name, "base", count(group.rows), f"{group.base.loss:.4f}", ""])
+            rows.append(
+                [group.name, name_without(group.adapters), count(group.rows), f"{group.base.loss:.4f}", ""]
+            )
             for a in group.adapters:
                 rows.append(["", a.path, "", f"{a.loss:.4f}", f"{a.delta:+.4f} ± {a.stderr:.4f}"])
         parts.append(
@@ -326,7 +328,7 @@ def _ranked(ranked: Sequence[AdapterScore]) -> Html:
 
 def _scores(base: Score, adapters: Sequence[AdapterScore]) -> Html:
     rows = []
-    for name, score in (("base", base), *((a.path, a) for a in adapters)):
+    for name, score in ((name_without(adapters), base), *((a.path, a) for a in adapters)):
         exact = "" if score.exact is None else f"{score.exact:.1%}"
         row = [name, f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}", exact]
         if isinstance(score, AdapterScore):
@@ -353,8 +355,8 @@ def _row(label: str, row: RowChange) -> Html:
 def _sample(report: EvalReport, number: int) -> Html:
     sample = report.samples[number]
     texts = [("reference", sample.reference)] if sample.reference else []
-    named = report.paths if len(report.paths) > 1 else ["adapter"]
-    texts += [("base", sample.base), *zip(named, sample.adapters, strict=True)]
+    named = ["adapter"] if len(report.paths) == 1 else report.paths
+    texts += [(name_without(report.paths), sample.base), *zip(named, sample.adapters, strict=True)]
     parts = [Html(el("dt", label) + el("dd", text or "(nothing)", cls="said")) for label, text in texts]
     return Html(el("p", el("strong", sample.prompt)) + el("dl", parts))
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import shlex
 from collections.abc import Iterable, Sequence
@@ -11,8 +10,18 @@ from typing import Any
 
 from lorafit import __version__
 from lorafit.adapter import Plan
+from lorafit.model import split_revision
+from lorafit.report.elsewhere import (
+    CLASSES,
+    Use,
+    uses_of_adapter,
+    uses_of_merged,
+    why_not_gguf,
+    why_not_vllm,
+)
 from lorafit.report.run import DAMAGED, Run, steps_text
 from lorafit.results import MergeReport
+from lorafit.settings import takes_from_base
 from lorafit.units import bytes_text, count, figures, layers_text, seconds_text, short
 
 OWNED = re.compile(r"\w[\w.-]*/\w[\w.-]*(:.*)?")  # an id on the Hub
@@ -41,24 +50,11 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
         *_training(run),
     ]
     place = shlex.quote(name)
-    base = json.dumps(_public_name(plan.model), ensure_ascii=False)
-    use = "AutoModelForSeq2SeqLM" if task == "seq2seq" else "AutoModelForMaskedLM"
-    use = "AutoModelForCausalLM" if task == "causal" else use
-    loaded = "" if plan.model == "demo" else (
-        f"In Python:\n\n```python\nfrom peft import PeftModel\nfrom transformers import {use}\n\n"
-        f"model = PeftModel.from_pretrained({use}.from_pretrained({base}), {json.dumps(name)})\n```\n"
-    )  # fmt: skip
-    if lora.rank_pattern or lora.alpha_pattern:
-        loaded += (
-            "\nIts modules differ in rank or alpha (`rank_pattern`, `alpha_pattern`). PEFT honours that; vLLM, SGLang, "
-            "llama.cpp's converter and other servers that read `r` and `lora_alpha` alone do not: merge it for those.\n"
-        )
-    if isinstance(lora.init_lora_weights, str) and lora.init_lora_weights.lower().startswith(
-        ("pissa", "olora", "corda")
-    ):
+    loaded = "" if plan.model == "demo" else _elsewhere(plan, run, family, task, name)
+    if takes_from_base(lora.init_lora_weights):
         loaded += (
             f"\nIt was trained from a `{lora.init_lora_weights}` start and is saved for the base as it was, "
-            f"with rank {2 * lora.r}: twice the trained one.\n"
+            f"with rank {lora.saved_rank}: twice the trained one.\n"
         )
     commands = [
         f"lorafit eval {place}",
@@ -78,16 +74,39 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
             "",
             "## Use",
             "",
-            *([loaded] if loaded else []),
             "```sh",
             *commands,
             "```",
             "",
+            *([loaded] if loaded else []),
         ]
     )
 
 
-def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float]], task: str) -> str:
+def _elsewhere(plan: Plan, run: Run, family: str, task: str, name: str) -> str:
+    """The lines for other tools, and why others are not there."""
+    revision = str(run.settings.get("revision") or split_revision(str(run.settings.get("model", "")))[1])
+    uses = uses_of_adapter(plan, family, task, name, _public_name(plan.model), revision)
+    reasons = {"vLLM": why_not_vllm(plan, family, task), "llama.cpp": why_not_gguf(plan, family, task)}
+    notes = [
+        f"{tool} cannot take the adapter: {why}. Merge it first." for tool, why in reasons.items() if why
+    ]
+    return "\n".join([*_uses(uses, task, "from peft import PeftModel"), *notes, ""])
+
+
+def _uses(uses: Sequence[Use], task: str, *imports: str) -> list[str]:
+    """A block of Python and a block of shell commands for other tools."""
+    python = [f"model = {use.line}  # {use.tool}" for use in uses if use.python]
+    head = [*imports, f"from transformers import {CLASSES[task]}", ""]
+    lines = ["```python", *head, *python, "```", ""]
+    if shell := [use for use in uses if not use.python]:
+        lines += ["```sh", *(text for use in shell for text in (f"# {use.tool}", use.line)), "```", ""]
+    return lines
+
+
+def merged_card(
+    report: MergeReport, base: str, parts: Sequence[tuple[Run, float]], family: str, task: str
+) -> str:
     """The `README.md` of a merged model's folder. `parts` are the adapters with their weights."""
     base = _public_name(base)
     rows: list[tuple[str, str]] = [("base", _code(base))]
@@ -127,6 +146,8 @@ def merged_card(report: MergeReport, base: str, parts: Sequence[tuple[Run, float
             _merge_command(parts, output),
             f"lorafit inspect {output}",
             "```",
+            "",
+            *_uses(uses_of_merged(family, task, Path(report.output).name, base), task),
             *[f"\n{note}." for note in report.notes],
             "",
         ]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,3 +68,8 @@ def steps_text(report: Mapping[str, Any]) -> str:
     """`87 steps`, or which of them the adapter is of: `step 40, the best of 87`."""
     steps, own = int(report["steps"]), int(report.get("adapter_step") or report["steps"])
     return f"{count(steps)} steps" if own == steps else f"step {count(own)}, the best of {count(steps)}"
+
+
+def name_without(adapters: Sequence[object]) -> str:
+    """What the model without an adapter is called: the base of these, or the one model that was scored."""
+    return "base" if adapters else "model"

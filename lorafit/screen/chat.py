@@ -11,7 +11,7 @@ from lorafit.screen.console import CONTROLS, Screen
 PROMPT = "> "
 SHOWN = {**CONTROLS, ord("\t"): "\t"}
 HELP = (
-    ("/base", "ask the base the last question again; /base TEXT asks it something else"),
+    ("/base", "ask the base the last question; /base TEXT: another"),
     ("/reset", "forget the conversation"),
     ("/quit", "end; so does Ctrl-C or Ctrl-D here"),
 )
@@ -27,7 +27,7 @@ class ChatView:
     def start(self, about: str) -> None:
         self.screen.line("chat", about)
         if self.typed:
-            self.screen.line("", "/base asks the base the same, /reset forgets, /quit ends, /help shows more")
+            self.screen.line("", "/base asks the base, /reset forgets, /quit ends; /help")
 
     def help(self) -> None:
         for name, what in HELP:

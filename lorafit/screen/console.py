@@ -10,9 +10,9 @@ import json
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.cells import cell_len
 from rich.console import Console
@@ -25,6 +25,9 @@ from lorafit.errors import LorafitError
 from lorafit.jsonio import jsonable
 from lorafit.screen.ascii import allow_ascii, is_unicode
 from lorafit.units import count
+
+if TYPE_CHECKING:
+    from lorafit.report import Use
 
 # A row's text is data: what would move the cursor or ring is shown as a picture of itself.
 CONTROLS = {n: chr(0x2400 + n) for n in range(32) if chr(n) != "\n"} | {0x7F: "\u2421", 0x9B: "�"}
@@ -94,6 +97,11 @@ class Screen:
                 _labelled(label, Text(text)), highlight=False, soft_wrap=True
             )
 
+    def commands(self, label: str, texts: Iterable[str]) -> None:
+        """Commands to be copied, one below the other."""
+        for number, text in enumerate(texts):
+            self.command("" if number else label, text)
+
     def note(self, text: str, answer: bool = False) -> None:
         self.line("note", text, answer)
 
@@ -123,6 +131,12 @@ class Screen:
                 progress.update(task, completed=done, total=total, shown=f"{unit(done)} of {unit(total)}")
 
             yield tick
+
+
+def show_uses(screen: Screen, uses: Iterable[Use]) -> None:
+    """The lines for other tools."""
+    for use in uses:
+        screen.command("Python" if use.tool == "transformers" else use.tool, use.line)
 
 
 class Table:

@@ -7,6 +7,7 @@ from pathlib import PurePath
 
 from rich.markup import escape
 
+from lorafit.report import name_without
 from lorafit.results import AdapterScore, EvalReport, Group, Score
 from lorafit.screen.console import LABEL, Screen, Table, clip, table_of
 from lorafit.units import count, figures, rows_text
@@ -45,7 +46,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for a, name in zip(group.adapters, named, strict=True):
             _say(screen, name, _significance(a, group.rows))
     if report.benchmarks:
-        names = {"base": _own(report.paths), **dict(zip(report.paths, named, strict=True))}
+        names = {"base": name_without(report.paths), **dict(zip(report.paths, named, strict=True))}
         table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
         for b in report.benchmarks:
             error = "" if b.stderr is None else f"± {b.stderr:.4f}"
@@ -70,7 +71,7 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         reference = [("reference", sample.reference)] if sample.reference else []
         for label, text in (
             *reference,
-            (_own(report.paths), sample.base),
+            (name_without(report.paths), sample.base),
             *zip(named, sample.adapters, strict=True),
         ):
             _say(screen, label, clip(text) or "(nothing)")
@@ -116,18 +117,13 @@ def _ranking(ranked: Sequence[AdapterScore], named: Mapping[str, str], rows: int
     return table
 
 
-def _own(adapters: Sequence[object]) -> str:
-    """What the model without an adapter is called: the base, or the one model that was scored."""
-    return "base" if adapters else "model"
-
-
 def _scores_table(base: Score, adapters: Sequence[AdapterScore], named: Sequence[str], exact: bool) -> Table:
     """One line per model."""
     columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
     columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
     labels = named if len(adapters) > 1 else [a.path for a in adapters]
-    for label, score in ((_own(adapters), base), *zip(labels, adapters, strict=True)):
+    for label, score in ((name_without(adapters), base), *zip(labels, adapters, strict=True)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
         if exact:
             values.append("" if score.exact is None else f"{score.exact:.1%}")
@@ -155,7 +151,7 @@ def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Tab
         table.add_row(
             f"  {escape(clip(group.name, 40)) or '(empty)'}",
             *sizes,
-            _own(group.adapters),
+            name_without(group.adapters),
             f"{base.loss:.4f}",
             f"{base.accuracy:.1%}",
             "",

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
 from lorafit.results import MergeReport
-from lorafit.screen.console import Screen
+from lorafit.screen.console import Screen, show_uses
 from lorafit.units import bytes_text, count, seconds_text
 
+if TYPE_CHECKING:
+    from lorafit.report import Use
 
-def show_merge(screen: Screen, report: MergeReport) -> None:
-    """What was merged, and the result of the verification."""
+
+def show_merge(screen: Screen, report: MergeReport, uses: Sequence[Use] = ()) -> None:
+    """What was merged, the result of the verification, and the lines for other tools."""
     screen.line(
         "merged",
         f"{count(report.adapted)} of {count(report.tensors)} tensors, {bytes_text(report.bytes)} "
@@ -48,3 +54,4 @@ def show_merge(screen: Screen, report: MergeReport) -> None:
     for note in report.notes:
         screen.note(note, answer=True)
     screen.command("saved", report.output)
+    show_uses(screen, uses)

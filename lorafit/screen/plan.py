@@ -52,6 +52,8 @@ def show_plan(
         screen.section("memory at the peak of a step", _memory_table(estimate))
         if fit is not None:
             screen.line("fits" if fit.fits else "too big", _fit_text(fit, estimate), answer=True)
+        if estimate.prefix_residency.where == "stream":
+            screen.line("streams", _streams_text(plan, estimate), answer=True)
         screen.line("time", _time_text(estimate), answer=True)
         for assumption in estimate.assumptions:
             screen.note(assumption, answer=True)
@@ -60,7 +62,8 @@ def show_plan(
             _show_alternatives(screen, fit, estimate)
     for note in plan.notes:
         screen.note(note, answer=True)
-    screen.command("next", command)
+    if fit is None or fit.fits:
+        screen.command("next", command)
 
 
 def _title(plan: Plan) -> str:
@@ -126,6 +129,19 @@ def _fit_text(fit: Fit, estimate: Estimate) -> str:
     return f"{bytes_text(peak)} at the peak{each}, {bytes_text(fit.free)} free on {fit.device}{forced}"
 
 
+def _streams_text(plan: Plan, estimate: Estimate) -> str:
+    """`layers 0–59 are read as they run, twice (240 GB), and not held; their output takes 1.20 GB on disk`."""
+    (cut,) = plan.cut.values()
+    residency, states = estimate.prefix_residency, estimate.prefix_cache
+    layers = f"{layers_text(tuple(range(cut)))} {'are' if cut > 1 else 'is'}"
+    times = "twice" if residency.reads == 2 else f"{residency.reads} times"
+    kept = f"; their output takes {bytes_text(states.bytes)} {'on disk' if states.where == 'disk' else 'of memory'}"
+    return (
+        f"{layers} read as they run, {times} ({bytes_text(residency.bytes_read)} in all), and not held"
+        f"{kept if states.bytes else ''} ({residency.reason})"
+    )
+
+
 def _time_text(estimate: Estimate) -> str:
     """`3 epochs, 4.10 M tokens: about 31 min with the frozen-layer cache, 52 min without`."""
     speed = f"{short(estimate.tokens_per_second)} tok/s"
@@ -137,6 +153,8 @@ def _time_text(estimate: Estimate) -> str:
     plain = seconds_text(estimate.seconds_per_epoch * estimate.epochs)
     if estimate.prefix_cache.where == "off" or estimate.seconds is None:
         return f"{text}{plain} at {speed}"
+    if estimate.prefix_residency.where == "stream":
+        return f"{text}{seconds_text(estimate.seconds)} with the reading"
     return f"{text}{seconds_text(estimate.seconds)} with the frozen-layer cache, {plain} without"
 
 

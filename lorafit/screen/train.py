@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import shlex
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from math import ceil
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
     BarColumn,
@@ -33,8 +33,11 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.outputs import PAGE
-from lorafit.screen.console import LABEL, Screen, clip
+from lorafit.screen.console import LABEL, Screen, clip, show_uses
 from lorafit.units import bytes_text, compared, count, epochs_text, figures, rows_text, seconds_text, short
+
+if TYPE_CHECKING:
+    from lorafit.report import Use
 
 BAR, SHORTEST_BAR = 12, 5  # columns of the bar
 EPOCH_WIDTH = 76  # columns of a line of the epochs' table
@@ -146,9 +149,9 @@ class TrainView:
         speed = f"{short(event.done / max(1e-9, event.seconds))} tok/s"
         if event.done == event.tokens:
             self.close()
-            self.screen.line(
-                "cached", f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
-            )
+            read = f", {bytes_text(event.bytes_read)} of weights read" if event.bytes_read else ""
+            done = f"{count(event.tokens)} tokens in {seconds_text(event.seconds)}, {speed}"
+            self.screen.line("cached", done + read)
         elif self.screen.live:
             if self.progress is None:
                 columns = (
@@ -279,15 +282,19 @@ def bar_parts(width: int, steps: int, epochs: int) -> dict[str, int]:
 def _cache_text(event: PrefixCache) -> str:
     if event.where == "off":
         return f"frozen-layer cache off: {event.reason}"
-    layers = f"layers 0–{event.layers - 1} run" if event.layers > 1 else "layer 0 runs"
+    several = event.layers > 1
+    layers = f"layers 0–{event.layers - 1}" if several else "layer 0"
+    if event.streamed:
+        layers += " are read from disk as they" if several else " is read from disk as it"
+    layers += " run" if several else " runs"
     return (
         f"{layers} once per row; every epoch reads the result from {event.where} "
         f"({bytes_text(event.bytes)}; {event.reason})"
     )
 
 
-def show_train_report(screen: Screen, report: TrainReport) -> None:
-    """The result of the run, and the next commands."""
+def show_train_report(screen: Screen, report: TrainReport, uses: Sequence[Use] = ()) -> None:
+    """The result of the run, the next commands, and the lines for other tools."""
     if report.eval:
         before, after = report.eval["before"], report.eval["after"]
         screen.line(
@@ -328,5 +335,5 @@ def show_train_report(screen: Screen, report: TrainReport) -> None:
     commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
     commands += [["chat", report.output]] if report.task != "masked" else []
     commands += [["merge", report.output, "-o", f"{name}-merged"]]
-    for number, command in enumerate(commands):
-        screen.command("" if number else "next", shlex.join(["lorafit", *command]))
+    screen.commands("next", (shlex.join(["lorafit", *command]) for command in commands))
+    show_uses(screen, uses)

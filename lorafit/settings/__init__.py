@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from lorafit.settings.preset import load_preset as load_preset
     from lorafit.settings.preset import preset_names as preset_names
     from lorafit.settings.preset import read_yaml as read_yaml
+    from lorafit.settings.preset import takes_from_base as takes_from_base
     from lorafit.settings.run_config import OPTIONS as OPTIONS
     from lorafit.settings.run_config import RunConfig as RunConfig
     from lorafit.settings.same_run import IN_DIGESTS as IN_DIGESTS
@@ -45,7 +46,7 @@ __getattr__ = door(
         "options": "DATA OUTPUT Option TRAINING WHAT",
         "places": "lasting weighted",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
-        "preset": "Lora Preset load_preset preset_names read_yaml",
+        "preset": "Lora Preset load_preset preset_names read_yaml takes_from_base",
         "run_config": "OPTIONS RunConfig",
         "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",
     },

@@ -22,6 +22,7 @@ from lorafit.settings.optimizers import check_optimizer
 from lorafit.settings.preset import LORA, TOP, Preset, load_preset, read_yaml
 from lorafit.settings.run_config import OPTIONS, RunConfig
 from lorafit.settings.trackers import check_trackers
+from lorafit.settings.values import check_attention
 from lorafit.units import figures
 
 PRESETS_OWN = {*TOP, *LORA, "roles"} - {*OPTIONS}  # keys that no run file has
@@ -131,6 +132,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
             origin[name] = f"preset {preset.name}"
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
+    check_attention(values["attention"])
     _check_evaluations(values)
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])

@@ -30,6 +30,14 @@ FOLDERS = (HERE / "_presets", HERE.parent / "presets")
 LONGEST = 1_000_000  # bytes of the largest YAML file that is read
 
 
+STARTS = ("pissa", "olora", "corda")  # the words that PEFT's names for them begin with
+
+
+def takes_from_base(init: Any) -> bool:
+    """Whether an `init_lora_weights` takes a part out of the base's weights."""
+    return isinstance(init, str) and init.lower().startswith(STARTS)
+
+
 @dataclass(frozen=True, slots=True)
 class Lora:
     """LoRA's settings, named as in PEFT except for `alpha` and `dropout`."""
@@ -44,6 +52,13 @@ class Lora:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     modules_to_save: tuple[str, ...] = ()
+
+    @property
+    def saved_rank(self) -> int:
+        """The largest rank in the adapter's file: twice the trained one where its start is taken off (adapter/start)."""
+        return max([self.r, *self.rank_pattern.values()]) * (
+            2 if takes_from_base(self.init_lora_weights) else 1
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,6 +125,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
         mark = getattr(error, "problem_mark", None)
         where = f":{mark.line + 1}" if mark else ""
         why = getattr(error, "problem", None) or "not a YAML file"
+        if isinstance(error, (yaml.scanner.ScannerError, yaml.parser.ParserError)):
+            why = f"it is not valid YAML: {why}"
         raise RequestError(f"{what} `{path}{where}`: {why}") from None
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{what} `{path}` cannot be read: {error}") from None

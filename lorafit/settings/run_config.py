@@ -404,6 +404,12 @@ class RunConfig:
             return self
         return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason}"})
 
+    def settled(self, name: str, open: Any, value: Any, reason: str) -> RunConfig:
+        """The settings with this value in place of the `open` one, e.g. `auto`, where that is set."""
+        if getattr(self, name) != open:
+            return self
+        return replace(self, **{name: value}, origin={**self.origin, name: f"derived: {reason or open}"})
+
     def why(self, name: str) -> str:
         """The reason of a derived value, e.g. `from hidden size 128`; empty for other values."""
         came = self.origin.get(name, "")

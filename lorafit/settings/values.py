@@ -4,9 +4,22 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
+from importlib.util import find_spec
 from typing import Any
 
+from lorafit.errors import RequestError
 from lorafit.settings.options import Kind
+
+
+def check_attention(name: str) -> None:
+    """Raises RequestError when neither the package of an attention implementation is installed nor `kernels`, which
+    downloads it."""
+    package = ATTENTION_PACKAGES.get(name)
+    if package and find_spec(package) is None and find_spec("kernels") is None:
+        raise RequestError(
+            f"--attention {name} needs the package `{package.replace('_', '-')}`, which is not installed",
+            "--attention sdpa, or auto",
+        )
 
 
 def _is_date(value: Any) -> bool:
@@ -27,6 +40,7 @@ SCHEDULERS = (
 )  # fmt: skip
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 ATTENTIONS = ("auto", "sdpa", "eager", "flash_attention_2", "flash_attention_3")
+ATTENTION_PACKAGES = {"flash_attention_2": "flash_attn", "flash_attention_3": "flash_attn_interface"}
 PREFIX_CACHES = ("auto", "memory", "disk", "off")
 RESIDENCIES = ("auto", "resident", "stream")
 FORMATS = (

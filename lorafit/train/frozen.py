@@ -12,50 +12,30 @@ from signal import SIGTERM
 
 import torch
 
-from lorafit.data import Batch
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import Event, Filling, PrefixCache
 from lorafit.forward import (
-    COMFORTABLE,
-    Blank,
     Choice,
     DiskStore,
     Forward,
     MemoryStore,
     Prefix,
     Sweep,
+    Trial,
     base_of,
     choose,
     fill,
+    first_pass,
     refusal,
-    same_state,
     states_folder,
     states_key,
+    sweep_of,
     trained_in,
 )
-from lorafit.model import let_go
 from lorafit.system import free_disk, free_memory
 from lorafit.train.job import Job, not_streamed
 from lorafit.train.state import State
-
-
-@dataclass(slots=True)
-class Trial:
-    """One whole pass over a run's first micro-batch, each block below the cut read as it ran: what entered the
-    head, (N, D), and the state that entered the cut. A replay of it is compared once other rows went through."""
-
-    prefix: Prefix
-    batch: Batch
-    forward: Forward
-    wanted: torch.Tensor
-    state: torch.Tensor
-
-    def differs(self, model: torch.nn.Module) -> bool:
-        """Whether a replay gives something else."""
-        with self.prefix.replayed(self.state):
-            found = self.forward.into_head(model, self.batch)
-        return not (torch.equal(found, self.wanted) or (found.is_cuda and same_state(self.wanted, found)))
 
 
 @dataclass(slots=True)
@@ -77,20 +57,13 @@ def first_look(job: Job) -> tuple[Forward, Trial | None]:
     head_chunk = job.config.head_chunk or 0
     if job.streamed is None:
         return Forward.of(job.model, job.task, head_chunk), None
-    base = base_of(job.model)
     if not job.world.alone:
         raise not_streamed("it runs in one process")
+    base, first = base_of(job.model), job.first_batch()
+    assert first is not None
     if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
         raise not_streamed(reason)
-    prefix = Prefix(base.get_submodule(job.streamed.stack), job.streamed.cut, job.streamed.held)
-    plain, first = Forward.plain(base, job.task), job.first_batch()
-    assert first is not None
-    first = first.to(job.device)
-    job.model.eval()
-    wanted, state = prefix.run_whole(first, partial(plain.into_head, base))
-    with prefix.replayed(None):  # its try on a few tokens needs no block below the cut
-        forward = Forward.of(job.model, job.task, head_chunk)
-    return forward, Trial(prefix, first, plain, wanted, state)
+    return first_pass(job.streamed, job.model, job.task, first.to(job.device), head_chunk)
 
 
 def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None) -> Frozen:
@@ -147,7 +120,7 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
     if first is not None and trial is None:
         prefix.store.put(first.key, state)
-    sweep = Sweep() if job.streamed is None else Sweep(1, _group(job, choice, row_bytes), job.streamed.held)
+    sweep = _sweep(job, held_out, choice, row_bytes)
     return Frozen(
         prefix, PrefixCache(choice.where, choice.reason, cut, size, job.streamed is not None), sweep, trial
     )
@@ -166,15 +139,13 @@ def _composition(job: Job, held_out: Evaluator) -> list[str]:
     return found if job.world.alone else [*found, f"process {job.world.rank} of {job.world.size}"]
 
 
-def _group(job: Job, choice: Choice, row_bytes: int) -> int:
-    """Micro-batches that run through a block while it is held: all, or as many as their states have room for."""
-    room = COMFORTABLE * (
-        torch.cuda.mem_get_info(job.device)[0] if job.device.type == "cuda" else free_memory()
-    )
-    if choice.where == "memory" and job.device.type != "cuda":
-        return max(1, len(job.keys) + len(job.rows.held_out))
-    largest = row_bytes * job.batch_size * max(int(job.rows.train.lengths.max()), 1)
-    return max(1, int(room / largest))
+def _sweep(job: Job, held_out: Evaluator, choice: Choice, row_bytes: int) -> Sweep:
+    """How the layers below the cut are gone through."""
+    if job.streamed is None:
+        return Sweep()
+    largest = row_bytes * job.batch_size * int(job.rows.train.lengths.max())
+    every = len(job.keys) + len(held_out.keys)
+    return sweep_of(job.streamed, largest, job.device, every if choice.where == "memory" else 0)
 
 
 def fill_prefix(
@@ -237,15 +208,4 @@ def _settle(job: Job, trial: Trial) -> None:
         raise RunError(
             "streamed layers would not be exact: a layer above them reads them", "--prefix-residency resident"
         )
-    base = base_of(job.model)
-    embedding = base.get_input_embeddings()
-    if job.found.tied_head or any(p.requires_grad for p in embedding.parameters()):
-        return
-    owner, name = next(
-        (m, n) for m in base.modules() for n, child in m.named_children() if child is embedding
-    )
-    setattr(owner, name, Blank(embedding))
-    if trial.differs(job.model):
-        setattr(owner, name, embedding)
-    else:
-        let_go(embedding)
+    trial.let_embedding_go(job.model)

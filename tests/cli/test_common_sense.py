@@ -33,7 +33,9 @@ def test_a_run_without_held_out_rows(run, tiny, pairs, tmp_path, monkeypatch):
     assert report["eval"] == {} and report["sample"] is None and report["steps"] == 4
     refused = run("eval", "a")
     assert refused.code == 2 and "--holdout 0" in refused.err and "--data" in refused.err
-    assert run("eval", "a", "--data", pairs, "--samples", 0, "--json").document["rows"] == 40
+    scored = run("eval", "a", "--data", pairs, "--samples", 0, "--json").document
+    assert scored["rows"] == 40 and scored["notes"] == [] and scored["page"] == "a/report.html"
+    assert "better than the base" in (tmp_path / "a" / "report.html").read_text() or scored["adapters"]
     assert run("merge", "a", "-o", "m").code == 0
     assert run("plan", *words, "--no-probe", "--json").document["data"]["held_out_rows"] == 0
     assert run("data", *words[:5], "--json").document["data"]["held_out_name"] == ""

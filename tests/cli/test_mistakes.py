@@ -1,6 +1,7 @@
 """Mistakes people make, and what they are told: what was wrong, with the value, and what to do next."""
 
 import json
+import pathlib
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,9 @@ TYPED = [
     (["merge", "nowhere", "-o", "c"], "`nowhere`", ""),
     (["eval", "nowhere"], "`nowhere`", ""),
     (["trian"], "trian", "train"),
+    (["chat", "x", "--temperature", "hot"], "--temperature is `hot`", "a number from 0 on, at most 10"),
+    (["chat", "x", "--max-new-tokens", "0"], "--max-new-tokens is `0`", "a whole number from 1 on"),
+    (["data", "--row", "x"], "--row is `x`", "a whole number from 1 on"),
 ]
 
 
@@ -158,6 +162,13 @@ TAKEN = [
     ("eval a --data nowhere.jsonl", "`nowhere.jsonl`", ".jsonl"),
     ("train bare --data d.jsonl", "no tokenizer", "where the model came from"),
     ("plan bare --data d.jsonl", "no tokenizer", "where the model came from"),
+    ("train m --data d.jsonl --chat-template none.jinja", "`none.jinja`", "No such file"),
+    (
+        "train m --data d.jsonl --chat-template bad.jinja",
+        "`bad.jinja:2` is not a valid template",
+        "Jinja template",
+    ),
+    ("train m --data d.jsonl --config bad.yaml", "`bad.yaml:3`: it is not valid YAML", ""),
     ("train nobody/nothing --data d.jsonl", "HF_HUB_OFFLINE is set", "check the name"),
     ("eval nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
     ("chat nobody/nothing", "HF_HUB_OFFLINE is set", "check the name"),
@@ -193,6 +204,8 @@ def desk(tiny, pairs, tmp_path_factory):
         (folder / name).write_bytes(b"GGUF" + bytes(64))
     (folder / "p.yaml").write_text("description: mine\nroles: [q]\nlora: {r: 4}\n")
     (folder / "odd.yaml").write_text("wxyz: red\n")
+    (folder / "bad.jinja").write_text("{{ bos_token }}\n{% for")
+    (folder / "bad.yaml").write_text("preset: ffn\nlayers: [\n")
     (folder / "link").symlink_to("gone")
     return folder
 
@@ -233,6 +246,13 @@ def test_bitsandbytes_that_is_missing_is_named(run, desk, monkeypatch):
     assert "pip install 'lorafit[quant]'" in done.err
 
 
+def test_attention_that_is_not_installed_is_named(run, desk, monkeypatch):
+    monkeypatch.setattr("lorafit.settings.values.find_spec", lambda name: None)
+    monkeypatch.chdir(desk)
+    done = run("train", "m", "--data", "d.jsonl", "--attention", "flash_attention_2")
+    assert done.code == 2 and "needs the package `flash-attn`" in done.err and "sdpa" in done.err
+
+
 def test_a_hub_that_is_not_reached_is_tried_once(run, desk, monkeypatch):
     """A port that nothing listens on: without a look before, the libraries try again for half a minute."""
     from huggingface_hub import constants
@@ -265,7 +285,12 @@ def test_a_model_is_scored_alone(run, desk, monkeypatch):
     beside = run("eval", "a", "--data", "d.jsonl", "--samples", 0, "--json").document
     alone = run("eval", "m", "--data", "d.jsonl", "--samples", 0, "--json").document
     assert alone["base"] == beside["base"] and alone["adapters"] == [] and alone["rows"] == 40
-    out = run("eval", "m", "--data", "d.jsonl", "--samples", 1).out
+    out = run("eval", "m", "--data", "d.jsonl", "--samples", 1, "--report", "page.html").out
+    page = pathlib.Path("page.html")
+    assert (
+        "The model on these rows" in page.read_text() and "adapter" not in page.read_text().split("<body")[1]
+    )
+    page.unlink()
     assert "  model" in out and "base" not in out and "difference" not in out
     assert run("merge", "a", "-o", "merged", "-q").code == 0
     merged = run("eval", "merged", "--data", "d.jsonl", "--samples", 0, "--json").document["base"]["loss"]

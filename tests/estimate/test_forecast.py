@@ -32,7 +32,7 @@ def test_the_estimate_has_its_terms(run):
     memory = found["memory"]
     assert set(memory) == {
         "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "heap", "prefix_cache",
-        "peak",
+        "filling", "peak",
     }  # fmt: skip
     assert memory["peak"] == sum(size for name, size in memory.items() if name != "peak")
     assert memory["weights"] == 4 * 2_525_952 and memory["adapter"] == memory["gradients"] == 4 * 69_120
@@ -42,6 +42,47 @@ def test_the_estimate_has_its_terms(run):
     assert 0 < found["seconds_per_epoch_replayed"] < found["seconds_per_epoch"]
     assert found["prefix_cache"]["where"] == "memory" and memory["prefix_cache"] > 0
     assert any("simulated step" in line for line in found["assumptions"])
+
+
+def test_streamed_layers_take_the_bytes_and_reads_that_were_foreseen(run, tmp_path):
+    """The weights below the band are not held, and every one is read twice: for the trial and for all rows."""
+    given = ("demo", "--preset", "ffn", "--layers", "high", "--max-steps", "30")
+    held, streamed = (
+        run("plan", *given, "--prefix-residency", where, "--no-probe", "--json").document["estimate"]
+        for where in ("resident", "stream")
+    )
+    assert held["prefix_residency"]["where"] == "resident" and held["memory"]["filling"] == 0
+    # 9 of 12 layers and the embedding are let go
+    assert streamed["memory"]["weights"] / held["memory"]["weights"] == pytest.approx(0.284, abs=0.01)
+    assert streamed["memory"]["peak"] < held["memory"]["peak"]
+    run("train", *given[1:], "--prefix-residency", "stream", "-o", tmp_path / "r", "-q")
+    events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
+    read = next(event["bytes_read"] for event in events if event["event"] == "filling")
+    assert streamed["prefix_residency"]["bytes_read"] == pytest.approx(read, rel=0.05)
+    cache = next(event for event in events if event["event"] == "prefix")
+    assert cache["streamed"] and streamed["prefix_cache"]["bytes"] == pytest.approx(cache["bytes"], rel=0.05)
+    assert streamed["prefix_residency"]["reads"] == 2
+
+
+def test_what_does_not_fit_is_streamed(run):
+    """`auto`: as soon as holding all layers takes more than what is free; where nothing fits, as a proposal."""
+    given = ("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe", "--device", "cpu", "--json")
+    for room, where in (("1GB", "resident"), ("113MB", "stream"), ("1MB", "stream")):
+        found = run(*given, "--fit", room).document["estimate"]["prefix_residency"]
+        assert found["where"] == where, room
+    given = (
+        *given[:-1],
+        "--prefix-residency",
+        "resident",
+        "--batch-size",
+        "1",
+        "--max-length",
+        "64",
+        "--json",
+    )
+    document = run(*given, "--fit", "12MB").document
+    flags = [option["flags"] for option in document["fit"]["alternatives"]]
+    assert "--prefix-residency stream" in flags and not document["fit"]["fits"]
 
 
 def test_several_processes_share_rows_and_time_and_not_the_weights(run):

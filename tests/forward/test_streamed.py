@@ -13,6 +13,7 @@ from lorafit import cache
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Filling, PrefixCache
+from lorafit.forward import Sweep
 from lorafit.model import find, load_model, load_streamed
 from lorafit.train import loop
 from lorafit.train.loggers import recorded
@@ -92,7 +93,7 @@ def test_states_on_disk_are_filled_in_groups_and_found_again(tiny, pairs, tmp_pa
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from lorafit.train import frozen
 
-    monkeypatch.setattr(frozen, "_group", lambda *_: 3)
+    monkeypatch.setattr(frozen, "sweep_of", lambda streamed, *_: Sweep(1, 3, streamed.held))
     job, first = trained(tiny("llama"), pairs, tmp_path / "first", prefix_cache="disk")
     reads = next(e.bytes_read for e in first if isinstance(e, Filling) and e.bytes_read)
     groups = -(-(len(job.keys) + -(-len(job.rows.held_out) // 4)) // 3)
@@ -110,7 +111,7 @@ def test_a_fill_that_was_killed_is_gone_on_with(tiny, pairs, tmp_path, monkeypat
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     from lorafit.train import frozen
 
-    monkeypatch.setattr(frozen, "_group", lambda *_: 1)
+    monkeypatch.setattr(frozen, "sweep_of", lambda streamed, *_: Sweep(1, 1, streamed.held))
     events = loop.run(job_for(tiny("llama"), tmp_path / "killed", **flags(pairs, prefix_cache="disk")))
     for event in events:
         if isinstance(event, Filling) and event.done > event.tokens / 2:

@@ -1,0 +1,78 @@
+"""Layers below the cut that are read as they run: one whole pass, compared with a replay once other rows went by."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from lorafit.data import Batch
+from lorafit.forward.activations import base_of
+from lorafit.forward.head import Forward
+from lorafit.forward.placement import COMFORTABLE
+from lorafit.forward.prefix import Prefix
+from lorafit.forward.prefix_fill import Sweep
+from lorafit.forward.prefix_store import same_state
+from lorafit.forward.stand_in import Blank
+from lorafit.model import Streamed, let_go
+from lorafit.system import free_memory
+
+
+@dataclass(slots=True)
+class Trial:
+    """One whole pass over a micro-batch, each block below the cut read as it ran: what entered the head, (N, D),
+    and the state that entered the cut, (B, T, D)."""
+
+    prefix: Prefix
+    batch: Batch
+    forward: Forward
+    wanted: torch.Tensor
+    state: torch.Tensor
+
+    def differs(self, model: torch.nn.Module) -> bool:
+        """Whether a replay of it gives something else. Other rows went through the blocks by now, so that what
+        a layer left behind for those above it is another's."""
+        with self.prefix.replayed(self.state):
+            found = self.forward.into_head(model, self.batch)
+        return not (torch.equal(found, self.wanted) or (found.is_cuda and same_state(self.wanted, found)))
+
+    def let_embedding_go(self, model: torch.nn.Module) -> None:
+        """Give back the memory of an input embedding that no replay needs; one that is the head's too stays."""
+        base = base_of(model)
+        embedding, head = base.get_input_embeddings(), base.get_output_embeddings()
+        if head.weight is embedding.weight or any(p.requires_grad for p in embedding.parameters()):
+            return
+        places = (
+            (owner, name) for owner in base.modules() for name, m in owner.named_children() if m is embedding
+        )
+        owner, name = next(places)
+        setattr(owner, name, Blank(embedding))
+        if self.differs(model):
+            setattr(owner, name, embedding)
+        else:
+            let_go(embedding)
+
+
+def first_pass(
+    streamed: Streamed, model: torch.nn.Module, task: str, batch: Batch, chunk: int = 0
+) -> tuple[Forward, Trial]:
+    """(how the model is called, the trial of that micro-batch): each block below the cut is read once."""
+    base: Any = base_of(model)
+    prefix = Prefix(base.get_submodule(streamed.stack), streamed.cut, streamed.held)
+    plain = Forward.plain(base, task)
+    model.eval()
+    wanted, state = prefix.run_whole(batch, partial(plain.into_head, base))
+    with prefix.replayed(None):  # its try on a few tokens needs no block below the cut
+        forward = Forward.of(model, task, chunk)
+    return forward, Trial(prefix, batch, plain, wanted, state)
+
+
+def sweep_of(streamed: Streamed, largest: int, device: torch.device, in_memory: int = 0) -> Sweep:
+    """How streamed blocks are gone through: one at a time, by as many micro-batches as their states, of `largest`
+    bytes each, have room for; by all `in_memory` of them where these are kept there anyway."""
+    if in_memory and device.type != "cuda":
+        return Sweep(1, in_memory, streamed.held)
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else free_memory()
+    return Sweep(1, max(1, int(COMFORTABLE * free / largest)), streamed.held)
