@@ -1,5 +1,6 @@
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -177,3 +178,27 @@ def test_of_a_short_run_only_what_it_sees_is_filled(tiny, pairs, tmp_path):
     assert 2 <= len(kept) <= 3 and shared.store.has("held-out 0")  # one more is that of the trial
     whole = [e.tokens for e in events if isinstance(e, Filling) and e.done == e.tokens]
     assert len(whole) == 3 and len(set(whole)) == 1  # in one pass, and found again by both
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "mixtral"])
+def test_other_kinds_of_models_are_compared_too(tiny, pairs, tmp_path, family):
+    """A masked model, one with two stacks, one with experts: each ends where train alone ends."""
+    comparison = comparison_of(
+        tiny(family),
+        pairs,
+        tmp_path / "c",
+        presets=["basic"],
+        layers=["last:1,all"],
+        flags={"max_steps": 3, "batch_size": 8},
+    )
+    list(comparison.run())
+    assert {o.reason for o in comparison.outcomes().values()} == {""}
+    for one in comparison.ahead.candidates:
+        made = job_for(
+            tiny(family), tmp_path / one.name, data=(str(pairs),), preset="basic", layers=one.config.layers, data_seed=0,
+            prefix_cache="off", sample=False, max_steps=3, batch_size=8, holdout=FLAGS["holdout"],
+        )  # fmt: skip
+        made.config = replace(made.config, epochs=one.config.epochs)
+        loss = events_of(made)[-1].eval["after"].loss
+        rows = comparison.outcomes()[one.name].scores.rows
+        assert sum(s.loss_sum for s in rows) / sum(s.weight for s in rows) == pytest.approx(loss, abs=1e-6)
