@@ -20,7 +20,7 @@ from lorafit.model.classes import config_of, model_class
 from lorafit.model.headers import TensorEntry, TensorFile, open_file, shards
 from lorafit.model.identity import local_folder, stream_refusal
 from lorafit.model.safetensors_io import read_tensor
-from lorafit.model.source import ModelSource, first_line
+from lorafit.model.source import ModelSource, first_line, split_revision
 
 Stored = tuple[TensorFile, TensorEntry]
 
@@ -137,6 +137,7 @@ def load_streamed(
     folder = local_folder(source.place)
     assert folder is not None
     config = config_of(source)
+    config.name_or_path = split_revision(source.place)[0]  # adapters name it as their base
     named = {} if attention == "auto" else {"attn_implementation": attention}
     try:
         with _silently(), init_empty_weights(include_buffers=False):

@@ -22,7 +22,8 @@ class ChatView:
 
     def __init__(self, screen: Screen) -> None:
         self.screen = screen
-        self.typed = sys.stdin.isatty() and sys.stdout.isatty()  # by a person
+        # closed by the caller, `<&-`, it is None
+        self.typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()  # by a person
 
     def start(self, about: str) -> None:
         self.screen.line("chat", about)
@@ -39,7 +40,7 @@ class ChatView:
             with suppress(ImportError):
                 import readline  # noqa: F401  # input() takes its line editing and history
         with suppress(KeyboardInterrupt, EOFError):
-            while True:
+            while sys.stdin is not None:
                 line = input(PROMPT) if self.typed else sys.stdin.readline()
                 if not line and not self.typed:
                     return

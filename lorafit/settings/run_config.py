@@ -395,7 +395,7 @@ class RunConfig:
 
     def steps(self, per_epoch: int) -> int:
         """Optimizer steps of the whole run; an epoch has `per_epoch` of them."""
-        passes = ceil(round(per_epoch * (self.epochs or 1), 6))  # 0.1 × 30 is 3.0000000000000004
+        passes = ceil(round(per_epoch * (self.epochs or 1), 6))  # 1.1 × 50 is 55.00000000000001
         return min(passes, self.max_steps or sys.maxsize)
 
     def derived(self, name: str, value: Any, reason: str) -> RunConfig:

@@ -298,3 +298,13 @@ def test_any_conversation_is_learned_in_its_answers_alone(shape, pairs):
     assert len(found) == len(pairs) and not counts.left_out
     for text, (_, answer) in zip(found, pairs, strict=True):
         assert answer.strip() in text and len(text) <= len(answer) + 45
+
+
+def test_a_template_in_a_file_may_have_the_tags_of_transformers(tmp_path):
+    from lorafit.data.template_file import read_template
+
+    text = (
+        "{% for m in messages %}{%- generation -%}{{ m.content }}{% endgeneration %}{% break %}{% endfor %}"
+    )
+    (tmp_path / "t.jinja").write_text(text)
+    assert read_template(str(tmp_path / "t.jinja")) == text

@@ -77,6 +77,12 @@ def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
     assert talk([ASKED], trained, "-q").err == ""
 
 
+def test_a_closed_stdin_is_the_end_of_the_conversation(trained, run, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    done = run("chat", trained, "--json")
+    assert done.code == 0 and done.document["turns"] == []
+
+
 def test_a_conversation_goes_through_the_chat_template(trained):
     chat = opened(trained)
     first = "".join(chat.ask(ASKED))
@@ -113,11 +119,14 @@ def test_the_oldest_turns_go_where_there_is_no_room(trained):
     from lorafit.errors import RequestError
 
     chat = opened(trained)
-    for _ in range(3):
-        list(chat.ask(ASKED))
+    for who in ("Ada", "Otto", "Mara"):
+        list(chat.ask(f"{who} broke the key."))
     most = len(chat._fitted(ASKED)) - 5
     chat.generator = replace(chat.generator, positions=most)
-    assert len(chat._fitted(ASKED)) < most and chat.forgotten == 2
+    ids = chat._fitted(ASKED)
+    text = chat.generator.tokenizer.decode(ids)
+    assert len(ids) < most and chat.forgotten == 2
+    assert "Ada broke" not in text and "Otto broke" in text and "Mara broke" in text
     assert len(chat.turns) == 6, "they are kept"
     chat.generator = replace(chat.generator, positions=4)
     with pytest.raises(RequestError, match="and the model takes 4"):
