@@ -1,16 +1,11 @@
 import json
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from comparisons import FLAGS, comparison_of
 from jobs import events_of, job_for
+from safetensors.torch import load_file
 
 from lorafit.adapter import WEIGHTS
 from lorafit.compare import Began, Ended
