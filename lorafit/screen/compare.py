@@ -171,7 +171,8 @@ def show_answer(screen: Screen, answer: Answer) -> None:
             said += f"; its ranking agrees with the measured one to {answer.hint_correlation:+.2f} (Spearman)"
         screen.line("hint", said, answer=True)
     for name, reason in answer.missing:
-        screen.line("missing", f"{name}: {reason}", answer=True)
+        label = "dropped" if reason.startswith("dropped") else "failed"
+        screen.line(label, f"{name}: {reason.removeprefix('dropped ')}", answer=True)
     for note in answer.notes:
         screen.note(note, answer=True)
     screen.line("page", f"{answer.folder}/compare.html", answer=True)
