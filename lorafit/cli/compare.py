@@ -265,7 +265,7 @@ def _prepared(screen: Screen, asked: Request, target: Path | None, workers: int)
     budget = parse_duration(asked.budget) if asked.budget and asked.steps is None else None
     with screen.bar("planning") as tick:
         ahead = look_ahead(source, found, candidates, rows.look, budget, tick, workers)
-    show_ahead(screen, found, ahead, trainable)
+    show_ahead(screen, found, ahead, trainable, rows.look)
     _check_memory(screen, ahead)
     if budget is not None:
         asked = replace(asked, steps=max(cost.steps or 1 for cost in ahead.costs.values()))
