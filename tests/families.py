@@ -265,6 +265,21 @@ def build_model(name: str, seed: int = 0, **more: Any) -> transformers.PreTraine
     return model.eval()
 
 
+def reads_layer_0(monkeypatch: Any) -> None:
+    """From here on the fourth layer of a Llama reads what its first one left behind."""
+    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
+
+    plain, left = LlamaDecoderLayer.forward, {}
+
+    def forward(self: Any, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = plain(self, hidden_states, *args, **kwargs)
+        if self.self_attn.layer_idx == 0:
+            left["state"] = out
+        return out + left["state"].mean() if self.self_attn.layer_idx == 3 else out
+
+    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+
+
 @lru_cache
 def tokenizer(masked: bool = False) -> PreTrainedTokenizerFast:
     """The demo's tokenizer; for masked models with a mask token and a begin and end around a text."""

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.evaluate import GENERATION, quantisation
-from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
+from lorafit.cli.evaluate import quantisation
+from lorafit.cli.options import (
+    GENERATION,
+    Base,
+    Debug,
+    Json,
+    Quiet,
+    SamplingSeed,
+    Temperature,
+    run_options,
+)
 from lorafit.errors import RequestError
 from lorafit.settings import DATA, OPTIONS
 
@@ -40,19 +49,8 @@ def chat(
             "--system", help="System message.", metavar="TEXT", rich_help_panel=GENERATION, show_default=False
         ),
     ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            min=0,
-            max=10,
-            help="Sampling temperature; 0 is greedy.",
-            rich_help_panel=GENERATION,
-        ),
-    ] = 0.0,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
-    ] = 0,
+    temperature: Temperature = 0.0,
+    seed: SamplingSeed = 0,
     max_new_tokens: Annotated[
         int,
         typer.Option(

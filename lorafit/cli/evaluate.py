@@ -12,7 +12,16 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
+from lorafit.cli.options import (
+    GENERATION,
+    Base,
+    Debug,
+    Json,
+    Quiet,
+    SamplingSeed,
+    Temperature,
+    run_options,
+)
 from lorafit.errors import RequestError
 from lorafit.settings import DATA, OPTIONS, OUTPUT
 
@@ -24,7 +33,7 @@ if TYPE_CHECKING:
     from lorafit.results import EvalReport
     from lorafit.settings import RunConfig
 
-GENERATION, BENCHMARKS = "Generation", "Benchmarks"
+BENCHMARKS = "Benchmarks"
 SHAPE = ("format", "map", "on_bad_row", "csv_delimiter", "csv_quote")  # of the run's own files, not of others
 ABOUT_DATA = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")
 
@@ -76,19 +85,8 @@ def evaluate(
             show_default=False,
         ),
     ] = None,
-    temperature: Annotated[
-        float,
-        typer.Option(
-            "--temperature",
-            min=0,
-            max=10,
-            help="Sampling temperature; 0 is greedy.",
-            rich_help_panel=GENERATION,
-        ),
-    ] = 0.0,
-    seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
-    ] = 0,
+    temperature: Temperature = 0.0,
+    seed: SamplingSeed = 0,
     max_new_tokens: Annotated[
         Optional[int],
         typer.Option(

@@ -11,6 +11,8 @@ import typer
 
 from lorafit.settings import DATA, OPTIONS, OUTPUT, Option
 
+GENERATION = "Generation"
+
 Body = Callable[..., None]
 
 
@@ -105,6 +107,15 @@ Push = Annotated[
     ),
 ]
 Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout.", panel=OUTPUT)]
+Temperature = Annotated[
+    float,
+    typer.Option(
+        "--temperature", min=0, max=10, help="Sampling temperature; 0 is greedy.", rich_help_panel=GENERATION
+    ),
+]
+SamplingSeed = Annotated[
+    int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
+]
 Verbose = Annotated[
     bool,
     _option("--verbose", "-v", help="Show rows of the data, lengths, reasons and all notes.", panel=OUTPUT),

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 import torch
-from families import FAMILIES, build_model
+from families import FAMILIES, build_model, reads_layer_0
 from jobs import events_of, job_for, losses
 from safetensors.torch import load_file, save_file
 
@@ -82,18 +82,7 @@ def test_dropout_in_the_adapters_above_the_cut_is_no_hindrance(tiny, pairs, tmp_
 
 def test_a_reader_of_lower_layers_is_found_out(tiny, pairs, tmp_path, monkeypatch):
     """A top layer that reads what the first one left behind: the trial on real rows sees it."""
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    plain = LlamaDecoderLayer.forward
-    left = {}
-
-    def forward(self, hidden_states, *args, **kwargs):
-        out = plain(self, hidden_states, *args, **kwargs)
-        if self.self_attn.layer_idx == 0:
-            left["state"] = out
-        return out + left["state"].mean() if self.self_attn.layer_idx == 3 else out
-
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    reads_layer_0(monkeypatch)
     with pytest.raises(RequestError, match="reads the layers below"):
         trained(tiny, pairs, tmp_path / "asked", prefix_cache="memory")
 

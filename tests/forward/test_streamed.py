@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from families import FAMILIES, build_model
+from families import FAMILIES, build_model, reads_layer_0
 from jobs import events_of, job_for, losses
 from safetensors.torch import load_file, save_file
 
@@ -143,17 +143,7 @@ def test_what_cannot_be_streamed_is_refused_with_its_reason(tiny, pairs, tmp_pat
 
 
 def test_a_reader_of_lower_layers_is_found_out(tiny, pairs, tmp_path, monkeypatch):
-    from transformers.models.llama.modeling_llama import LlamaDecoderLayer
-
-    plain, left = LlamaDecoderLayer.forward, {}
-
-    def forward(self, hidden_states, *args, **kwargs):
-        out = plain(self, hidden_states, *args, **kwargs)
-        if self.self_attn.layer_idx == 0:
-            left["state"] = out
-        return out + left["state"].mean() if self.self_attn.layer_idx == 3 else out
-
-    monkeypatch.setattr(LlamaDecoderLayer, "forward", forward)
+    reads_layer_0(monkeypatch)
     with pytest.raises(RunError, match="a layer above them reads them"):
         trained(tiny("llama"), pairs, tmp_path / "run")
 
