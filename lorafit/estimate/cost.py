@@ -14,7 +14,7 @@ from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.streaming import DISK_RATE, not_streamable, streamed
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Residency, Shape, Timing, Work
-from lorafit.forward import Choice, choose, fits_whole
+from lorafit.forward import Choice, choose, fits_whole, not_streamed
 from lorafit.model import ModelMap, held_as, weight_bytes
 from lorafit.settings import STATE_BYTES
 from lorafit.units import bytes_text, percent, scaled
@@ -55,7 +55,8 @@ def estimate(
     `free_on_disk` (bytes) decide where it is kept; `room` (bytes) is what is free on the device, 0 where that does
     not matter. Of several `processes`, `shape` and `free` are those of
     one; they share the work, and a ring sends 2 (W - 1) / W of the gradients' bytes a step (Patarasuk and
-    Yuan, Bandwidth optimal all-reduce algorithms, 2009).
+    Yuan, Bandwidth optimal all-reduce algorithms, 2009). Raises RequestError where layers that were to be streamed
+    cannot be.
     """
     profile = profile or by_formula(plan, model_map, shape)
 
@@ -77,7 +78,7 @@ def estimate(
     timing = replace(timing, step=timing.step + sent / link)
     memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
     residency = Residency("resident", "")
-    reason = not_streamable(model_map, plan, shape, processes, replay)
+    reason = not_streamable(model_map, plan, shape, processes, profile.refusal)
     if shape.residency != "resident" and not reason:
         once = states(
             max(2.0, work.passes if work else 0.0)
@@ -90,7 +91,7 @@ def estimate(
         elif room and not fits_whole(whole_peak, room) and less.peak < whole_peak:
             memory, residency, cache = less, replace(streaming, reason=why), once
     elif shape.residency == "stream":
-        residency = Residency("resident", reason)
+        raise not_streamed(reason)
     whole, replayed, total = _seconds(timing, work, processes, replay, cache.where != "off", residency)
     return Estimate(
         shape=shape,
@@ -157,8 +158,6 @@ def _streaming(residency: Residency) -> Iterator[str]:
     """What is assumed of streamed layers, in words."""
     if residency.where == "stream":
         yield f"streamed layers are read at {bytes_text(round(DISK_RATE))}/s, assumed"
-    elif residency.reason:
-        yield f"the layers below the band cannot be streamed: {residency.reason}"
 
 
 def _shared(processes: int, sent: float, link: float) -> Iterator[str]:

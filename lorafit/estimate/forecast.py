@@ -235,13 +235,11 @@ class Forecast:
         shape: Shape,
         layers: str | None,
     ) -> Alternative | None:
+        other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
         try:
             made = planned(self.found, preset, replace(self.config, quantize=shape.quantize), layers)
+            cost = other.estimate(made, self.scaled(timing, plan, made, shape))
         except RequestError:
-            return None
-        other = replace(self, shape=shape, typical=min(self.typical, shape.length), notes=[])
-        cost = other.estimate(made, self.scaled(timing, plan, made, shape))
-        if shape.residency == "stream" != cost.prefix_residency.where:
             return None
         return Alternative(flags, cost.memory.peak, cost.seconds_per_epoch, cost.tokens_per_second)
 
@@ -254,11 +252,11 @@ class Forecast:
                 cell: dict[str, Any] = {"preset": preset.name, "layers": band}
                 try:
                     made = planned(self.found, preset, self.config, band)
+                    timed = timed or (made, self.timing(made))
+                    cost = self.estimate(made, self.scaled(timed[1], timed[0], made, self.shape))
                 except RequestError as error:
                     cells.append({**cell, "error": error.message})
                     continue
-                timed = timed or (made, self.timing(made))
-                cost = self.estimate(made, self.scaled(timed[1], timed[0], made, self.shape))
                 cells.append(
                     {
                         **cell,

@@ -28,15 +28,16 @@ def layer_params(found: ModelMap, stack: str) -> list[int]:
     return counts
 
 
-def not_streamable(found: ModelMap, plan: Plan, shape: Shape, processes: int, replay: bool) -> str:
-    """Why the layers below the band of that plan cannot be streamed; empty where they can."""
+def not_streamable(found: ModelMap, plan: Plan, shape: Shape, processes: int, refusal: str) -> str:
+    """Why the layers below the band of that plan cannot be streamed; empty where they can. `refusal` is why they
+    cannot be cached exactly, if so."""
     if reason := refused_by_map(found, plan.cut):
         return reason
     if shape.quantize != "none" or found.quantised is not None:
         return "the base is quantised"
     if processes > 1:
         return "it runs in one process"
-    return "" if replay else "the frozen layers cannot be cached exactly"
+    return refusal
 
 
 def streamed(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from lorafit.adapter import changes_its_base, read_config, tensor_names
-from lorafit.errors import RequestError, RunError
+from lorafit.errors import RunError
 from lorafit.evaluate.score import Evaluator
 from lorafit.forward import (
     COMFORTABLE,
@@ -23,6 +23,7 @@ from lorafit.forward import (
     fill,
     first_pass,
     fits_whole,
+    not_streamed,
     refusal,
     refused_by_map,
     sweep_of,
@@ -135,7 +136,7 @@ class SharedBase:
             reasons.append("an adapter changes the base itself")
         reason = next(filter(None, reasons), "")
         if residency == "stream" and reason:
-            raise RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
+            raise not_streamed(reason)
         size = weight_bytes(self.found, self.dtype.itemsize, held)
         free = torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else free_memory()
         if reason or (residency == "auto" and fits_whole(size, free)):

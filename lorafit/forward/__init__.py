@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafit.forward.placement import Choice as Choice
     from lorafit.forward.placement import choose as choose
     from lorafit.forward.placement import fits_whole as fits_whole
+    from lorafit.forward.placement import not_streamed as not_streamed
     from lorafit.forward.placement import refused_by_map as refused_by_map
     from lorafit.forward.prefix import Prefix as Prefix
     from lorafit.forward.prefix import blocks_below as blocks_below
@@ -41,7 +42,7 @@ __getattr__ = door(
         "prefix_fill": "Sweep fill",
         "head": "Forward routes_for_loss",
         "loss": "chunk_for",
-        "placement": "COMFORTABLE Choice choose fits_whole refused_by_map",
+        "placement": "COMFORTABLE Choice choose fits_whole not_streamed refused_by_map",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
         "streaming": "Trial first_pass sweep_of",
         "prefix_store": "DiskStore MemoryStore StateStore same_state states_folder states_key",

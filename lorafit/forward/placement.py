@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from lorafit.errors import RequestError
 from lorafit.units import bytes_text
 
 if TYPE_CHECKING:
@@ -43,6 +44,11 @@ def refused_by_map(found: ModelMap, cut: Mapping[str, int], training: bool = Tru
     if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
         return "the adapted layers are shared, or not of the text"
     return "" if lowest else "the band begins at layer 0: nothing is frozen below it"
+
+
+def not_streamed(reason: str) -> RequestError:
+    """The error where the frozen layers were to be streamed and cannot be."""
+    return RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
 
 
 def fits_whole(size: int, free: int) -> bool:

@@ -27,6 +27,7 @@ from lorafit.forward import (
     choose,
     fill,
     first_pass,
+    not_streamed,
     refusal,
     states_folder,
     states_key,
@@ -34,7 +35,7 @@ from lorafit.forward import (
     trained_in,
 )
 from lorafit.system import free_disk, free_memory
-from lorafit.train.job import Job, not_streamed
+from lorafit.train.job import Job
 from lorafit.train.state import State
 
 

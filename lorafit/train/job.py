@@ -13,11 +13,17 @@ import torch
 from lorafit.adapter import Plan, inject_plan, locate, put_in
 from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row
 from lorafit.distributed import ALONE, World
-from lorafit.errors import RequestError
 from lorafit.estimate import keep_freed
 from lorafit.evaluate import mask_id
 from lorafit.events import Predicted
-from lorafit.forward import StateStore, base_of, blocks_below, checkpoint_activations, refused_by_map
+from lorafit.forward import (
+    StateStore,
+    base_of,
+    blocks_below,
+    checkpoint_activations,
+    not_streamed,
+    refused_by_map,
+)
 from lorafit.model import (
     ModelMap,
     ModelSource,
@@ -205,11 +211,6 @@ def _device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return f"{device}, {torch.cuda.get_device_name(device)}"
     return str(device)
-
-
-def not_streamed(reason: str) -> RequestError:
-    """The error where the frozen layers were to be streamed and cannot be."""
-    return RequestError(f"--prefix-residency stream: {reason}", "--prefix-residency resident")
 
 
 @dataclass(frozen=True, slots=True)

@@ -64,6 +64,22 @@ def test_streamed_layers_take_the_bytes_and_reads_that_were_foreseen(run, tmp_pa
     assert streamed["prefix_residency"]["reads"] == 2
 
 
+def test_plan_refuses_to_stream_what_train_would(run, tiny):
+    stream = ("--prefix-residency", "stream", "--no-probe")
+    for given, words in (
+        (("demo", "--layers", "all"), "begins at layer 0"),
+        (("demo", "--layers", "high", "--processes", "2"), "it runs in one process"),
+        (("demo", "--layers", "high", "--quantize", "int8"), "the base is quantised"),
+        ((tiny("opt"), "--preset", "basic", "--layers", "high"), "dropout of 0.1 is active"),
+    ):
+        refused = run("plan", *given, *stream)
+        assert refused.code == 2 and words in refused.err and "--prefix-residency resident" in refused.err, (
+            given
+        )
+    cells = run("plan", "demo", "--matrix", *stream, "--json").document["cells"]
+    assert {cell["layers"] for cell in cells if "error" in cell} == {"low", "all"}
+
+
 def test_what_does_not_fit_is_streamed(run):
     """`auto`: as soon as holding all layers takes more than what is free; where nothing fits, as a proposal."""
     given = ("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe", "--device", "cpu", "--json")

@@ -1,7 +1,9 @@
 """Streamed layers: read block by block, run once, and never held together; the same adapter to the bit."""
 
 import os
+import resource
 import shutil
+import signal
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from lorafit.errors import RequestError, RunError
 from lorafit.events import Filling, PrefixCache
 from lorafit.forward import Sweep
 from lorafit.model import find, load_model, load_streamed
-from lorafit.train import loop
+from lorafit.train import frozen, loop
 from lorafit.train.loggers import recorded
 
 EXACT = [
@@ -92,8 +94,6 @@ def test_an_untied_embedding_is_let_go_and_a_tied_one_kept(tiny, pairs, tmp_path
 
 def test_states_on_disk_are_filled_in_groups_and_found_again(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from lorafit.train import frozen
-
     monkeypatch.setattr(frozen, "sweep_of", lambda streamed, *_: Sweep(1, 3, streamed.held))
     job, first = trained(tiny("llama"), pairs, tmp_path / "first", prefix_cache="disk")
     reads = next(e.bytes_read for e in first if isinstance(e, Filling) and e.bytes_read)
@@ -110,8 +110,6 @@ def test_states_on_disk_are_filled_in_groups_and_found_again(tiny, pairs, tmp_pa
 
 def test_a_fill_that_was_killed_is_gone_on_with(tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    from lorafit.train import frozen
-
     monkeypatch.setattr(frozen, "sweep_of", lambda streamed, *_: Sweep(1, 1, streamed.held))
     events = loop.run(job_for(tiny("llama"), tmp_path / "killed", **flags(pairs, prefix_cache="disk")))
     for event in events:
@@ -211,3 +209,29 @@ def test_a_run_is_resumed_with_other_residency(tiny, pairs, tmp_path):
 
 def test_the_families_are_known():
     assert set(EXACT) <= set(FAMILIES)
+
+
+def test_a_disk_that_fills_up_ends_the_run_and_what_is_cached_is_gone_on_with(
+    tiny, pairs, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(frozen, "sweep_of", lambda streamed, *_: Sweep(1, 1, streamed.held))
+    job = job_for(tiny("llama"), tmp_path / "full", **flags(pairs, prefix_cache="disk"))
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, hard))  # a state fits, all of them do not
+    try:
+        with pytest.raises(RunError, match="could not be written") as found:
+            list(loop.run(job))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert "free some space" in found.value.hint
+    (left,) = cache.kept()
+    assert "% filled" in left.about
+    job, again = trained(tiny("llama"), pairs, tmp_path / "again", prefix_cache="disk")
+    reads = next(e.bytes_read for e in again if isinstance(e, Filling) and e.bytes_read)
+    below, micro_batches = job.streamed.bytes_of(0, 2), len(job.keys) + -(-len(job.rows.held_out) // 4)
+    assert reads < job.streamed.bytes_of(-1, 0) + (1 + micro_batches) * below
+    trained(tiny("llama"), pairs, tmp_path / "resident", prefix_residency="resident", prefix_cache="memory")
+    assert adapter_of(tmp_path / "again") == adapter_of(tmp_path / "resident")
