@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -18,6 +18,8 @@ from lorafit.forward.prefix_store import same_state
 from lorafit.forward.stand_in import Blank
 from lorafit.model import Streamed, let_go
 from lorafit.system import free_memory
+
+FEW = 64  # tokens of a trial
 
 
 @dataclass(slots=True)
@@ -58,15 +60,24 @@ class Trial:
 def first_pass(
     streamed: Streamed, model: torch.nn.Module, task: str, batch: Batch, chunk: int = 0
 ) -> tuple[Forward, Trial]:
-    """(how the model is called, the trial of that micro-batch): each block below the cut is read once."""
+    """(how the model is called, the trial of a few tokens of that micro-batch): each block below the cut is read
+    once."""
     base: Any = base_of(model)
     prefix = Prefix(base.get_submodule(streamed.stack), streamed.cut, streamed.held)
     plain = Forward.plain(base, task)
     model.eval()
+    batch = _few_of(batch)
     wanted, state = prefix.run_whole(batch, partial(plain.into_head, base))
     with prefix.replayed(None):  # its try on a few tokens needs no block below the cut
         forward = Forward.of(model, task, chunk)
     return forward, Trial(prefix, batch, plain, wanted, state)
+
+
+def _few_of(batch: Batch) -> Batch:
+    """The first FEW tokens of a micro-batch's first row, each of them a place to predict."""
+    inputs = {name: tensor[:1, :FEW] for name, tensor in batch.inputs.items()}
+    places = torch.arange(inputs["input_ids"].shape[1], device=batch.places.device)
+    return replace(batch, inputs=inputs, places=places)
 
 
 def sweep_of(streamed: Streamed, largest: int, device: torch.device, in_memory: int = 0) -> Sweep:
