@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.evaluate import GENERATION, quantisation
+from lorafit.cli.evaluate import GENERATION
 from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
 from lorafit.errors import RequestError
 from lorafit.settings import DATA, OPTIONS
@@ -103,6 +103,7 @@ def _opened(
     """(the conversation, what it is with, notes). Raises RequestError for what cannot be talked to."""
     from lorafit.adapter import common_base, is_model, locate, tokenizer_place
     from lorafit.model import chart_of, find
+    from lorafit.operations import quantisation
     from lorafit.settings import settle
     from lorafit.system import without_collecting
 

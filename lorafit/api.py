@@ -1,0 +1,281 @@
+"""lorafit from Python: the commands as functions. Their arguments are the commands' options, and they print nothing."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import wraps
+from inspect import Parameter, Signature, signature
+from os import PathLike, fspath
+from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+
+from lorafit.distributed import connect
+from lorafit.errors import Interrupted, LorafitError, RequestError, RunError, closest
+from lorafit.operations import EVALUATES, MERGES, PLANS, TRAINS, ours
+from lorafit.settings import OPTIONS
+from lorafit.system import quiet_libraries
+
+if TYPE_CHECKING:
+    from lorafit.adapter import Plan
+    from lorafit.distributed import World
+    from lorafit.estimate import Estimate
+    from lorafit.events import DataReport, Event, TrainReport
+    from lorafit.model import ModelMap
+    from lorafit.operations import Planned, Prepared
+    from lorafit.results import EvalReport, MergeReport
+    from lorafit.settings import RunConfig
+
+quiet_libraries()
+
+P = ParamSpec("P")
+T = TypeVar("T")
+Place = str | PathLike[str]  # a name or a path
+Texts = Place | Sequence[Place] | None  # of an option that may be given several times
+
+
+def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Give a function these options of a run as keywords, as `help()` shows them. It raises RequestError for an
+    unknown one; a path is given on as text, and None is an option that is not given."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
+        taken = {p.name for p in own if p.kind is not Parameter.VAR_POSITIONAL}
+        rest = [name for name in names if name not in taken]
+        known = {*taken, *rest}
+
+        @wraps(function)
+        def checked(*arguments: P.args, **options: P.kwargs) -> T:
+            for name in options:
+                if name not in known:
+                    raise RequestError(f"there is no option `{name}`", _instead(name, known))
+            given: Any = {name: _plain(value) for name, value in options.items() if value is not None}
+            places: Any = map(_plain, arguments)
+            return function(*places, **given)
+
+        shown = [Parameter(n, Parameter.KEYWORD_ONLY, default=OPTIONS[n].default) for n in rest]
+        checked.__signature__ = Signature([*own, *shown])  # type: ignore[attr-defined]
+        return checked
+
+    return wrap
+
+
+def _plain(value: Any) -> Any:
+    """A path as text, also in a list."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    return fspath(value) if isinstance(value, PathLike) else value
+
+
+def _instead(name: str, known: set[str]) -> str:
+    """What an unknown option is called here, in Python's spelling."""
+    flags = {f"--{each.replace('_', '-')}" for each in known}
+    if name in OPTIONS:
+        return "`lorafit.train` takes it"
+    hint = ours(name, flags) or closest(name, known, "help() of the function lists them")
+    return re.sub(r"--([a-z][a-z-]*)", lambda flag: f"`{flag[1].replace('-', '_')}`", hint)
+
+
+def _texts(value: Any) -> list[str]:
+    """One text or several, as a list."""
+    return [value] if isinstance(value, str) else list(value or ())
+
+
+@_takes()
+def inspect(model: Place = "demo") -> ModelMap:
+    """The layers of a model, and the role and size of every weight, from its config alone.
+
+    `model` is a Hub id, a folder, a `config.json` or `demo`. Raises RequestError.
+    """
+    from lorafit.model import chart_of, find
+
+    return chart_of(find(str(model)))
+
+
+@_takes(*PLANS)
+def plan(
+    model: Place | None = None,
+    *,
+    config: Place | None = None,
+    fit: str | None = None,
+    processes: int | None = None,
+    probe: bool = True,
+    fresh: bool = False,
+    estimate: bool = True,
+    **options: Any,
+) -> Planned:
+    """What would be adapted (`plan`), and what it costs (`data`, `estimate`, `fit`). No weights are read.
+
+    Raises RequestError for what `train` would refuse.
+    """
+    from lorafit.operations import plan_run
+
+    return plan_run(
+        _flags(model, options),
+        _text(config),
+        fit=fit,
+        processes=processes,
+        probe=probe,
+        fresh=fresh,
+        estimate=estimate,
+    )
+
+
+@_takes(*TRAINS)
+def train(
+    model: Place | None = None, *, config: Place | None = None, force: bool = False, **options: Any
+) -> Run:
+    """A run, ready to train: iterate over its events, or call its `report()`.
+
+    The rows are read and the cost is foreseen here; the model is loaded with the first event. Raises RequestError
+    for what is wrong before that.
+    """
+    from lorafit.operations import Finished, check_memory, prepare_run, resolve_run
+
+    world = connect()
+    with world.one_error():
+        resolved = resolve_run(world, _flags(model, options), _text(config))
+        if isinstance(resolved, Finished):
+            raise RequestError(
+                f"`{resolved.folder}` is a finished run: there is nothing to resume",
+                "lorafit.evaluate(…), or train again with `overwrite=True`",
+            )
+        prepared = prepare_run(world, resolved)
+        warning = check_memory(prepared, force) if world.first else ""
+    return Run(world, prepared, warning)
+
+
+class Run:
+    """A run that is ready to train.
+
+    Iterating over it trains, and gives the events of `lorafit.events`: the first is `Started`, the last the
+    `TrainReport`. A loop that was left goes on where it was. Raises RunError when the run fails, OutOfMemory when
+    memory runs out.
+    """
+
+    def __init__(self, world: World, prepared: Prepared, warning: str = "") -> None:
+        from lorafit.operations import train_events
+
+        self.plan: Plan = prepared.plan
+        self.settings: RunConfig = prepared.settings
+        self.data: DataReport = prepared.rows.look
+        self.estimate: Estimate = prepared.cost
+        self.notes = tuple(filter(None, (*dict.fromkeys(prepared.ahead.notes), warning)))
+        self._signal = 0
+        self._report: TrainReport | None = None
+        self._error: LorafitError | None = None
+        self._events = self._watched(train_events(world, prepared, lambda: self._signal))
+
+    def __iter__(self) -> Iterator[Event]:
+        return self._events
+
+    def stop(self) -> None:
+        """End the run after the step that it is in. The state is saved: `resume=True` goes on from there."""
+        from signal import SIGINT
+
+        self._signal = SIGINT
+
+    def report(self) -> TrainReport:
+        """Train to the end; what the run amounts to. Raises Interrupted where `stop` has ended it."""
+        for _ in self._events:
+            pass
+        if self._report is None:
+            raise self._error or RunError("the run has not finished", "its folder says how far it came")
+        return self._report
+
+    def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
+        """The events; a run that was asked to stop ends them."""
+        from lorafit.events import TrainReport
+
+        try:
+            for event in events:
+                self._report = event if isinstance(event, TrainReport) else None
+                yield event
+        except LorafitError as error:
+            self._error = error
+            if not isinstance(error, Interrupted):
+                raise
+
+
+@_takes(*EVALUATES)
+def evaluate(
+    *adapters: Place,
+    by: str | None = None,
+    also: Texts = None,
+    samples: int = 3,
+    prompt: str | Sequence[str] | None = None,
+    temperature: float = 0.0,
+    seed: int = 0,
+    max_new_tokens: int | None = None,
+    rows: int = 2,
+    tasks: str | None = None,
+    limit: int = 0,
+    model: Place | None = None,
+    report: Place | None = None,
+    **options: Any,
+) -> EvalReport:
+    """Base and adapters over the same rows: those of `data`, or the ones that the run held out. A model, alone, is
+    scored.
+
+    As on the command line, the page of the first adapter's run is written again. Raises RequestError.
+    """
+    from lorafit.operations import evaluate_adapters
+
+    if not adapters:
+        raise RequestError("evaluate needs an adapter or a model", 'lorafit.evaluate("runs/…")')
+    return evaluate_adapters(
+        [str(adapter) for adapter in adapters],
+        options,
+        by=by,
+        also=_texts(also),
+        samples=samples,
+        prompt=_texts(prompt),
+        temperature=temperature,
+        seed=seed,
+        max_new_tokens=max_new_tokens,
+        rows=rows,
+        tasks=tasks,
+        limit=limit,
+        model=_text(model),
+        report=_text(report),
+    )
+
+
+@_takes(*MERGES)
+def merge(
+    run: Place | None = None,
+    *,
+    output: Place | None = None,
+    adapter: Texts = None,
+    model: Place | None = None,
+    dtype: str | None = None,
+    max_shard_size: str | None = None,
+    verify: bool = True,
+    **options: Any,
+) -> MergeReport:
+    """Merge adapters into their base, as a model folder that is verified. `adapter` are more of them, as `PATH` or
+    `PATH=WEIGHT`.
+
+    Raises RequestError, and RunError where the result does not verify.
+    """
+    from lorafit.operations import merge_named
+
+    report, _ = merge_named(
+        _text(run),
+        options,
+        adapter=_texts(adapter),
+        model=_text(model),
+        output=_text(output),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+    )
+    return report
+
+
+def _text(place: Place | None) -> str | None:
+    return None if place is None else str(place)
+
+
+def _flags(model: Place | None, options: dict[str, Any]) -> dict[str, Any]:
+    """The options of a run, with the model where it is given."""
+    return options if model is None else {"model": str(model), **options}
