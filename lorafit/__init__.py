@@ -1,6 +1,6 @@
 """lorafit: LoRA in chosen modules of chosen layers.
 
-`inspect`, `plan`, `train`, `evaluate` and `merge` are the commands as functions (docs/python.md).
+`inspect`, `plan`, `train`, `evaluate`, `merge` and `compare` are the commands as functions (docs/python.md).
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING, Any
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.api import Comparison as Comparison
     from lorafit.api import Run as Run
+    from lorafit.api import compare as compare
     from lorafit.api import evaluate as evaluate
     from lorafit.api import inspect as inspect
     from lorafit.api import merge as merge
@@ -22,9 +24,20 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 
-EXPORTS = {"api": "Run evaluate inspect merge plan train", "errors": "LorafitError"}
+EXPORTS = {"api": "Comparison Run compare evaluate inspect merge plan train", "errors": "LorafitError"}
 __getattr__ = door(__name__, EXPORTS)
-__all__ = ["LorafitError", "Run", "__version__", "evaluate", "inspect", "merge", "plan", "train"]
+__all__ = [
+    "Comparison",
+    "LorafitError",
+    "Run",
+    "__version__",
+    "compare",
+    "evaluate",
+    "inspect",
+    "merge",
+    "plan",
+    "train",
+]
 
 
 class _Package(ModuleType):

@@ -7,30 +7,41 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import wraps
 from inspect import Parameter, Signature, signature
 from os import PathLike, fspath
-from typing import TYPE_CHECKING, Any, ParamSpec, TypeVar
+from pathlib import Path
+from signal import SIGINT
+from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from lorafit.distributed import connect
 from lorafit.errors import Interrupted, LorafitError, RequestError, RunError, closest
-from lorafit.operations import EVALUATES, MERGES, PLANS, TRAINS, ours
+from lorafit.operations import COMPARES, EVALUATES, MERGES, PLANS, TRAINS, ours
 from lorafit.settings import OPTIONS
 from lorafit.system import quiet_libraries
 
 if TYPE_CHECKING:
     from lorafit.adapter import Plan
+    from lorafit.compare import Ahead, Impossible
+    from lorafit.compare import (
+        Answer as Answer,  # these four are named in texts, where ruff does not find them
+    )
+    from lorafit.compare import Happening as Happening
     from lorafit.distributed import World
     from lorafit.estimate import Estimate
-    from lorafit.events import DataReport, Event, TrainReport
+    from lorafit.events import DataReport
+    from lorafit.events import Event as Event
+    from lorafit.events import TrainReport as TrainReport
     from lorafit.model import ModelMap
-    from lorafit.operations import Planned, Prepared
+    from lorafit.operations import Compared, Planned, Prepared
     from lorafit.results import EvalReport, MergeReport
     from lorafit.settings import RunConfig
 
 quiet_libraries()
 
 P = ParamSpec("P")
+E = TypeVar("E")
 T = TypeVar("T")
 Place = str | PathLike[str]  # a name or a path
-Texts = Place | Sequence[Place] | None  # of an option that may be given several times
+Value = Place | int | float
+Values = Value | Sequence[Value] | None  # of an option that may be given several times
 
 
 def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
@@ -41,14 +52,14 @@ def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
         own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         taken = {p.name for p in own if p.kind is not Parameter.VAR_POSITIONAL}
         rest = [name for name in names if name not in taken]
-        known = {*taken, *rest}
+        known, several = {*taken, *rest}, {name for name in rest if OPTIONS[name].many}
 
         @wraps(function)
         def checked(*arguments: P.args, **options: P.kwargs) -> T:
             for name in options:
                 if name not in known:
                     raise RequestError(f"there is no option `{name}`", _instead(name, known))
-            given: Any = {name: _plain(value) for name, value in options.items() if value is not None}
+            given: Any = {n: _plain(v, n in several) for n, v in options.items() if v is not None}
             places: Any = map(_plain, arguments)
             return function(*places, **given)
 
@@ -59,25 +70,27 @@ def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     return wrap
 
 
-def _plain(value: Any) -> Any:
-    """A path as text, also in a list."""
+def _plain(value: Any, several: bool = False) -> Any:
+    """A path as text, also in a list; one of what may be `several` in a list."""
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
-    return fspath(value) if isinstance(value, PathLike) else value
+    value = fspath(value) if isinstance(value, PathLike) else value
+    return [value] if several else value
 
 
 def _instead(name: str, known: set[str]) -> str:
     """What an unknown option is called here, in Python's spelling."""
     flags = {f"--{each.replace('_', '-')}" for each in known}
-    if name in OPTIONS:
-        return "`lorafit.train` takes it"
-    hint = ours(name, flags) or closest(name, known, "help() of the function lists them")
+    otherwise = "`lorafit.train` takes it" if name in OPTIONS else "help() of the function lists them"
+    hint = ours(name, flags) or closest(name, known, otherwise)
     return re.sub(r"--([a-z][a-z-]*)", lambda flag: f"`{flag[1].replace('-', '_')}`", hint)
 
 
-def _texts(value: Any) -> list[str]:
-    """One text or several, as a list."""
-    return [value] if isinstance(value, str) else list(value or ())
+def _texts(value: Any) -> tuple[str, ...]:
+    """One value or several, as texts."""
+    if value is None:
+        return ()
+    return tuple(str(each) for each in (value if isinstance(value, (list, tuple)) else (value,)))
 
 
 @_takes()
@@ -144,51 +157,39 @@ def train(
     return Run(world, prepared, warning)
 
 
-class Run:
-    """A run that is ready to train.
+class Running(Generic[E, T]):
+    """Something that runs as it is iterated over, and gives its events. A loop that was left goes on where it was.
 
-    Iterating over it trains, and gives the events of `lorafit.events`: the first is `Started`, the last the
-    `TrainReport`. A loop that was left goes on where it was. Raises RunError when the run fails, OutOfMemory when
-    memory runs out.
+    Raises RunError when it fails, OutOfMemory when memory runs out.
     """
 
-    def __init__(self, world: World, prepared: Prepared, warning: str = "") -> None:
-        from lorafit.operations import train_events
-
-        self.plan: Plan = prepared.plan
-        self.settings: RunConfig = prepared.settings
-        self.data: DataReport = prepared.rows.look
-        self.estimate: Estimate = prepared.cost
-        self.notes = tuple(filter(None, (*dict.fromkeys(prepared.ahead.notes), warning)))
+    def __init__(self, events: Callable[[Callable[[], int]], Iterator[E | T]], last: type[T]) -> None:
         self._signal = 0
-        self._report: TrainReport | None = None
+        self._last, self._report = last, cast("T | None", None)
         self._error: LorafitError | None = None
-        self._events = self._watched(train_events(world, prepared, lambda: self._signal))
+        self._events = self._watched(events(lambda: self._signal))
 
-    def __iter__(self) -> Iterator[Event]:
+    def __iter__(self) -> Iterator[E | T]:
         return self._events
 
     def stop(self) -> None:
-        """End the run after the step that it is in. The state is saved: `resume=True` goes on from there."""
-        from signal import SIGINT
-
+        """End it after the step that it is in. The state is saved: `resume=True` goes on from there."""
         self._signal = SIGINT
 
-    def report(self) -> TrainReport:
-        """Train to the end; what the run amounts to. Raises Interrupted where `stop` has ended it."""
+    def report(self) -> T:
+        """Run to the end; what it amounts to. Raises Interrupted where `stop` has ended it."""
         for _ in self._events:
             pass
         if self._report is None:
             raise self._error or RunError("the run has not finished", "its folder says how far it came")
         return self._report
 
-    def _watched(self, events: Iterator[Event]) -> Iterator[Event]:
-        """The events; a run that was asked to stop ends them."""
-        from lorafit.events import TrainReport
-
+    def _watched(self, events: Iterator[E | T]) -> Iterator[E | T]:
+        """The events; they end where it was asked to stop."""
         try:
             for event in events:
-                self._report = event if isinstance(event, TrainReport) else None
+                if isinstance(event, self._last):
+                    self._report = event
                 yield event
         except LorafitError as error:
             self._error = error
@@ -196,13 +197,82 @@ class Run:
                 raise
 
 
+class Run(Running["Event", "TrainReport"]):
+    """A run that is ready to train. Its events are those of `lorafit.events`, `Started` the first and `TrainReport`
+    the last."""
+
+    def __init__(self, world: World, prepared: Prepared, warning: str) -> None:
+        from lorafit.events import TrainReport
+        from lorafit.operations import train_events
+
+        super().__init__(lambda stop: train_events(world, prepared, stop), TrainReport)
+        self.plan: Plan = prepared.plan
+        self.settings: RunConfig = prepared.settings
+        self.data: DataReport = prepared.rows.look
+        self.estimate: Estimate = prepared.cost
+        self.notes = tuple(filter(None, (*dict.fromkeys(prepared.ahead.notes), warning)))
+
+
+class Comparison(Running["Happening", "Answer"]):
+    """A comparison that is ready to run. `Began` and `Ended` of `lorafit.compare` are a candidate's first and last
+    event, and the `Answer` is the last of all."""
+
+    def __init__(self, prepared: Compared, resume: bool, warning: str) -> None:
+        from lorafit.compare import Answer
+        from lorafit.operations import compare_events
+
+        super().__init__(lambda stop: compare_events(prepared, resume, stop), Answer)
+        self.ahead: Ahead = prepared.ahead
+        self.impossible: Sequence[Impossible] = prepared.of.impossible
+        self.notes = tuple(filter(None, (*prepared.ahead.notes, warning)))
+
+
+@_takes(*COMPARES)
+def compare(
+    model: Place | None = None,
+    *,
+    presets: Values = None,
+    layers: Values = None,
+    ranks: Values = None,
+    trainable: Value | None = None,
+    grid: Place | None = None,
+    also: Values = None,
+    learning_rates: Values = None,
+    seeds: Values = None,
+    budget: str | None = None,
+    halving: bool = False,
+    hint: bool = False,
+    workers: int = 1,
+    resume: bool = False,
+    config: Place | None = None,
+    **options: Any,
+) -> Comparison:
+    """Many candidates over the same rows, ready to run: iterate over its events, or call its `report()`.
+
+    `ahead` says what it costs, `impossible` what cannot be trained. Raises RequestError.
+    """
+    from lorafit.compare import Request
+    from lorafit.operations import check_peak, prepare_comparison, resolve_comparison
+
+    flags = _flags(model, options)
+    target = Path(flags.pop("output")).expanduser() if "output" in flags else None
+    asked = Request(
+        flags,
+        presets=_texts(presets), layers=_texts(layers), ranks=_texts(ranks), learning_rates=_texts(learning_rates),
+        seeds=_texts(seeds), grid=_text(grid), config=_text(config), budget=budget, trainable=_text(trainable),
+        also=_texts(also), halving=halving, hint=hint,
+    )  # fmt: skip
+    prepared = prepare_comparison(resolve_comparison(asked, target, resume), workers)
+    return Comparison(prepared, resume, check_peak(prepared.ahead))
+
+
 @_takes(*EVALUATES)
 def evaluate(
     *adapters: Place,
     by: str | None = None,
-    also: Texts = None,
+    also: Values = None,
     samples: int = 3,
-    prompt: str | Sequence[str] | None = None,
+    prompt: Values = None,
     temperature: float = 0.0,
     seed: int = 0,
     max_new_tokens: int | None = None,
@@ -245,7 +315,7 @@ def merge(
     run: Place | None = None,
     *,
     output: Place | None = None,
-    adapter: Texts = None,
+    adapter: Values = None,
     model: Place | None = None,
     dtype: str | None = None,
     max_shard_size: str | None = None,
@@ -272,7 +342,7 @@ def merge(
     return report
 
 
-def _text(place: Place | None) -> str | None:
+def _text(place: Value | None) -> str | None:
     return None if place is None else str(place)
 
 

@@ -12,11 +12,12 @@ import pytest
 
 import lorafit
 from lorafit.adapter.folder import WEIGHTS
+from lorafit.compare import Ended
 from lorafit.errors import Interrupted, RequestError
 from lorafit.events import Saved, Started, Stepped, TrainReport
 from lorafit.jsonio import jsonable
 
-FUNCTIONS = ("evaluate", "inspect", "merge", "plan", "train")
+FUNCTIONS = ("compare", "evaluate", "inspect", "merge", "plan", "train")
 SMALL = {"layers": "high", "max_steps": 4, "batch_size": 8, "eval_steps": 2, "sample": False}
 
 
@@ -57,7 +58,7 @@ def test_to_import_lorafit_imports_nothing_else_of_it():
 
 
 def test_the_functions_keep_their_names_beside_the_folders():
-    for name in ("evaluate", "merge", "train"):
+    for name in ("compare", "evaluate", "merge", "train"):
         assert import_module(f"lorafit.{name}") is not getattr(lorafit, name)
     for name in FUNCTIONS:
         assert inspect.isfunction(getattr(lorafit, name)) and getattr(lorafit, name).__doc__
@@ -70,11 +71,16 @@ def test_the_keywords_are_the_options_of_the_commands():
     from lorafit.cli import app
 
     commands = get_command(app).commands
-    shown_alone = {"json", "quiet", "verbose", "debug", "push_to_hub", "matrix", "extremes", "page"}
+    shown_alone = {"json", "quiet", "verbose", "debug", "push_to_hub", "matrix", "dry", "csv"}
+    named = {
+        "extremes": "rows",
+        "page": "report",
+        "rates": "learning_rates",
+    }  # by what they are on the command line
     for name in FUNCTIONS:
         command = commands["eval" if name == "evaluate" else name]
-        options = {p.name for p in command.params} - shown_alone
-        taken = set(inspect.signature(getattr(lorafit, name)).parameters) - {"rows", "report"}
+        options = {named.get(p.name, p.name) for p in command.params} - shown_alone
+        taken = set(inspect.signature(getattr(lorafit, name)).parameters)
         assert taken == options, name
 
 
@@ -140,12 +146,33 @@ def test_a_run_that_was_stopped_goes_on_to_the_same_adapter(tiny, pairs, tmp_pat
         lorafit.train(output=tmp_path / "run", resume=True)
 
 
+def test_compare_is_the_command_and_goes_on(run, tiny, pairs, tmp_path):
+    asked = {"data": str(pairs), "layers": "last:1", "max_steps": 3, "batch_size": 8, "holdout": 0.2}
+    done = run(
+        "compare", tiny("llama"), "--presets", "basic,ffn", *as_flags(asked), "-o", tmp_path / "a", "--json"
+    )
+    here = {**asked, "presets": ["basic", "ffn"], "output": tmp_path / "b"}
+    stopped = lorafit.compare(tiny("llama"), **here)
+    assert [one.name for one in stopped.ahead.candidates] == ["basic-last1", "ffn-last1"]
+    assert next(e for e in stopped if isinstance(e, Ended)).outcome.name == "basic-last1"
+    stopped.stop()
+    with pytest.raises(Interrupted):
+        stopped.report()
+    answer = jsonable(lorafit.compare(output=tmp_path / "b", resume=True).report())
+    losses = [
+        [(c["choice"], c["loss"], c["delta"]) for c in found["choices"]] for found in (answer, done.document)
+    ]
+    assert losses[0] == losses[1] and answer["take"] == done.document["take"]
+    assert (tmp_path / "b" / "compare.html").is_file()
+
+
 @pytest.mark.parametrize(
     "call, message, hint",
     [
         (lambda: lorafit.train(lr=1), "there is no option `lr`", "`learning_rate`"),
         (lambda: lorafit.train(presett="ffn"), "there is no option `presett`", "did you mean `preset`?"),
         (lambda: lorafit.plan(output="x"), "there is no option `output`", "`lorafit.train` takes it"),
+        (lambda: lorafit.compare(preset="ffn"), "there is no option `preset`", "did you mean `presets`?"),
         (lambda: lorafit.evaluate("x", samples_=1), "there is no option `samples_`", "`samples`"),
         (lambda: lorafit.train(rank="three"), "--rank is `three`", ""),
         (lambda: lorafit.evaluate(), "needs an adapter", ""),

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import shlex
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Annotated, Any, Optional
+from typing import Annotated, Any, Optional
 
 import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, run_options
 from lorafit.operations import PLANS
-from lorafit.settings import OPTIONS, OUTPUT
-
-if TYPE_CHECKING:
-    from lorafit.settings import RunConfig
+from lorafit.settings import OUTPUT
 
 
 @app.command()
@@ -86,7 +82,7 @@ def plan(
 
     Modules and layers, their names for PEFT, trainable parameters, peak memory, time.
     """
-    from lorafit.operations import plan_matrix, plan_run
+    from lorafit.operations import plan_matrix, plan_run, train_command
     from lorafit.screen import Screen, show_matrix, show_plan
 
     screen = Screen(json)
@@ -106,25 +102,3 @@ def plan(
     look = made.data if made.settings.data else None
     command = train_command(flags, made.settings, config, made.processes)
     show_plan(screen, made.plan, made.found, made.estimate, made.fit, look, command)
-
-
-def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None, processes: int = 1) -> str:
-    """The command that trains what was planned."""
-    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
-    words = [*launcher, "lorafit", "train"]
-    if file is not None:
-        words += ["--config", file]
-    if "model" in flags and settings.model != "demo":
-        words.append(settings.model)
-    for name, value in flags.items():
-        if name == "model":
-            continue
-        flag = OPTIONS[name].flag
-        if isinstance(value, bool):
-            words.append(flag if value else flag.replace("--", "--no-", 1))
-        else:
-            for item in value if isinstance(value, (list, tuple)) else (value,):
-                words += [flag, str(item)]
-    if settings.model != "demo" and not settings.data:
-        words += ["--data", "FILE"]
-    return shlex.join(words)

@@ -11,6 +11,12 @@ NOT_PLANNED = (
 PLANS: tuple[str, ...] = tuple(name for name in OPTIONS if name not in NOT_PLANNED)
 TRAINS: tuple[str, ...] = tuple(OPTIONS)
 
+NOT_COMPARED = (
+    "preset", "layers", "modules", "rank", "learning_rate", "seed", "from_adapter", "overwrite", "resume", "sample",
+    "track", "track_project", "track_name", "prefix_residency",
+)  # fmt: skip
+COMPARES: tuple[str, ...] = tuple(name for name in OPTIONS if name not in NOT_COMPARED)
+
 # of the run's own files, not of others
 SHAPE: tuple[str, ...] = ("format", "map", "on_bad_row", "csv_delimiter", "csv_quote")
 ABOUT_DATA: tuple[str, ...] = (*SHAPE, "as_chat", "loss_on", "overflow", "max_length")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
 from lorafit.settings import (
     BANDS,
+    OPTIONS,
     Preset,
     RunConfig,
     derive_from_model,
@@ -115,6 +117,28 @@ def plan_matrix(
         for preset in every
     ]
     return {"model": ahead.found.model, "free": free, "cells": ahead.matrix(every, tuple(BANDS))}
+
+
+def train_command(flags: Mapping[str, Any], settings: RunConfig, file: str | None, processes: int = 1) -> str:
+    """The command that trains what was planned."""
+    launcher = ["torchrun", "--nproc-per-node", str(processes), "-m"] if processes > 1 else []
+    words = [*launcher, "lorafit", "train"]
+    if file is not None:
+        words += ["--config", file]
+    if "model" in flags and settings.model != "demo":
+        words.append(settings.model)
+    for name, value in flags.items():
+        if name == "model":
+            continue
+        flag = OPTIONS[name].flag
+        if isinstance(value, bool):
+            words.append(flag if value else flag.replace("--", "--no-", 1))
+        else:
+            for item in value if isinstance(value, (list, tuple)) else (value,):
+                words += [flag, str(item)]
+    if settings.model != "demo" and not settings.data:
+        words += ["--data", "FILE"]
+    return shlex.join(words)
 
 
 def _asked(flags: Mapping[str, Any], config: str | None, fit: str | None, processes: int | None) -> _Asked:
