@@ -120,6 +120,7 @@ PYTHON = [(name, code) for name, text in TEXTS.items() for code in blocks("pytho
 PRINTED = [
     "69120 ('down_proj', 'gate_proj', 'up_proj') True",
     "4 17280",
+    "['basic-high', 'ffn-high']",
     "there is no option `lr`",
 ]  # first lines
 
