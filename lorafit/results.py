@@ -98,12 +98,12 @@ class EvalReport:
     paths: tuple[str, ...] = ()
     exact_rows: int = 0
     by: str = ""
-    ranked: tuple[AdapterScore, ...] = ()
     groups: tuple[Group, ...] = ()
     also: tuple[Group, ...] = ()
     benchmarks: tuple[Benchmark, ...] = ()
     page: str = ""
     notes: tuple[str, ...] = ()
+    ranked: tuple[AdapterScore, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

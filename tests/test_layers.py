@@ -36,7 +36,8 @@ LIGHT = [
     "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card", "report.listing",
     "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
     "api", "operations.options", "operations.planning", "operations.training", "operations.evaluating",
-    "operations.merging", "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
+    "operations.merging", "operations.comparing", "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
+    "compare.grid", "compare.candidates", "compare.request", "compare.ahead", "compare.ranking",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "rich"}
 LONGEST_FILE, LONGEST_FUNCTION = 450, 66  # of about 60: a line less is no reason to cut a thought in two

@@ -163,7 +163,7 @@ def _prepared(screen: Screen, of: Candidates, workers: int) -> Compared:
 
     show_impossible(screen, of.impossible)
     prepared = prepare_comparison(of, workers, screen.bar)
-    show_ahead(screen, of.found, prepared.ahead, of.trainable)
+    show_ahead(screen, of.found, prepared.ahead, of.trainable, prepared.rows.look)
     if warning := check_peak(prepared.ahead):
         screen.note(warning)
     return prepared

@@ -68,8 +68,7 @@ class ChoiceRow:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What came out. `choices` by held-out loss; `take` is the fastest of those that are not beyond noise of the
-    lowest; `missing` are candidates that failed or were dropped, with the reason."""
+    """What came out. `choices` by held-out loss; `take` is the one to train in full; `missing` are candidates that failed or were dropped, with the reason."""
 
     model: str
     folder: str
@@ -111,8 +110,7 @@ def answer_of(
     fast = front({c.choice: (c.loss, c.seconds) for c in made})
     small = front({c.choice: (c.loss, float(c.trainable_params)) for c in made})
     choices = tuple(replace(c, fast=c.choice in fast, small=c.choice in small) for c in made)
-    equal = [c for c in choices if c.verdict != WORSE]
-    take = min(equal, key=lambda c: c.seconds).choice if equal else ""
+    take = taken(choices)
     missing = [(name, o.reason) for name, o in outcomes.items() if o.status in (FAILED, DROPPED)]
     return Answer(
         model,
@@ -191,35 +189,49 @@ def _losses(scores: Sequence[Sequence[RowScore]]) -> np.ndarray:
     return np.asarray([[s.loss_sum for s in rows] for rows in scores], dtype=np.float64)
 
 
+def taken(choices: Sequence[ChoiceRow]) -> str:
+    """The fastest of those within one standard error of the lowest loss: the rule of Breiman, Friedman, Olshen and
+    Stone, Classification and Regression Trees (1984), sec. 3.4.3. Empty where there is none."""
+    near = [c for c in choices if c.verdict != WORSE and c.delta <= c.error]
+    return min(near, key=lambda c: c.seconds).choice if near else ""
+
+
 def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
     """What came out, a sentence or two first."""
     if not choices:
         return ["No candidate finished."]
     low, own = choices[0], next(c for c in choices if c.choice == take)
     loss = f"held-out loss {own.loss:.4f}, {_against_base(own)}"
-    said = []
-    if own is low:
-        said.append(f"{own.named} is best: {loss}.")
-    else:
-        times = low.seconds / own.seconds if own.seconds else 1.0
-        said.append(
-            f"Take {own.named}: {loss}. {low.named} is {own.loss - low.loss:.4f} lower, but not beyond noise, and takes "
-            f"{figures(times, 2)} × the time."
-        )
     equal = [c for c in choices if c.verdict == EQUAL and c is not own]
     worse = [c for c in choices if c.verdict == WORSE]
-    if worse and not equal and own is low:
+    said = []
+    if own is not low:
         said.append(
-            f"All {len(worse)} others are worse beyond noise."
-            if len(worse) > 1
-            else f"{worse[0].named} is worse beyond noise."
+            f"Take {own.named}: {loss}. {low.named} is {own.loss - low.loss:.4f} lower, but not beyond noise, and takes "
+            f"{_times(low, own)} × the time."
         )
+    else:
+        said.append(f"{own.named} is best: {loss}.")
+        quick = min(equal, key=lambda c: c.seconds, default=own)
+        if quick.seconds < own.seconds:
+            equal.remove(quick)
+            said.append(
+                f"{quick.named} is {quick.delta:.4f} higher, but not beyond noise, and takes {_times(quick, own)} × the "
+                "time."
+            )
+    if worse and len(worse) == len(choices) - 1:
+        others = f"All {len(worse)} others are" if len(worse) > 1 else f"{worse[0].named} is"
+        said.append(f"{others} worse beyond noise.")
     elif equal:
         names = ", ".join(c.named for c in equal[:3]) + (
             f" and {len(equal) - 3} more" if len(equal) > 3 else ""
         )
         said.append(f"Not distinguishable from the lowest loss on these rows: {names}.")
     return said
+
+
+def _times(one: ChoiceRow, other: ChoiceRow) -> str:
+    return figures(one.seconds / other.seconds, 2) if other.seconds else "1"
 
 
 def _against_base(own: ChoiceRow) -> str:

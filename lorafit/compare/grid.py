@@ -61,7 +61,7 @@ def from_lists(
     for values in product(*lists.values()):
         settings = {name: value for name, value in zip(lists, values, strict=True) if value}
         parts = [_short(name, settings[name]) for name in settings if named[name]]
-        chosen.append(_wanted("-".join(parts), settings))
+        chosen.append(_wanted("-".join(parts) or "candidate", settings))
     return with_seeds(chosen, parse_seeds(seeds))
 
 

@@ -37,7 +37,7 @@ THEIRS = {
     "--optimizer": "optim optim-type",
     "--weight-decay": "wd decay",
     "--max-grad-norm": "gradient-clipping gradient-clip clip-grad-norm max-norm grad-clip clip",
-    "--seed": "random-seed data-seed",
+    "--seed": "random-seed",
     "--dtype": "torch-dtype precision mixed-precision",
     "--dtype bfloat16": "bf16 bf16-full-eval",
     "--dtype float16": "fp16 half",

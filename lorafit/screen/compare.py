@@ -11,12 +11,14 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit import __version__
 from lorafit.compare import Ahead, Answer, Began, ChoiceRow, Cut, Ended, Hint, Impossible
-from lorafit.events import Filling, Stepped
+from lorafit.events import DataReport, Filling, Stepped
 from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
+from lorafit.screen.data import show_data
 from lorafit.units import bytes_text, count, rows_text, seconds_text, short
 
 VERDICTS = {"not distinguishable": "same"}  # shorter, for the table
+FEW = 30  # held-out rows below which a note says that they are few
 WIDE = 96  # columns from which on the table has all its columns
 
 
@@ -26,9 +28,12 @@ def show_impossible(screen: Screen, impossible: Sequence[Impossible]) -> None:
         screen.line("left out", f"{one.choice}: {one.reason}")
 
 
-def show_ahead(screen: Screen, found: ModelMap, ahead: Ahead, trainable: int | None) -> None:
+def show_ahead(
+    screen: Screen, found: ModelMap, ahead: Ahead, trainable: int | None, look: DataReport
+) -> None:
     """How many candidates, how long, how much disk and memory."""
     screen.say(f"[bold]lorafit {__version__}[/]  {escape(found.model)}, {short(found.total_params)}")
+    show_data(screen, ahead.candidates[0].config, look)
     choices = len({one.choice for one in ahead.candidates})
     seeds = len(ahead.candidates) // max(1, choices)
     text = f"{choices} candidate{'s' if choices > 1 else ''}"
@@ -47,8 +52,12 @@ def show_ahead(screen: Screen, found: ModelMap, ahead: Ahead, trainable: int | N
         "predicted",
         f"about {seconds_text(ahead.total)}, peak memory {bytes_text(ahead.peak)}, {bytes_text(ahead.disk)} on disk",
     )
-    for text in ahead.notes:
-        screen.note(text)
+    for text in (*ahead.notes, *look.findings()):
+        screen.line("note", text, most=0 if screen.verbose else 2)
+    if look.held_out_rows < FEW:
+        screen.note(
+            f"only {rows_text(look.held_out_rows)} held out: that tells few candidates apart; --holdout 0.3, or --eval-data FILE"
+        )
 
 
 class CompareView:
@@ -152,18 +161,18 @@ def show_answer(screen: Screen, answer: Answer) -> None:
         if answer.choices[0].also:
             screen.answer(_forgetting(answer.choices))
             screen.answer()
-        for label, names in (
-            ("loss, time", [c.choice for c in answer.choices if c.fast]),
-            ("loss, size", [c.choice for c in answer.choices if c.small]),
-        ):
-            screen.line(label, f"no other is better in both: {', '.join(names)}", answer=True)
+        fast = ", ".join(c.choice for c in answer.choices if c.fast)
+        small = ", ".join(c.choice for c in answer.choices if c.small)
+        screen.line("Pareto", f"no other is better in loss and time: {fast}", answer=True)
+        screen.line("", f"no other is better in loss and parameters: {small}", answer=True)
     if answer.hint is not None:
         said = f"suggested {answer.hint.suggested}"
         if answer.hint_correlation is not None:
             said += f"; its ranking agrees with the measured one to {answer.hint_correlation:+.2f} (Spearman)"
         screen.line("hint", said, answer=True)
     for name, reason in answer.missing:
-        screen.line("missing", f"{name}: {reason}", answer=True)
+        label = "dropped" if reason.startswith("dropped") else "failed"
+        screen.line(label, f"{name}: {reason.removeprefix('dropped ')}", answer=True)
     for note in answer.notes:
         screen.note(note, answer=True)
     screen.line("page", f"{answer.folder}/compare.html", answer=True)

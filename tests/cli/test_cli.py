@@ -130,7 +130,7 @@ def test_the_matrix_holds_every_strategy_and_band(run):
 
 def test_presets_are_listed(run):
     text = run("presets").out
-    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "compare them"))
+    assert all(name in text for name in ("basic", "attention", "extended", "ffn", "all", "lorafit compare"))
     assert [p["name"] for p in run("presets", "--json").document["presets"]] == [
         "basic",
         "attention",

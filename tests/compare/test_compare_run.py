@@ -1,15 +1,11 @@
 import json
-import sys
-from pathlib import Path
+from dataclasses import replace
 
 import pytest
 import torch
-from safetensors.torch import load_file
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from comparisons import FLAGS, comparison_of
 from jobs import events_of, job_for
+from safetensors.torch import load_file
 
 from lorafit.adapter import WEIGHTS
 from lorafit.compare import Began, Ended
@@ -70,14 +66,17 @@ def test_the_states_of_all_cuts_are_filled_in_one_pass(tiny, pairs, tmp_path):
     comparison = comparison_of(
         tiny("llama"), pairs, tmp_path / "c", presets=["basic"], layers=["last:1,last:2,all"], seeds=["2"]
     )
-    events = list(comparison.run())
-    before = events[: next(n for n, e in enumerate(events) if isinstance(e, Began))]
-    assert sum(isinstance(e, Filling) and e.done == e.tokens for e in before) == 1
-    assert len(comparison.shared.states) == 2
-    stores = [shared.store for shared in comparison.shared.states.values()]
-    later = [e for e in events if isinstance(e, Filling) and e not in before]
-    assert later and all(e.seconds < 0.5 for e in later)  # nothing is left to run
-    assert all(store.has("held-out 0") and store.has("train 0.0") for store in stores)
+    events, there = [], None
+    for event in comparison.run():
+        if isinstance(event, Began) and there is None:  # before the first candidate
+            stores = [shared.store for shared in comparison.shared.states.values()]
+            there = [
+                store.has("held-out 0") and all(store.has(f"train {n}.0") for n in range(4))
+                for store in stores
+            ]
+            assert sum(isinstance(e, Filling) and e.done == e.tokens for e in events) == 1
+        events.append(event)
+    assert there == [True, True]  # both cuts
     kept = [e.where for e in events if isinstance(e, PrefixCache)]
     assert kept == ["memory"] * 4 + ["off"] * 2
 
@@ -177,3 +176,27 @@ def test_of_a_short_run_only_what_it_sees_is_filled(tiny, pairs, tmp_path):
     assert 2 <= len(kept) <= 3 and shared.store.has("held-out 0")  # one more is that of the trial
     whole = [e.tokens for e in events if isinstance(e, Filling) and e.done == e.tokens]
     assert len(whole) == 3 and len(set(whole)) == 1  # in one pass, and found again by both
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "mixtral"])
+def test_other_kinds_of_models_are_compared_too(tiny, pairs, tmp_path, family):
+    """A masked model, one with two stacks, one with experts: each ends where train alone ends."""
+    comparison = comparison_of(
+        tiny(family),
+        pairs,
+        tmp_path / "c",
+        presets=["basic"],
+        layers=["last:1,all"],
+        flags={"max_steps": 3, "batch_size": 8},
+    )
+    list(comparison.run())
+    assert {o.reason for o in comparison.outcomes().values()} == {""}
+    for one in comparison.ahead.candidates:
+        made = job_for(
+            tiny(family), tmp_path / one.name, data=(str(pairs),), preset="basic", layers=one.config.layers, data_seed=0,
+            prefix_cache="off", sample=False, max_steps=3, batch_size=8, holdout=FLAGS["holdout"],
+        )  # fmt: skip
+        made.config = replace(made.config, epochs=one.config.epochs)
+        loss = events_of(made)[-1].eval["after"].loss
+        rows = comparison.outcomes()[one.name].scores.rows
+        assert sum(s.loss_sum for s in rows) / sum(s.weight for s in rows) == pytest.approx(loss, abs=1e-6)

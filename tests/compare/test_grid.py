@@ -145,3 +145,12 @@ def test_a_request_without_lists_is_every_strategy_on_every_band_and_survives_it
         Request({}, ranks=("8",), trainable="1M").checked()
     with pytest.raises(RequestError, match="--grid names the candidates, and --layers too"):
         Request({}, layers=("low",), grid="g.yaml").checked()
+
+
+def test_a_run_file_gives_what_no_list_names(tmp_path):
+    (tmp_path / "run.yaml").write_text("preset: ffn\nlayers: high\n")
+    asked = Request({}, ranks=("8,16",), config=str(tmp_path / "run.yaml")).checked()
+    assert [one.name for one in asked.wanted()[1]] == ["r8", "r16"]
+    assert [one.name for one in Request({}, config=str(tmp_path / "run.yaml")).checked().wanted()[1]] == [
+        "candidate"
+    ]

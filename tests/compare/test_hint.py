@@ -1,12 +1,7 @@
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from comparisons import comparison_of
 
 from lorafit.adapter import inject_plan, planned

@@ -1,14 +1,9 @@
 import os
 import signal
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
-
 from comparisons import comparison_of
 
 from lorafit.compare import Began, Ended

@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import pytest
+
+from lorafit.compare.answer import EQUAL, LOWEST, WORSE, ChoiceRow, taken, words
+from lorafit.compare.files import COLUMNS, table_text
+from lorafit.compare.page import compare_page
+
+
+def row(preset, layers, delta=0.0, error=0.0, verdict=LOWEST, seconds=10.0, gain=-0.5):
+    return ChoiceRow(
+        choice=f"{preset}-{layers}", preset=preset, layers=layers, rank=16, learning_rate=1e-3, seeds=(0,),
+        runs=(f"{preset}-{layers}",), loss=1.0 + delta, spread=None, delta=delta, error=error, p=1.0, verdict=verdict,
+        gain=gain, gain_error=0.01, accuracy=0.5, trainable_params=1000, adapter_bytes=4000, seconds=seconds,
+        tokens_per_second=100.0, peak=10**9, growth=10**8, fast=True,
+    )  # fmt: skip
+
+
+LOW = row("all", "all")
+
+
+def test_the_lowest_loss_is_taken_where_nothing_is_near():
+    choices = [LOW, row("ffn", "high", 0.1, 0.004, WORSE, 3.0)]
+    assert taken(choices) == "all-all"
+    first, second = words(choices, "all-all")
+    assert first == "`all` on `all` is best: held-out loss 1.0000, 0.5000 ± 0.0100 below the base."
+    assert second == "`ffn` on `high` is worse beyond noise."
+
+
+def test_what_is_within_one_standard_error_and_faster_is_taken():
+    choices = [LOW, row("ffn", "high", 0.003, 0.004, EQUAL, 3.0), row("basic", "low", 0.2, 0.01, WORSE)]
+    assert taken(choices) == "ffn-high"
+    assert words(choices, "ffn-high")[0] == (
+        "Take `ffn` on `high`: held-out loss 1.0030, 0.5000 ± 0.0100 below the base. `all` on `all` is 0.0030 lower, but "
+        "not beyond noise, and takes 3.3 × the time."
+    )
+
+
+def test_few_rows_do_not_make_a_worse_loss_as_good():
+    """A large difference that is not significant is no reason to take the faster one; it is named."""
+    choices = [LOW, row("ffn", "high", 1.3, 0.6, EQUAL, 2.0)]
+    assert taken(choices) == "all-all"
+    assert words(choices, "all-all")[1:] == [
+        "`ffn` on `high` is 1.3000 higher, but not beyond noise, and takes 0.2 × the time."
+    ]
+    third = row("basic", "mid", 1.4, 0.9, EQUAL, 9.0)
+    assert words([*choices, third], "all-all")[2] == (
+        "Not distinguishable from the lowest loss on these rows: `basic` on `mid`."
+    )
+
+
+def test_a_choice_that_is_no_better_than_the_base_is_said():
+    said = words([row("all", "all", gain=-0.01)], "all-all")[0]
+    assert "not distinguishable from the base" in said
+    assert "above the base" in words([row("all", "all", gain=0.3)], "all-all")[0]
+    assert words([], "") == ["No candidate finished."]
+
+
+@pytest.mark.parametrize("name", ["<b>x</b>", "a&b"])
+def test_names_are_escaped_on_the_page(name):
+    from lorafit.compare.answer import Answer
+    from lorafit.model.chart import map_of
+
+    choices = (replace(LOW, choice=name, runs=(name,)), row("ffn", "high", 0.1, 0.01, WORSE))
+    answer = Answer("demo", "nowhere", 9, 99, 1.5, choices, name, ("Words.",), (), ())
+    page = compare_page(answer, map_of("demo"))
+    assert name not in page and "Loss and time" in page and "prefers-color-scheme: dark" in page
+    assert page.count("<h2>") >= 3 and "<script" not in page and "viewport" in page
+    head, first, _ = table_text(answer).splitlines()
+    assert head.split(",") == list(COLUMNS) and first.startswith(name)
