@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, Generic, ParamSpec, TypeVar, cast
 
 from lorafit.distributed import connect
 from lorafit.errors import Interrupted, LorafitError, RequestError, RunError, closest
-from lorafit.operations import COMPARES, EVALUATES, MERGES, PLANS, TRAINS, ours
+from lorafit.operations import COMPARES, EVALUATES, MERGES, PLANS, TRAINS, check_own, ours
 from lorafit.settings import OPTIONS
 from lorafit.system import quiet_libraries
 
@@ -51,6 +51,7 @@ def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
     def wrap(function: Callable[P, T]) -> Callable[P, T]:
         own = [p for p in signature(function).parameters.values() if p.kind is not Parameter.VAR_KEYWORD]
         taken = {p.name for p in own if p.kind is not Parameter.VAR_POSITIONAL}
+        defaults = {p.name: p.default for p in own if p.kind is Parameter.KEYWORD_ONLY}
         rest = [name for name in names if name not in taken]
         known, several = {*taken, *rest}, {name for name in rest if OPTIONS[name].many}
 
@@ -59,6 +60,8 @@ def _takes(*names: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
             for name in options:
                 if name not in known:
                     raise RequestError(f"there is no option `{name}`", _instead(name, known))
+                if name in defaults and options[name] is not None:
+                    check_own(name, options[name], defaults[name])
             given: Any = {n: _plain(v, n in several) for n, v in options.items() if v is not None}
             places: Any = map(_plain, arguments)
             return function(*places, **given)
@@ -125,7 +128,7 @@ def plan(
     return plan_run(
         _flags(model, options),
         _text(config),
-        fit=fit,
+        fit=_text(fit),
         processes=processes,
         probe=probe,
         fresh=fresh,
@@ -259,7 +262,7 @@ def compare(
     asked = Request(
         flags,
         presets=_texts(presets), layers=_texts(layers), ranks=_texts(ranks), learning_rates=_texts(learning_rates),
-        seeds=_texts(seeds), grid=_text(grid), config=_text(config), budget=budget, trainable=_text(trainable),
+        seeds=_texts(seeds), grid=_text(grid), config=_text(config), budget=_text(budget), trainable=_text(trainable),
         also=_texts(also), halving=halving, hint=hint,
     )  # fmt: skip
     prepared = prepare_comparison(resolve_comparison(asked, target, resume), workers)
@@ -295,7 +298,7 @@ def evaluate(
     return evaluate_adapters(
         [str(adapter) for adapter in adapters],
         options,
-        by=by,
+        by=_text(by),
         also=_texts(also),
         samples=samples,
         prompt=_texts(prompt),
@@ -303,7 +306,7 @@ def evaluate(
         seed=seed,
         max_new_tokens=max_new_tokens,
         rows=rows,
-        tasks=tasks,
+        tasks=_text(tasks),
         limit=limit,
         model=_text(model),
         report=_text(report),
@@ -335,8 +338,8 @@ def merge(
         adapter=_texts(adapter),
         model=_text(model),
         output=_text(output),
-        dtype=dtype,
-        max_shard_size=max_shard_size,
+        dtype=_text(dtype),
+        max_shard_size=_text(max_shard_size),
         verify=verify,
     )
     return report

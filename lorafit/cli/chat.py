@@ -13,6 +13,7 @@ from lorafit.cli.app import app
 from lorafit.cli.evaluate import GENERATION
 from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
 from lorafit.errors import RequestError
+from lorafit.operations import bounds
 from lorafit.settings import DATA, OPTIONS
 
 if TYPE_CHECKING:
@@ -44,19 +45,21 @@ def chat(
         float,
         typer.Option(
             "--temperature",
-            min=0,
-            max=10,
+            **bounds("temperature"),
             help="Sampling temperature; 0 is greedy.",
             rich_help_panel=GENERATION,
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
+        int, typer.Option("--seed", **bounds("seed"), help="Sampling seed.", rich_help_panel=GENERATION)
     ] = 0,
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", min=1, help="Maximum new tokens of an answer.", rich_help_panel=GENERATION
+            "--max-new-tokens",
+            **bounds("max_new_tokens"),
+            help="Maximum new tokens of an answer.",
+            rich_help_panel=GENERATION,
         ),
     ] = 512,
     plain: Annotated[

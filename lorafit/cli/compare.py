@@ -12,7 +12,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Quiet, Verbose, run_options
 from lorafit.cli.shell import stopping
-from lorafit.operations import COMPARES
+from lorafit.operations import COMPARES, bounds
 from lorafit.settings import DATA, OUTPUT, TRAINING, WHAT
 
 if TYPE_CHECKING:
@@ -107,8 +107,7 @@ def compare(
         int,
         typer.Option(
             "--workers",
-            min=1,
-            max=64,
+            **bounds("workers"),
             help="Candidates to train at once on a CPU, each on one thread.",
             rich_help_panel=TRAINING,
         ),

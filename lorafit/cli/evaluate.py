@@ -9,7 +9,7 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Base, Debug, Json, Quiet, run_options
-from lorafit.operations import EVALUATES
+from lorafit.operations import EVALUATES, bounds
 from lorafit.settings import DATA, OUTPUT
 
 GENERATION, BENCHMARKS = "Generation", "Benchmarks"
@@ -50,7 +50,10 @@ def evaluate(
     samples: Annotated[
         int,
         typer.Option(
-            "--samples", min=0, max=50, help="Completions to show side by side.", rich_help_panel=GENERATION
+            "--samples",
+            **bounds("samples"),
+            help="Completions to show side by side.",
+            rich_help_panel=GENERATION,
         ),
     ] = 3,
     prompt: Annotated[
@@ -66,20 +69,19 @@ def evaluate(
         float,
         typer.Option(
             "--temperature",
-            min=0,
-            max=10,
+            **bounds("temperature"),
             help="Sampling temperature; 0 is greedy.",
             rich_help_panel=GENERATION,
         ),
     ] = 0.0,
     seed: Annotated[
-        int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
+        int, typer.Option("--seed", **bounds("seed"), help="Sampling seed.", rich_help_panel=GENERATION)
     ] = 0,
     max_new_tokens: Annotated[
         Optional[int],
         typer.Option(
             "--max-new-tokens",
-            min=1,
+            **bounds("max_new_tokens"),
             help="Maximum new tokens. [dim]\\[the reference's and 24; 128 for --prompt][/]",
             rich_help_panel=GENERATION,
             show_default=False,
@@ -89,8 +91,7 @@ def evaluate(
         int,
         typer.Option(
             "--rows",
-            min=0,
-            max=50,
+            **bounds("rows"),
             help="Number of most improved, and most regressed, rows to show.",
             rich_help_panel=OUTPUT,
         ),
@@ -108,7 +109,10 @@ def evaluate(
     limit: Annotated[
         int,
         typer.Option(
-            "--limit", min=0, help="Maximum documents per task; 0 is all.", rich_help_panel=BENCHMARKS
+            "--limit",
+            **bounds("limit"),
+            help="Maximum documents per task; 0 is all.",
+            rich_help_panel=BENCHMARKS,
         ),
     ] = 0,
     model: Base = None,

@@ -9,7 +9,7 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, run_options
-from lorafit.operations import PLANS
+from lorafit.operations import PLANS, bounds
 from lorafit.settings import OUTPUT
 
 
@@ -34,7 +34,7 @@ def plan(
             "--processes",
             help="Number of processes to plan for, as torchrun or accelerate would launch them.",
             metavar="N",
-            min=1,
+            **bounds("processes"),
             rich_help_panel=OUTPUT,
             show_default=False,
         ),

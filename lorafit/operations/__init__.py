@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from lorafit.operations.options import MERGES as MERGES
     from lorafit.operations.options import PLANS as PLANS
     from lorafit.operations.options import TRAINS as TRAINS
+    from lorafit.operations.options import bounds as bounds
+    from lorafit.operations.options import check_own as check_own
     from lorafit.operations.other_tools import ours as ours
     from lorafit.operations.planning import Planned as Planned
     from lorafit.operations.planning import plan_matrix as plan_matrix
@@ -44,7 +46,7 @@ __getattr__ = door(
         "comparing": "Candidates Compared check_peak compare_events prepare_comparison resolve_comparison",
         "evaluating": "evaluate_adapters quantisation",
         "merging": "merge_named",
-        "options": "COMPARES EVALUATES MERGED_DTYPES MERGES PLANS TRAINS",
+        "options": "COMPARES EVALUATES MERGED_DTYPES MERGES PLANS TRAINS bounds check_own",
         "other_tools": "ours",
         "planning": "Planned plan_matrix plan_run train_command",
         "progress": "Bar no_bar",
