@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
 from typing import NoReturn
 
 from lorafit.estimate import start_over
+from lorafit.system import quiet_libraries
 
 STEPPING = ("train", "plan")  # the commands that run, or time, training steps
 
@@ -15,7 +15,7 @@ STEPPING = ("train", "plan")  # the commands that run, or time, training steps
 def main() -> NoReturn:
     """The entry point of the `lorafit` command."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # its advice is for who calls it
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of packages that are not needed
+    quiet_libraries()
     if next((word for word in sys.argv[1:] if not word.startswith("-")), "") in STEPPING:
         start_over()
     from lorafit.cli import main as command

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import os
 import platform
 import shlex
@@ -120,10 +121,19 @@ def alive(pid: int) -> bool:
     return True
 
 
+def quiet_libraries() -> None:
+    """Keep bitsandbytes from warning of packages that are not needed, when it is imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
 @contextmanager
 def without_collecting() -> Iterator[None]:
     """While torch and transformers are imported: what they make lives to the end, and looking for
-    garbage among it takes a third of the time. It is left out of later searches too."""
+    garbage among it takes a third of the time. It is left out of later searches too. Once they are there, nothing is
+    done: what a run has left behind is still to be collected."""
+    if sys.modules.keys() >= {"torch", "transformers", "peft"}:
+        yield
+        return
     was = gc.isenabled()
     gc.disable()
     try:

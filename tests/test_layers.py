@@ -22,8 +22,8 @@ ROWS = [
     ["evaluate"],
     ["train", "merge"],
     ["compare"],
-    ["hub", "screen"],
-    ["cli"],
+    ["operations", "hub", "screen"],
+    ["api", "cli"],
     ["__main__"],
 ]
 ORDER = {name: number for number, row in enumerate(ROWS) for name in row}
@@ -35,7 +35,8 @@ LIGHT = [
     "adapter.plan", "adapter.peft_names", "adapter.folder", "adapter.base", "data.files", "data.formats", "data.batching",
     "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card", "report.listing",
     "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
-    "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
+    "api", "operations.options", "operations.planning", "operations.training", "operations.evaluating",
+    "operations.merging", "operations.comparing", "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
     "compare.grid", "compare.candidates", "compare.request", "compare.ahead", "compare.ranking",
 ]  # fmt: skip
 HEAVY = {"torch", "transformers", "peft", "datasets", "accelerate", "rich"}

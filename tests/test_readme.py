@@ -116,24 +116,33 @@ def test_the_set_up_is_two_one_line_commands():
     assert len(README.splitlines()) <= 250
 
 
-def test_the_python_runs():
-    (code,) = blocks("python", TEXTS["python.md"])
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    assert done.returncode == 0 and done.stdout.startswith("69120 ('down_proj', 'gate_proj', 'up_proj')"), (
-        done.stderr
-    )
+PYTHON = [(name, code) for name, text in TEXTS.items() for code in blocks("python", text)]
+PRINTED = [
+    "69120 ('down_proj', 'gate_proj', 'up_proj') True",
+    "4 17280",
+    "['basic-high', 'ffn-high']",
+    "there is no option `lr`",
+]  # first lines
+
+
+def test_every_block_of_python_runs_and_prints_what_it_says(shelf):
+    for (name, code), shown in zip(PYTHON, PRINTED, strict=True):
+        done = subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=shelf,
+            capture_output=True,
+            text=True,
+            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+        )
+        assert done.returncode == 0 and done.stdout.startswith(shown), (name, done.stdout, done.stderr)
+        assert done.stderr == "", name
 
 
 def test_the_functions_that_are_named_exist():
     from importlib import import_module
 
-    named = re.findall(r"`(lorafit(?:\.\w+)+)\.(\w+)", TEXTS["python.md"])
-    assert len(named) >= 5
+    named = re.findall(r"`(lorafit(?:\.\w+)*)\.(\w+)\(", TEXTS["python.md"])
+    assert len(named) >= 10
     for module, name in named:
         assert hasattr(import_module(module), name), f"{module}.{name}"
 

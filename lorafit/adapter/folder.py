@@ -30,7 +30,8 @@ from lorafit.outputs import PARTIAL, RUN_FILE, last_run
 if TYPE_CHECKING:
     from peft import PeftModel
 
-CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+BASE: str = "base.json"
 
 PICKLED = "adapter_model.bin"
 

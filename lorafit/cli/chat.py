@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 import typer
 
 from lorafit.cli.app import app
-from lorafit.cli.evaluate import quantisation
 from lorafit.cli.options import (
     GENERATION,
     Base,
@@ -22,6 +21,7 @@ from lorafit.cli.options import (
     run_options,
 )
 from lorafit.errors import RequestError
+from lorafit.operations import bounds
 from lorafit.settings import DATA, OPTIONS
 
 if TYPE_CHECKING:
@@ -54,7 +54,10 @@ def chat(
     max_new_tokens: Annotated[
         int,
         typer.Option(
-            "--max-new-tokens", min=1, help="Maximum new tokens of an answer.", rich_help_panel=GENERATION
+            "--max-new-tokens",
+            **bounds("max_new_tokens"),
+            help="Maximum new tokens of an answer.",
+            rich_help_panel=GENERATION,
         ),
     ] = 512,
     plain: Annotated[
@@ -101,6 +104,7 @@ def _opened(
     """(the conversation, what it is with, notes). Raises RequestError for what cannot be talked to."""
     from lorafit.adapter import common_base, is_model, locate, tokenizer_place
     from lorafit.model import chart_of, find
+    from lorafit.operations import quantisation
     from lorafit.settings import settle
     from lorafit.system import without_collecting
 

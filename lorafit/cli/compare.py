@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import re
-import shlex
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -14,24 +11,14 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Quiet, Verbose, run_options
-from lorafit.cli.plan import train_command
 from lorafit.cli.shell import stopping
-from lorafit.errors import RequestError
-from lorafit.outputs import check_target
-from lorafit.settings import DATA, OPTIONS, OUTPUT, TRAINING, WHAT
+from lorafit.operations import COMPARES, bounds
+from lorafit.settings import DATA, OUTPUT, TRAINING, WHAT
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from lorafit.compare import Ahead, Answer, Impossible, Request
-    from lorafit.data import Rows, RowSet
-    from lorafit.model import ModelMap, ModelSource
+    from lorafit.compare import Answer
+    from lorafit.operations import Candidates, Compared
     from lorafit.screen import Screen
-
-WITHOUT = (
-    "preset", "layers", "modules", "rank", "learning_rate", "seed", "from_adapter", "overwrite", "resume", "sample",
-    "track", "track_project", "track_name", "prefix_residency",
-)  # fmt: skip
 
 
 def _list(flag: str, help: str, panel: str) -> Any:
@@ -47,7 +34,7 @@ def _text(flag: str, help: str, metavar: str, panel: str) -> Any:
 
 
 @app.command()
-@run_options(*(name for name in OPTIONS if name not in WITHOUT))
+@run_options(*COMPARES)
 def compare(
     flags: Mapping[str, Any],
     presets: Annotated[
@@ -120,8 +107,7 @@ def compare(
         int,
         typer.Option(
             "--workers",
-            min=1,
-            max=64,
+            **bounds("workers"),
             help="Candidates to train at once on a CPU, each on one thread.",
             rich_help_panel=TRAINING,
         ),
@@ -144,6 +130,7 @@ def compare(
     Base, rows and frozen layers are shared. Each candidate is a run folder of its own.
     """
     from lorafit.compare import Request, table_text
+    from lorafit.operations import resolve_comparison
     from lorafit.screen import Screen, show_answer
 
     screen = Screen(json or csv, quiet, verbose)
@@ -154,13 +141,12 @@ def compare(
         trainable=trainable, also=tuple(also or ()), halving=halving, hint=hint,
     )  # fmt: skip
     target = Path(flags["output"]).expanduser() if "output" in flags else None
-    asked, target = _resumed(asked, target) if resume else (asked.checked(), target)
-    prepared = _prepared(screen, asked, target, workers)
+    prepared = _prepared(screen, resolve_comparison(asked, target, resume), workers)
     if dry:
         if json:
-            screen.document({**prepared.ahead.as_json(), "impossible": prepared.impossible})
+            screen.document({**prepared.ahead.as_json(), "impossible": prepared.of.impossible})
         return
-    answer = _answered(screen, prepared, resume, workers)
+    answer = _answered(screen, prepared, resume)
     if json:
         screen.document(answer)
     elif csv:
@@ -169,186 +155,34 @@ def compare(
         show_answer(screen, answer)
 
 
-@dataclass(frozen=True, slots=True)
-class _Prepared:
-    """A comparison before its model is loaded."""
-
-    asked: Request
-    source: ModelSource
-    found: ModelMap
-    ahead: Ahead
-    impossible: Sequence[Impossible]
-    common: Mapping[str, Any]
-    rows: Rows
-    also: Mapping[str, RowSet]
-    tokenizer: PreTrainedTokenizerBase
-    target: Path
-
-
-def _resumed(asked: Request, target: Path | None) -> tuple[Request, Path]:
-    """(what an unfinished comparison was asked for, its folder). `--resume DIR` is read as a switch and the first
-    argument, so without -o that argument is the folder.
-
-    Raises RequestError when it is not a comparison, or was asked for something else.
-    """
-    from lorafit.compare import CompareFolder, Request
-
-    alone = target is None
-    if target is None:
-        name = asked.flags.get("model")
-        if not name:
-            raise RequestError("--resume needs the comparison's folder", "lorafit compare --resume DIR")
-        target = Path(name).expanduser()
-    folder = CompareFolder(target)
-    folder.open(resume=True)
-    stored = Request.of(folder.request())
-    given = replace(asked, flags={n: v for n, v in asked.flags.items() if not (alone and n == "model")})
-    if given != Request({}) and (odd := stored.differs(given.checked())):
-        raise RequestError(
-            f"`{target}` was asked for with another {odd}",
-            f"lorafit compare --resume {shlex.quote(str(target))} alone",
-        )
-    return stored, target
-
-
-def _prepared(screen: Screen, asked: Request, target: Path | None, workers: int) -> _Prepared:
-    """Everything before the model is loaded: the candidates, the rows, the cost."""
-    from lorafit.compare import (
-        check_workers,
-        look_ahead,
-        new_folder,
-        parse_count,
-        parse_duration,
-        resolve_all,
-    )
-    from lorafit.data import find_sources
-    from lorafit.model import chart_of, find, load_tokenizer, pick_device
+def _prepared(screen: Screen, of: Candidates, workers: int) -> Compared:
+    """What will be compared, shown; its rows and its cost."""
+    from lorafit.operations import check_peak, prepare_comparison
     from lorafit.screen import show_ahead, show_impossible
-    from lorafit.settings import settle
-    from lorafit.system import without_collecting
-    from lorafit.units import bytes_text
 
-    common, wanted = asked.wanted()
-    first, _ = settle({**common, **wanted[0].settings}, asked.config)
-    if not first.holds_out:
-        raise RequestError(
-            "candidates are compared on held-out rows, and --holdout 0 holds out none", "--holdout 0.05"
-        )
-    source = find(first.model, first.revision)
-    find_sources(first)
-    if target is None:
-        target = new_folder(re.sub(r"[^\w.]+", "-", first.model.rpartition("/")[2]).strip("-.")[:60])
-    if not (target / "request.json").is_file():
-        check_target(target, False)
-    found = chart_of(source)
-    trainable = parse_count(asked.trainable) if asked.trainable else None
-    candidates, impossible = resolve_all(found, wanted, common, asked.config, trainable)
-    show_impossible(screen, impossible)
-    if not candidates:
-        raise RequestError("none of the candidates is possible", impossible[0].reason)
-    config = candidates[0].config
-    with without_collecting():
-        from lorafit.data import load, read_eval_rows
-    check_workers(workers, pick_device(config.device).type)
-    if workers > 1:
-        import torch
-
-        torch.set_num_threads(1)  # what is timed and filled here runs as the candidates will
-    tokenizer = load_tokenizer(source.place, source.name)
-    with screen.bar("reading", bytes_text) as tick:
-        rows = load(config, tokenizer, found.task, found.vocab_size, tick)
-    plain = replace(config, format="auto", map=None)
-    also = {
-        Path(spec).name: read_eval_rows([spec], plain, tokenizer, found.task, found.vocab_size)
-        for spec in asked.also
-    }
-    budget = parse_duration(asked.budget) if asked.budget and asked.steps is None else None
-    with screen.bar("planning") as tick:
-        ahead = look_ahead(source, found, candidates, rows.look, budget, tick, workers)
-    show_ahead(screen, found, ahead, trainable, rows.look)
-    _check_memory(screen, ahead)
-    if budget is not None:
-        asked = replace(asked, steps=max(cost.steps or 1 for cost in ahead.costs.values()))
-    return _Prepared(asked, source, found, ahead, impossible, common, rows, also, tokenizer, target)
+    show_impossible(screen, of.impossible)
+    prepared = prepare_comparison(of, workers, screen.bar)
+    show_ahead(screen, of.found, prepared.ahead, of.trainable, prepared.rows.look)
+    if warning := check_peak(prepared.ahead):
+        screen.note(warning)
+    return prepared
 
 
-def _check_memory(screen: Screen, ahead: Ahead) -> None:
-    """Warn when the predicted peak is more than the free memory. Raises RequestError when it is more than twice
-    that."""
-    from lorafit.estimate import free_on
-    from lorafit.units import bytes_text
-
-    device = next(iter(ahead.forecasts.values())).device
-    free = free_on(device)
-    if ahead.peak <= free:
-        return
-    what = f"the largest candidate needs {bytes_text(ahead.peak)} at its peak, and {bytes_text(free)} are free on {device}"
-    if ahead.peak > 2 * free:
-        raise RequestError(what, "a smaller --batch-size, or --gradient-checkpointing")
-    screen.note(what)
-
-
-def _answered(screen: Screen, run: _Prepared, resume: bool, workers: int) -> Answer:
-    """Train what is missing, and write and return the answer."""
-    from lorafit.compare import (
-        CompareFolder,
-        Comparison,
-        Hint,
-        SharedBase,
-        answer_of,
-        with_hint,
-        write_answer,
-    )
+def _answered(screen: Screen, run: Compared, resume: bool) -> Answer:
+    """Run it to its end, on the screen; the answer."""
+    from lorafit.compare import Answer
+    from lorafit.operations import compare_events
     from lorafit.screen import CompareView
-    from lorafit.train import load_base
 
-    folder = CompareFolder(run.target)
-    folder.open(resume)
-    folder.begin(run.asked, [run.rows.train.digest, run.rows.held_out.digest])
-    config = run.ahead.candidates[0].config
-    view, hint = CompareView(screen, run.ahead), None
+    view, answer = CompareView(screen, run.ahead), None
     with stopping() as stop:
-        shared = SharedBase(lambda: load_base(run.source, run.found, config))
-        comparison = Comparison(
-            run.ahead,
-            shared,
-            run.rows,
-            run.tokenizer,
-            folder,
-            run.also,
-            halving=run.asked.halving,
-            hints=run.asked.hint,
-            workers=workers,
-            stop=stop,
-        )
         try:
-            for event in comparison.run():
-                hint = event if isinstance(event, Hint) else hint
-                view.on(event)
+            for event in compare_events(run, resume, stop):
+                if isinstance(event, Answer):
+                    answer = event
+                else:
+                    view.on(event)
         finally:
             view.close()
-            shared.close()
-    base = folder.base()
-    assert base is not None
-    answer = answer_of(
-        run.found.model,
-        str(run.target),
-        run.ahead.candidates,
-        comparison.outcomes(),
-        base,
-        run.impossible,
-        folder.cuts(),
-    )
-    answer = with_hint(replace(answer, command=_command(run, answer.take)), hint)
-    write_answer(folder, answer, run.found, comparison.outcomes(), run.rows.held_out, run.tokenizer)
+    assert answer is not None
     return answer
-
-
-def _command(run: _Prepared, take: str) -> str:
-    """The command that trains the choice in full; empty where there is none."""
-    from lorafit.compare import full_settings
-
-    one = next((c for c in run.ahead.candidates if c.choice == take), None)
-    if one is None:
-        return ""
-    return train_command(full_settings(one, run.common), one.config, run.asked.config)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import math
-import shlex
 from collections.abc import Mapping
-from contextlib import suppress
-from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -14,15 +10,12 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Base, Debug, Json, Push, Quiet, run_options
 from lorafit.cli.push import push_folder
-from lorafit.errors import RequestError
-from lorafit.outputs import last_run
-from lorafit.settings import OPTIONS, OUTPUT, WHAT
-
-DTYPES = ("float32", "bfloat16", "float16")
+from lorafit.operations import MERGED_DTYPES, MERGES
+from lorafit.settings import OUTPUT, WHAT
 
 
 @app.command()
-@run_options("overwrite")
+@run_options(*MERGES)
 def merge(
     flags: Mapping[str, Any],
     run: Annotated[
@@ -60,7 +53,7 @@ def merge(
         typer.Option(
             "--dtype",
             help="Output dtype. [dim]\\[the base's][/]",
-            metavar="|".join(DTYPES),
+            metavar="|".join(MERGED_DTYPES),
             rich_help_panel=OUTPUT,
             show_default=False,
         ),
@@ -90,70 +83,29 @@ def merge(
     debug: Debug = False,
 ) -> None:
     """Merge adapters into the base; streams tensors and verifies the result."""
-    given = {name: OPTIONS[name].parsed(value) for name, value in flags.items()}
-
-    from lorafit.adapter import common_base, locate, tokenizer_place
+    from lorafit.operations import merge_named
     from lorafit.report import uses_of_merged
     from lorafit.screen import Screen, show_merge
-    from lorafit.system import without_collecting
-    from lorafit.units import bytes_text, parse_bytes
 
-    named = [*([(run, 1.0)] if run else []), *map(_weighed, adapter or [])]
-    named = [(locate(path), weight) for path, weight in named]
-    if not named:
-        raise RequestError(
-            "merge needs an adapter", f"lorafit merge {shlex.quote(last_run() or 'RUN')} -o DIR"
-        )
-    first = named[0][0]
-    if not output:
-        raise RequestError("merge needs an output folder", f"lorafit merge {shlex.quote(first)} -o DIR")
-    if dtype is not None and dtype not in DTYPES:
-        raise RequestError(f"--dtype is `{dtype}`: it takes one of {', '.join(DTYPES)}")
-    try:
-        limit = parse_bytes(max_shard_size) if max_shard_size else 0
-    except ValueError as error:
-        raise RequestError(f"--max-shard-size is `{error}`: it takes a size", "e.g. 5GB") from None
     if push_to_hub:
         from lorafit import hub
 
         hub.check(push_to_hub)
     screen = Screen(json, quiet)
-    source, found = common_base([path for path, _ in named], model)
-
-    with without_collecting():
-        from lorafit.evaluate import held_out_rows
-        from lorafit.merge import MergeSettings, merge_adapters
-        from lorafit.model import load_tokenizer
-
-    tokenizer, rows = None, None
-    if verify:
-        tokenizer = load_tokenizer(tokenizer_place(first, source.place), first)
-        # without the run's data, the verification uses built-in texts
-        with suppress(RequestError):
-            rows = held_out_rows(first, tokenizer, found)
-    settings = MergeSettings(
-        Path(output).expanduser(), given.get("overwrite", False), dtype or "", limit, verify
+    report, found = merge_named(
+        run,
+        flags,
+        adapter=adapter,
+        model=model,
+        output=output,
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        verify=verify,
+        bar=screen.bar,
     )
-    adapters = [(Path(path).expanduser(), weight) for path, weight in named]
-    with screen.bar("merging", bytes_text) as tick:
-        report = merge_adapters(
-            adapters, source, found, settings, rows if rows is not None else (), tokenizer, tick
-        )
     if json:
         screen.document(report)
     else:
         show_merge(screen, report, uses_of_merged(found.family, found.task, report.output, found.model))
     if push_to_hub:
         push_folder(screen, report.output, push_to_hub)
-
-
-def _weighed(text: str) -> tuple[str, float]:
-    """`PATH=WEIGHT`, or `PATH` alone for a weight of 1. Raises RequestError if the weight is not a number."""
-    path, equals, weight = text.rpartition("=")
-    if not equals:
-        return text, 1.0
-    with suppress(ValueError):
-        value = float(weight)
-        if path and math.isfinite(value):
-            return path, value
-    raise RequestError(f"`--adapter {text}` has no number after the =", "e.g. runs/a=0.5")

@@ -9,6 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from lorafit.operations import bounds
 from lorafit.settings import DATA, OPTIONS, OUTPUT, Option
 
 GENERATION = "Generation"
@@ -110,11 +111,14 @@ Json = Annotated[bool, _option("--json", help="Print one JSON document on stdout
 Temperature = Annotated[
     float,
     typer.Option(
-        "--temperature", min=0, max=10, help="Sampling temperature; 0 is greedy.", rich_help_panel=GENERATION
+        "--temperature",
+        **bounds("temperature"),
+        help="Sampling temperature; 0 is greedy.",
+        rich_help_panel=GENERATION,
     ),
 ]
 SamplingSeed = Annotated[
-    int, typer.Option("--seed", min=0, max=2**31, help="Sampling seed.", rich_help_panel=GENERATION)
+    int, typer.Option("--seed", **bounds("seed"), help="Sampling seed.", rich_help_panel=GENERATION)
 ]
 Verbose = Annotated[
     bool,

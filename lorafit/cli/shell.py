@@ -16,9 +16,9 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lorafit.cli.other_tools import ours
 from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
+from lorafit.operations import ours
 from lorafit.outputs import last_run
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.

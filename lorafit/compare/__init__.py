@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from lorafit.compare.results import Cut as Cut
     from lorafit.compare.results import Ended as Ended
     from lorafit.compare.run import Comparison as Comparison
+    from lorafit.compare.run import Happening as Happening
     from lorafit.compare.shared import SharedBase as SharedBase
     from lorafit.compare.workers import check_workers as check_workers
 
@@ -48,7 +49,7 @@ __getattr__ = door(
         "ranking": "rank",
         "request": "Request full_settings",
         "results": "Began Cut Ended",
-        "run": "Comparison",
+        "run": "Comparison Happening",
         "shared": "SharedBase",
         "workers": "check_workers",
     },

@@ -114,7 +114,7 @@ def test_every_answer_is_an_option_of_train(run):
     import typer
 
     from lorafit.cli import app
-    from lorafit.cli.other_tools import LORAFITS, ours
+    from lorafit.operations.other_tools import LORAFITS, ours
 
     group = typer.main.get_command(app)
     train, plan = ({f for p in group.commands[n].params for f in p.opts} for n in ("train", "plan"))

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from lorafit.adapter.folder import WEIGHTS, read_config
 from lorafit.adapter.inject import adapted_names
 from lorafit.errors import RequestError, RunError
-from lorafit.merge import deltas, merge, verify
+from lorafit.merge import deltas, merge, verify, write
 from lorafit.merge.verify import verify_merge
 from lorafit.model.chart import chart_of
 from lorafit.model.headers import open_file, shards
@@ -180,7 +180,7 @@ def test_a_planted_error_is_found_in_weight_space(tiny, tmp_path, monkeypatch, p
     """Also where the adapter is so small that logits do not show it."""
     source, found, _ = make_adapter(tmp_path / "a", tiny("llama"), size=size)
     monkeypatch.setattr(merge, "added", plant[1])
-    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    monkeypatch.setattr(verify, "TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
     with pytest.raises(RunError, match=r"differs from base.*values of `model\.layers\.[23]"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
     assert not (tmp_path / "m").exists() and shards(tmp_path / "m.unverified")
@@ -197,7 +197,7 @@ def test_a_layer_that_is_skipped_is_found(tiny, tmp_path, monkeypatch):
     def fewer(*given):
         return {name: d for name, d in real(*given).items() if "layers.3" not in name}
 
-    monkeypatch.setattr("lorafit.merge.write.deltas", fewer)
+    monkeypatch.setattr(write, "deltas", fewer)
     with pytest.raises(RunError, match=r"differs from base.*layers\.3"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
@@ -214,7 +214,7 @@ def test_a_transposed_delta_is_found(tiny, tmp_path, monkeypatch):
 
         return {name: turn(d) for name, d in real(*given).items()}
 
-    monkeypatch.setattr("lorafit.merge.write.deltas", turned)
+    monkeypatch.setattr(write, "deltas", turned)
     with pytest.raises(RunError, match=r"differs from base.*c_proj"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
@@ -259,7 +259,7 @@ def test_a_planted_error_is_found_where_the_whole_model_was_merged(tiny, tmp_pat
         return self.base_model.merge_and_unload()
 
     monkeypatch.setattr(Model, "merge_and_unload", wrong, raising=False)
-    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    monkeypatch.setattr(verify, "TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
     with pytest.raises(RunError, match="differs from base"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
@@ -272,7 +272,7 @@ def test_a_planted_error_in_experts_is_found(tiny, tmp_path, monkeypatch):
     monkeypatch.setattr(
         ParamWrapper, "get_delta_weight", lambda self, name, *more: real(self, name, *more) * 1.05
     )
-    monkeypatch.setattr("lorafit.merge.verify.TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
+    monkeypatch.setattr(verify, "TOLERANCE", dict.fromkeys(verify.TOLERANCE, 1e9))
     with pytest.raises(RunError, match=r"differs from base.*experts"):
         do_merge(tmp_path / "a", source, found, tmp_path / "m")
 
