@@ -73,8 +73,7 @@ def estimate(
     if timing is None:
         flops = profile.forward + profile.backward
         timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
-    sent = 2 * (processes - 1) / processes * plan.adapter_bytes
-    link = LINK_RATE.get(device, 3e8)
+    sent, link = 2 * (processes - 1) / processes * plan.adapter_bytes, LINK_RATE.get(device, 3e8)
     timing = replace(timing, step=timing.step + sent / link)
     memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
     residency = Residency("resident", "")

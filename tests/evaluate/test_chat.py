@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -224,8 +225,14 @@ def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(endless):
         time.sleep(1)  # it speaks now
         process.send_signal(signal.SIGINT)
         read_until(rb"stopped(.|\n)*> ")
-        process.send_signal(signal.SIGINT)
-        assert process.wait(30) == 0 and b"Traceback" not in seen and b"error" not in seen
+        for _ in range(
+            15
+        ):  # one that comes between the prompt and the wait for a key is not seen by readline
+            process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(2)
+                break
+        assert process.wait(1) == 0 and b"Traceback" not in seen and b"error" not in seen
     finally:
         process.kill()
         os.close(master)
