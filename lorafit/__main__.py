@@ -9,7 +9,7 @@ from typing import NoReturn
 from lorafit.estimate import start_over
 from lorafit.system import quiet_libraries
 
-STEPPING = ("train", "plan")  # the commands that run, or time, training steps
+STEPPING = ("train", "plan", "compare")  # the commands that run, or time, training steps
 
 
 def main() -> NoReturn:

@@ -221,7 +221,10 @@ def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
             )
     if worse and len(worse) == len(choices) - 1:
         others = f"All {len(worse)} others are" if len(worse) > 1 else f"{worse[0].named} is"
-        said.append(f"{others} worse beyond noise.")
+        one_seed = all(len(c.seeds) < 2 for c in choices)
+        said.append(
+            f"{others} worse beyond {'the noise of the held-out rows' if one_seed else 'both noises'}."
+        )
     elif equal:
         names = ", ".join(c.named for c in equal[:3]) + (
             f" and {len(equal) - 3} more" if len(equal) > 3 else ""

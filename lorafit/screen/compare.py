@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -176,8 +177,11 @@ def show_answer(screen: Screen, answer: Answer) -> None:
     for note in answer.notes:
         screen.note(note, answer=True)
     screen.line("page", f"{answer.folder}/compare.html", answer=True)
+    best = next((c.runs[0] for c in answer.choices if c.choice == answer.take), None)
+    if best is not None:
+        screen.command("next", shlex.join(["lorafit", "eval", f"{answer.folder}/{best}"]))
     if answer.command:
-        screen.command("next", answer.command)
+        screen.command("in full", answer.command)
 
 
 def _table(screen: Screen, choices: Sequence[ChoiceRow]) -> Table:

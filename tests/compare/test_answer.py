@@ -24,7 +24,7 @@ def test_the_lowest_loss_is_taken_where_nothing_is_near():
     assert taken(choices) == "all-all"
     first, second = words(choices, "all-all")
     assert first == "`all` on `all` is best: held-out loss 1.0000, 0.5000 ± 0.0100 below the base."
-    assert second == "`ffn` on `high` is worse beyond noise."
+    assert second == "`ffn` on `high` is worse beyond the noise of the held-out rows."
 
 
 def test_what_is_within_one_standard_error_and_faster_is_taken():
