@@ -151,7 +151,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("residency.jsonl"))
     parser.add_argument("--folder", type=Path, default=Path(tempfile.gettempdir()) / "lorafit-residency")
     parser.add_argument("--rounds", type=int, default=1)
-    parser.add_argument("--limit", type=float, default=4.5, help="GB that a process may allocate")
+    parser.add_argument("--limit", type=float, default=5.0, help="GB that a process may allocate")
     parser.add_argument("--one", choices=["peft"], help=argparse.SUPPRESS)
     asked = parser.parse_args()
     asked.folder.mkdir(exist_ok=True)
