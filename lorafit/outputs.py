@@ -18,6 +18,7 @@ from lorafit.system import alive
 CARD, PAGE = "README.md", "report.html"
 
 EVENTS, RUN_FILE, HELD_OUT = "events.jsonl", "run.yaml", "held-out.safetensors"
+COMPARISON = "request.json"  # what a folder of compared candidates was asked for
 TRACKING = "tracking.json"  # the run as its trackers know it
 
 PARTIAL, RUNS = ".partial", "runs"  # of the name of an unfinished run; where runs without -o are

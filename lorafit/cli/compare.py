@@ -131,7 +131,7 @@ def compare(
     """
     from lorafit.compare import Request, table_text
     from lorafit.operations import resolve_comparison
-    from lorafit.screen import Screen, show_answer
+    from lorafit.screen import Screen, show_answer, show_candidates
 
     screen = Screen(json or csv, quiet, verbose)
     asked = Request(
@@ -145,6 +145,8 @@ def compare(
     if dry:
         if json:
             screen.document({**prepared.ahead.as_json(), "impossible": prepared.of.impossible})
+        else:
+            show_candidates(screen, prepared.ahead)
         return
     answer = _answered(screen, prepared, resume)
     if json:

@@ -12,9 +12,9 @@ from typing import Any
 from lorafit.compare.results import Cut, Outcome, Scores
 from lorafit.errors import RequestError
 from lorafit.jsonio import jsonable
-from lorafit.outputs import RUNS, writing
+from lorafit.outputs import COMPARISON, RUNS, writing
 
-REQUEST, ANSWER, TABLE, PAGE, SCORES = "request.json", "compare.json", "compare.csv", "compare.html", "scores"
+ANSWER, TABLE, PAGE, SCORES = "compare.json", "compare.csv", "compare.html", "scores"
 HALVING = "halving.json"
 BASE = ".base"  # the name under which the base's scores lie among the candidates'
 
@@ -29,7 +29,7 @@ class CompareFolder:
         """Make the folder. Raises RequestError when it is there and is not resumed, or is not a comparison's."""
         there = self.target.exists() or self.target.is_symlink()
         if resume:
-            if not (self.target / REQUEST).is_file():
+            if not (self.target / COMPARISON).is_file():
                 raise RequestError(
                     f"`{self.target}` is not a comparison", "without --resume, a new one is made there"
                 )
@@ -39,7 +39,7 @@ class CompareFolder:
         if there and any(self.target.iterdir()):
             hint = (
                 f"lorafit compare --resume {self.target} goes on with it"
-                if (self.target / REQUEST).is_file()
+                if (self.target / COMPARISON).is_file()
                 else "another -o"
             )
             raise RequestError(f"`{self.target}` exists", hint)
@@ -51,22 +51,24 @@ class CompareFolder:
     def begin(self, request: Any, rows: Sequence[str]) -> None:
         """Write what was asked for, with the digests of the rows. Raises RequestError where a comparison that goes
         on had other rows."""
-        stored = self.request() if (self.target / REQUEST).is_file() else None
+        stored = self.request() if (self.target / COMPARISON).is_file() else None
         if stored is not None and stored.get("rows") != list(rows):
             raise RequestError(
                 f"the rows are not those that `{self.target}` began with: the data has changed",
                 "another -o compares on the data as they are",
             )
         if stored is None:
-            self.write_json(REQUEST, {**jsonable(request), "rows": list(rows)})
+            self.write_json(COMPARISON, {**jsonable(request), "rows": list(rows)})
 
     def request(self) -> dict[str, Any]:
         """What was asked for. Raises RequestError when that is damaged."""
         try:
-            found = json.loads((self.target / REQUEST).read_text(encoding="utf-8"))
+            found = json.loads((self.target / COMPARISON).read_text(encoding="utf-8"))
             assert isinstance(found, dict)
         except (OSError, ValueError, AssertionError):
-            raise RequestError(f"`{self.target / REQUEST}` is damaged", "another -o starts again") from None
+            raise RequestError(
+                f"`{self.target / COMPARISON}` is damaged", "another -o starts again"
+            ) from None
         return found
 
     def write(self, name: str, text: str) -> None:

@@ -50,7 +50,7 @@ def compare_page(answer: Answer, found: ModelMap, apart: Sequence[RowApart] = ()
             f"supervised tokens, base loss {answer.base_loss:.4f}. lorafit {__version__}",
             cls="soft",
         ),
-        *(el("p", text, cls="verdict") for text in answer.words),
+        *(el("p", _named(text), cls="verdict") for text in answer.words),
     ]
     if answer.command:
         parts.append(el("pre", answer.command))
@@ -62,18 +62,25 @@ def compare_page(answer: Answer, found: ModelMap, apart: Sequence[RowApart] = ()
     return document(f"{found.model}: strategies and bands", parts)
 
 
+def _named(text: str) -> list[str]:
+    """A sentence with what stands between backticks as code."""
+    return [el("code", piece) if number % 2 else piece for number, piece in enumerate(text.split("`"))]
+
+
 def _table(choices: Sequence[ChoiceRow]) -> Html:
     several = any(c.spread is not None for c in choices)
     head = [
         "choice",
         "loss",
         *(["spread over seeds"] if several else []),
-        "to the lowest",
         "verdict",
-        "p",
-        "to the base",
+        "to the lowest",
+        "accuracy",
+        "trained",
+        "time",
+        "memory",
     ]
-    head += ["accuracy", "rank", "rate", "trained", "adapter", "time", "tok/s", "memory"]
+    head += ["p", "to the base", "rank", "rate", "adapter", "tok/s"]
     rows = []
     for c in choices:
         rows.append(
@@ -81,23 +88,23 @@ def _table(choices: Sequence[ChoiceRow]) -> Html:
                 c.choice,
                 f"{c.loss:.4f}",
                 *([f"{c.spread:.4f}" if c.spread is not None else ""] if several else []),
-                f"{c.delta:+.4f} ± {c.error:.4f}" if c is not choices[0] else "",
                 c.verdict,
-                figures(c.p, 2) if c is not choices[0] else "",
-                f"{c.gain:+.4f} ± {c.gain_error:.4f}",
+                f"{c.delta:+.4f} ± {c.error:.4f}" if c is not choices[0] else "",
                 f"{c.accuracy:.1%}",
+                short(c.trainable_params),
+                seconds_text(c.seconds),
+                bytes_text(c.growth),
+                "" if c is choices[0] else figures(c.p, 2) if c.p >= 0.001 else "< 0.001",
+                f"{c.gain:+.4f} ± {c.gain_error:.4f}",
                 str(c.rank),
                 figures(c.learning_rate, 2),
-                short(c.trainable_params),
                 bytes_text(c.adapter_bytes),
-                seconds_text(c.seconds),
                 short(c.tokens_per_second),
-                bytes_text(c.growth),
             ]
         )
     about = (
-        "By held-out loss. ± is the standard error of the difference, over rows (paired) and seeds together; p is "
-        "corrected for the number of comparisons (Holm). Time is that of training steps."
+        f"By held-out loss. ± is the standard error of the difference, over rows (paired){' and seeds' * several}; p is "
+        "corrected for the number of comparisons (Holm). Time is that of training steps; memory is what the process grew by."
     )
     return el("section", el("h2", "Choices"), table(head, rows), el("p", el("small", about)))
 

@@ -27,7 +27,7 @@ from lorafit.estimate import TOO_MUCH, free_on
 from lorafit.model import chart_of, find, load_tokenizer, pick_device
 from lorafit.operations.planning import train_command
 from lorafit.operations.progress import Bar, no_bar
-from lorafit.outputs import check_target
+from lorafit.outputs import COMPARISON, check_target
 from lorafit.settings import settle
 from lorafit.system import without_collecting
 from lorafit.units import bytes_text
@@ -81,7 +81,7 @@ def resolve_comparison(asked: Request, target: Path | None, resume: bool) -> Can
     find_sources(first)
     if target is None:
         target = new_folder(re.sub(r"[^\w.]+", "-", first.model.rpartition("/")[2]).strip("-.")[:60])
-    if not (target / "request.json").is_file():
+    if not (target / COMPARISON).is_file():
         check_target(target, False)
     found = chart_of(source)
     trainable = parse_count(asked.trainable) if asked.trainable else None

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafit.screen.compare import CompareView as CompareView
     from lorafit.screen.compare import show_ahead as show_ahead
     from lorafit.screen.compare import show_answer as show_answer
+    from lorafit.screen.compare import show_candidates as show_candidates
     from lorafit.screen.compare import show_impossible as show_impossible
     from lorafit.screen.console import Screen as Screen
     from lorafit.screen.data import show_data as show_data
@@ -36,7 +37,7 @@ __getattr__ = door(
     {
         "ascii": "allow_ascii",
         "cache": "show_caches show_removed",
-        "compare": "CompareView show_ahead show_answer show_impossible",
+        "compare": "CompareView show_ahead show_answer show_candidates show_impossible",
         "chat": "ChatView",
         "console": "Screen",
         "data": "show_data show_tokens",

@@ -16,7 +16,7 @@ from lorafit.events import DataReport, Filling, Stepped
 from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_data
-from lorafit.units import bytes_text, count, rows_text, seconds_text, short
+from lorafit.units import bytes_text, count, index_ranges, rows_text, seconds_text, short
 
 VERDICTS = {"not distinguishable": "same"}  # shorter, for the table
 FEW = 30  # held-out rows below which a note says that they are few
@@ -61,6 +61,24 @@ def show_ahead(
         )
 
 
+def show_candidates(screen: Screen, ahead: Ahead) -> None:
+    """What each candidate will cost."""
+    table = table_of("candidate", "layers", "rank", "trained", "steps", "peak", "time", right=6, fold=0)
+    for one in ahead.candidates:
+        cost = ahead.costs[one.name]
+        table.add_row(
+            f"  {escape(one.name)}",
+            "; ".join(index_ranges(layers) for layers in one.plan.layers.values()),
+            str(one.plan.lora.r),
+            short(one.plan.trainable_params),
+            count(cost.steps or 0),
+            bytes_text(cost.memory.peak),
+            seconds_text(ahead.seconds[one.name]),
+        )
+    screen.answer()
+    screen.answer(table)
+
+
 class CompareView:
     """Progress of a comparison: a bar on a terminal, and a line for each candidate."""
 
@@ -92,6 +110,8 @@ class CompareView:
 
     def _begin(self, event: Began) -> None:
         self.close()
+        if event.number > 1 and not self.started and self.ahead.workers == 1:
+            self.screen.line("resumes", f"{event.number - 1} of {event.of} are done")
         self.began, self.started[event.name] = event, time.perf_counter()
         if not self.screen.live or self.ahead.workers > 1:
             return

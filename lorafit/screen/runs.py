@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rich.markup import escape
 
+from lorafit.outputs import COMPARISON
 from lorafit.report import RunRow
 from lorafit.screen.console import Screen, table_of
 from lorafit.units import count, figures, seconds_text
@@ -55,4 +56,7 @@ def show_runs(screen: Screen, rows: Sequence[RunRow]) -> None:
     if unfinished:
         screen.answer()
         screen.note("* is unfinished", answer=True)
-        screen.command("next", shlex.join(["lorafit", "train", "--resume", unfinished[0].run]))
+        run = Path(unfinished[0].run)
+        compared = (run.parent / COMPARISON).is_file()
+        words = ["compare", "--resume", str(run.parent)] if compared else ["train", "--resume", str(run)]
+        screen.command("next", shlex.join(["lorafit", *words]))

@@ -123,5 +123,7 @@ def test_a_budget_becomes_steps_that_fit(run):
     cut = run(*command, "--json", "--budget", f"{budget:.3f}s").document
     (most,), (steps,) = ({one["steps"] for one in found["candidates"]} for found in (whole, cut))
     assert 10 <= steps < most == 87
+    (line, *_) = [line for line in run(*command).out.splitlines() if "basic-high" in line]
+    assert [part for part in ("9–11", "87", "24.6k") if part not in line] == []
     few = run(*command, "--budget", "0.5s")
     assert few.code == 2 and "10 is the least" in few.err

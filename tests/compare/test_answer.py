@@ -62,9 +62,14 @@ def test_names_are_escaped_on_the_page(name):
     from lorafit.model.chart import map_of
 
     choices = (replace(LOW, choice=name, runs=(name,)), row("ffn", "high", 0.1, 0.01, WORSE))
-    answer = Answer("demo", "nowhere", 9, 99, 1.5, choices, name, ("Words.",), (), ())
+    answer = Answer("demo", "nowhere", 9, 99, 1.5, choices, name, ("`ffn` on `high` is best.",), (), ())
     page = compare_page(answer, map_of("demo"))
-    assert name not in page and "Loss and time" in page and "prefers-color-scheme: dark" in page
+    assert (
+        "<code>ffn</code> on <code>high</code> is best." in page
+        and name not in page
+        and "Loss and time" in page
+        and "prefers-color-scheme: dark" in page
+    )
     assert page.count("<h2>") >= 3 and "<script" not in page and "viewport" in page
     head, first, _ = table_text(answer).splitlines()
     assert head.split(",") == list(COLUMNS) and first.startswith(name)

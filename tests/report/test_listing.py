@@ -39,6 +39,9 @@ def test_the_table_marks_what_is_unfinished_and_says_how_to_go_on(place, run):
     shown = run("runs", folder)
     assert f"{folder / 'c'} *" in shown.out.replace("\n", "") and "* is unfinished" in shown.out
     assert f"lorafit train --resume {folder / 'c'}" in shown.out
+    (folder / "request.json").write_text("{}")  # as in the folder of a comparison
+    assert f"lorafit compare --resume {folder}" in run("runs", folder).out
+    (folder / "request.json").unlink()
     only = run("runs", folder / "a")
     assert str(folder / "a") in only.out and "unfinished" not in only.out
 
