@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from lorafit import cache
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.errors import RequestError
-from lorafit.events import EpochDone, Filling, PrefixCache, TrainReport
+from lorafit.events import EpochDone, Filling, PrefixCache, Stepped, TrainReport
 from lorafit.forward import prefix_store
 from lorafit.forward.placement import choose
 from lorafit.train import loop
@@ -340,3 +340,12 @@ def test_the_report_says_what_became_of_it(tiny, pairs, tmp_path):
     assert isinstance(report, TrainReport) and report.prefix_cache.where == "memory"
     lines = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert next(line for line in lines if line["event"] == "prefix")["layers"] == 2
+
+
+def test_a_short_run_fills_only_what_it_will_see(tiny, pairs, tmp_path):
+    _, whole = trained(tiny, pairs, tmp_path / "whole", prefix_cache="memory")
+    job, short = trained(tiny, pairs, tmp_path / "short", prefix_cache="memory", max_steps=2)
+    tokens = [next(e.tokens for e in events if isinstance(e, Filling)) for events in (whole, short)]
+    held_out = int(job.rows.held_out.lengths.sum())
+    steps = [e.tokens for e in short if isinstance(e, Stepped)]
+    assert tokens[1] == sum(steps) + held_out < tokens[0] == int(job.rows.train.lengths.sum()) + held_out
