@@ -67,7 +67,7 @@ class Outcome:
 
 @dataclass(frozen=True, slots=True)
 class Began:
-    """A candidate begins, or goes on: its number of so many."""
+    """A candidate starts or resumes: candidate `number` of `of`."""
 
     name: str
     number: int

@@ -107,7 +107,7 @@ class SharedBase:
             self.take_out(job.model, plan)
 
     def take_out(self, adapted: PeftModel, plan: Plan) -> None:
-        """Take an adapter out of the base again, which is loaded anew for the next where it is not what it was."""
+        """Remove an adapter from the base. If the base has changed, it is reloaded for the next candidate."""
         model: Any = adapted.unload()
         if hasattr(model, "peft_config"):
             del model.peft_config

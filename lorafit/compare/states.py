@@ -111,7 +111,7 @@ def _filled(
 
 
 def _needed(candidates: Sequence[Candidate], steps: Mapping[str, int], count: int) -> list[int]:
-    """The numbers of the batches that some candidate trains on, of so many: a short run does not see all."""
+    """The numbers of the batches that at least one candidate trains on, out of `count`: a short run skips some."""
     found: set[int] = set()
     for one in candidates:
         taken, epoch = steps[one.name] * one.config.accumulate, 0

@@ -27,7 +27,7 @@ def check_workers(workers: int, device: str) -> None:
 
 
 def spread(tasks: Sequence[Callable[[Stop], Iterator[Any]]], workers: int, stop: Stop) -> Iterator[Any]:
-    """What the tasks yield, of each in its order, run in so many processes: each takes the next task that is left.
+    """Run the tasks in `workers` processes and yield what they yield. Each process takes the next waiting task.
 
     A task is called with what tells it to stop. Where `stop` asks for an end, or a task raises, all tasks that run are
     told to stop, and the error is raised once they have: Interrupted, or RunError. Raises RunError also when a process is
@@ -78,7 +78,7 @@ def _work(
 
     torch.set_num_threads(1)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
-    for number in (signal.SIGINT, signal.SIGTERM):  # the first process hears them, and says so
+    for number in (signal.SIGINT, signal.SIGTERM):  # the main process handles them and tells the workers
         signal.signal(number, signal.SIG_IGN)
     try:
         while not signalled.value:

@@ -61,7 +61,7 @@ def estimate(
     profile = profile or by_formula(plan, model_map, shape)
 
     def states(passes: float) -> Choice:
-        """Where the frozen layers' output is kept in so many passes over the rows."""
+        """Where the frozen layers' output is kept, for a run of `passes` epochs."""
         if not (work and replay):
             return Choice("off", "the number of rows is unknown" if replay else NOT_EXACT)
         item = ITEMSIZE.get(shape.dtype, 4)

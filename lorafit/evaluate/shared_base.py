@@ -42,7 +42,7 @@ from lorafit.system import free_memory
 
 
 @dataclass(slots=True)
-class SharedBase:
+class EvaluatedBase:
     """A base, whole or with streamed layers below all `adapters`, and what is kept of its lower layers' output."""
 
     source: ModelSource

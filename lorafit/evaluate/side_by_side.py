@@ -14,7 +14,7 @@ from lorafit.evaluate.generate import Generator, Prompt, Sampling, row_prompts
 from lorafit.evaluate.lm_eval import Tasks
 from lorafit.evaluate.paired import RowScore, paired_score, summed
 from lorafit.evaluate.score import Evaluator
-from lorafit.evaluate.shared_base import SharedBase
+from lorafit.evaluate.shared_base import EvaluatedBase
 from lorafit.model import ModelMap, ModelSource
 from lorafit.results import AdapterScore, Benchmark, EvalReport, Group, RowChange, Sample
 
@@ -72,7 +72,7 @@ def compare(
     Raises RequestError when an adapter does not fit the base, or layers that were to be streamed cannot be.
     """
     sets = {**({"": request.rows} if request.rows is not None else {}), **request.also}
-    shared = SharedBase(source, found, adapters, dtype, device, quantize)
+    shared = EvaluatedBase(source, found, adapters, dtype, device, quantize)
     forward = shared.open(residency, bool(request.tasks or request.prompts))
     evaluators = shared.fill(
         [

@@ -29,7 +29,7 @@ def hub_reached() -> bool:
 
 
 def why_offline() -> str:
-    """Why nothing was asked of the Hub, in words; empty where it is reached."""
+    """Why the Hub was not contacted; empty if it can be reached."""
     from huggingface_hub import constants
 
     if getattr(hub_reached, "offline", False):

@@ -260,8 +260,8 @@ class TrainView:
 
 
 def bar_parts(width: int, steps: int, epochs: int) -> dict[str, int]:
-    """The parts of the bar's line that fit into so many columns, each with its own: parts are left out before a
-    figure is cut, and the bar takes what is left."""
+    """The parts of the progress line that fit in the terminal's width, and the columns of each. Parts are left out
+    before a figure is cut; the bar takes the remaining columns."""
     wide = {
         "count": 2 * len(str(steps)) + 1,
         "loss": len("loss 0.000"),
