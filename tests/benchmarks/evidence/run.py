@@ -1,13 +1,14 @@
 """Which strategy in which band? Measured: the 5 × 4 grid at equal trainable parameters and at equal time, on several tasks,
-with forgetting measured on the others. One task after another, each gone on with where it was stopped.
+with forgetting measured on the others.
 
-    python tests/benchmarks/evidence/run.py --model MODEL --out DIR \\
-        --task gsm8k=gsm8k_train.jsonl --task stories=stories.jsonl --task records=demo --rows 400 --steps 60
+    python tests/benchmarks/evidence/run.py --model MODEL --work DIR \\
+        --task gsm8k=gsm8k_train.jsonl --task stories=stories.jsonl --task records=demo
+    python tests/benchmarks/evidence/run.py --model demo --work DIR --task demo=demo
 
-`records=demo` is the demo's task, a sentence to a JSON record, made with more rows. Of each task the first --rows rows
-are trained on, and --held-out others are scored. `DIR/evidence.json` has the table of each comparison, `DIR/NAME/` its
-runs; `DIR/evidence.md` is for people. On two cores a model of 135 M parameters does about 450 tokens a second in full
-passes: `--plan` says how long all of it takes.
+`records=demo` is the demo's task, a sentence to a JSON record. Of each task --rows rows are trained on, and --held-out
+others are scored; the first --also of these are the other tasks' text that should not change. Each comparison leaves a
+file of rows in ../results/evidence/, a line a run, and is skipped where that file is there; one that was stopped goes on.
+`--plan` says how long all of it takes. tables.py makes the tables of the docs' page from these files.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ import argparse
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
 from random import Random
 from typing import Any
 
 SEED = 20260101
-LISTS = ("--presets", "basic,attention,extended,ffn,all", "--layers", "low,mid,high,all")
+RESULTS = Path(__file__).parent.parent / "results" / "evidence"
+GRID = ("--presets", "basic,attention,extended,ffn,all", "--layers", "low,mid,high,all")
 
 
 def lorafit(*words: str) -> Any:
@@ -48,53 +49,63 @@ def rows_of(source: str) -> list[str]:
 
 
 def equal_time(plan: Any, steps: int, path: Path) -> None:
-    """A grid in which each candidate takes as many steps as `all` on `all` takes time for; never less than half."""
+    """A grid in which each candidate takes as many steps as `all` on `all` has time for in `steps`."""
     most = max(one["seconds"] / one["steps"] for one in plan["candidates"])
     rows = []
     for one in plan["candidates"]:
-        each = one["seconds"] / one["steps"]
+        fit = round(steps * most / (one["seconds"] / one["steps"]))
         rows.append(
             f"- {{name: {one['choice']}, preset: {one['preset']}, layers: {one['layers']}, rank: {one['rank']}, "
-            f"max_steps: {max(steps // 2, round(steps * most / each / 2))}}}"
+            f"max_steps: {fit}}}"
         )
     path.write_text("candidates:\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
 
-def compared(words: Sequence[str], folder: Path) -> Any:
+def kept(folder: Path, answer: Any, about: dict[str, Any], path: Path) -> None:
+    """Write what a comparison found: a line about all of it, then a line a run, with the loss of each held-out row."""
+    by_choice = {row["choice"]: row for row in answer["choices"]}
+    lines = [{**about, "base_loss": answer["base_loss"], "held_out_tokens": answer["tokens"]}]
+    base = json.loads((folder / "scores" / ".base.json").read_text())
+    lines.append({"run": "base", "rows": losses(base["rows"]), "also": also_of(base)})
+    for choice, row in by_choice.items():
+        for name, seed in zip(row["runs"], row["seeds"], strict=True):
+            found = json.loads((folder / "scores" / f"{name}.json").read_text())
+            lines.append(
+                {
+                    "run": name,
+                    "choice": choice,
+                    **{
+                        key: row[key]
+                        for key in ("preset", "layers", "rank", "learning_rate", "trainable_params")
+                    },
+                    "seed": seed,
+                    "steps": found["steps"],
+                    "seconds": round(found["seconds"], 2),
+                    "rows": losses(found["scores"]["rows"]),
+                    "also": also_of(found["scores"]),
+                }
+            )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(line, separators=(",", ":")) + "\n" for line in lines)
+    path.write_text(text, encoding="utf-8")
+
+
+def losses(rows: list[list[float]]) -> list[list[float]]:
+    """[the loss summed over its tokens, their number] of each row."""
+    return [[round(row[0], 4), row[1]] for row in rows]
+
+
+def also_of(scores: dict[str, Any]) -> dict[str, list[list[float]]]:
+    return {Path(name).name.partition(".")[0]: losses(rows) for name, rows in scores["also"].items()}
+
+
+def compared(words: list[str], folder: Path) -> Any:
     """A comparison, gone on with where it was begun."""
+    if (folder / "compare.json").is_file():
+        return json.loads((folder / "compare.json").read_text())
     if (folder / "request.json").is_file():
         return lorafit("compare", "--resume", str(folder))
     return lorafit("compare", *words, "-o", str(folder))
-
-
-def page(found: dict[str, Any]) -> str:
-    """The tables as Markdown."""
-    parts = []
-    for name, answer in found.items():
-        files = [each["file"] for each in answer["choices"][0]["also"]]
-        head = ["choice", "loss", "seeds ±", "to the lowest", "verdict", "trained", "seconds", *files]
-        lines = [
-            f"## {name}",
-            "",
-            *answer["words"],
-            "",
-            "| " + " | ".join(head) + " |",
-            "|---" * len(head) + "|",
-        ]
-        for row in answer["choices"]:
-            cells = [row["choice"], f"{row['loss']:.4f}", f"{row['spread'] or 0:.4f}"]
-            cells += [
-                f"{row['delta']:+.4f} ± {row['error']:.4f}",
-                row["verdict"],
-                str(row["trainable_params"]),
-            ]
-            cells += [
-                f"{row['seconds']:.0f}",
-                *(f"{a['delta']:+.4f} ± {a['stderr']:.4f}" for a in row["also"]),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-        parts.append("\n".join(lines))
-    return "\n\n".join(parts) + "\n"
 
 
 def main() -> None:
@@ -103,55 +114,56 @@ def main() -> None:
     )
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE")
-    parser.add_argument("--out", required=True, type=Path)
+    parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
     parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--held-out", type=int, default=100)
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--held-out", type=int, default=64)
+    parser.add_argument("--also", type=int, default=32)
+    parser.add_argument("--steps", type=int, default=16, help="of all candidates; at equal time of all × all")
+    parser.add_argument("--batch-size", default="8")
     parser.add_argument("--trainable", default="500k")
     parser.add_argument("--seeds", default="3")
-    parser.add_argument("--max-length", default="512")
+    parser.add_argument("--max-length", default="192")
+    parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--workers", default="1")
+    parser.add_argument("--part", choices=("parameters", "time", "both"), default="both")
+    parser.add_argument("--only", default="", help="of the tasks, those that are trained on")
     parser.add_argument("--plan", action="store_true", help="say how long it takes, and stop")
     asked = parser.parse_args()
-    asked.out.mkdir(parents=True, exist_ok=True)
     tasks = dict(text.split("=", 1) for text in asked.task)
+    asked.work.mkdir(parents=True, exist_ok=True)
     for name, source in tasks.items():
         rows = rows_of(source)
-        for part, chosen in (
-            ("train", rows[: asked.rows]),
-            ("held-out", rows[asked.rows :][: asked.held_out]),
-        ):
-            (asked.out / f"{name}.{part}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
-    found: dict[str, Any] = {}
-    for name in tasks:
-        also = [
-            w
-            for other in tasks
-            if other != name
-            for w in ("--also", str(asked.out / f"{other}.held-out.jsonl"))
-        ]
-        common = [asked.model, "--data", str(asked.out / f"{name}.train.jsonl"), "--eval-data"]
-        common += [str(asked.out / f"{name}.held-out.jsonl"), "--max-length", asked.max_length, *also]
-        common += ["--workers", asked.workers]
-        equal = [*common, *LISTS, "--trainable", asked.trainable, "--max-steps", str(asked.steps)]
-        plan = lorafit("compare", *equal, "--plan")
+        held_out = rows[asked.rows : asked.rows + asked.held_out]
+        parts = {"train": rows[: asked.rows], "held-out": held_out, "also": held_out[: asked.also]}
+        for part, chosen in parts.items():
+            (asked.work / f"{name}.{part}.jsonl").write_text("\n".join(chosen) + "\n", encoding="utf-8")
+    for name in [name for name in tasks if name in (asked.only or name).split(",")]:
+        common = [asked.model, "--data", str(asked.work / f"{name}.train.jsonl"), "--eval-data"]
+        common += [str(asked.work / f"{name}.held-out.jsonl"), "--max-length", asked.max_length]
+        common += ["--overflow", "truncate", "--batch-size", asked.batch_size, "--workers", asked.workers]
+        common += ["--dtype", asked.dtype]
+        for other in tasks:
+            common += ["--also", str(asked.work / f"{other}.also.jsonl")] if other != name else []
+        equal = [*common, *GRID, "--trainable", asked.trainable, "--max-steps", str(asked.steps)]
+        stored = asked.work / f"{name}.plan.json"
+        if not stored.is_file():
+            stored.write_text(json.dumps(lorafit("compare", *equal, "--plan")))
+        plan, grid = json.loads(stored.read_text()), asked.work / f"{name}.time.yaml"
         hours = plan["seconds"] * int(asked.seeds) / 3600
-        print(
-            f"{name}: about {hours:.1f} h at equal parameters, as long again at equal time", file=sys.stderr
-        )
-        if asked.plan:
-            continue
-        found[f"{name}, equal parameters"] = compared(
-            [*equal, "--seeds", asked.seeds], asked.out / f"{name}-parameters"
-        )
-        grid = asked.out / f"{name}-time.yaml"
-        if not grid.is_file():
-            equal_time(plan, asked.steps, grid)
-        found[f"{name}, equal time"] = compared(
-            [*common, "--grid", str(grid), "--seeds", asked.seeds], asked.out / f"{name}-time"
-        )
-        (asked.out / "evidence.json").write_text(json.dumps(found, indent=1), encoding="utf-8")
-        (asked.out / "evidence.md").write_text(page(found), encoding="utf-8")
+        print(f"{name}: about {hours:.1f} h at equal parameters, longer at equal time", file=sys.stderr)
+        equal_time(plan, asked.steps, grid)
+        for part, words in (("parameters", equal), ("time", [*common, "--grid", str(grid)])):
+            path, folder = RESULTS / f"{name}-{part}.jsonl", asked.work / f"{name}-{part}"
+            if asked.plan or path.is_file() or asked.part not in (part, "both"):
+                continue
+            answer = compared([*words, "--seeds", asked.seeds], folder)
+            about = {
+                "task": name, "equal": part, "model": Path(asked.model).name, "steps": asked.steps, "rows": asked.rows,
+                "batch_size": int(asked.batch_size), "max_length": int(asked.max_length), "dtype": asked.dtype,
+                "command": f"lorafit compare {' '.join(Path(w).name if '/' in w else w for w in words)} --seeds {asked.seeds}",
+                "environment": lorafit("env"),
+            }  # fmt: skip
+            kept(folder, answer, about, path)
 
 
 if __name__ == "__main__":
