@@ -38,7 +38,7 @@ class Cell:
         return f"{self.family:<8}{self.preset} × {self.band:<5}{self.batch} × {self.length}{extra}"
 
 
-# (config class, arguments): 40 to 130 M parameters
+# (config class, arguments): 40 to 130 M parameters; `wide` has 270 M, and activations that malloc maps on their own
 SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": (
         "LlamaConfig",
@@ -51,6 +51,11 @@ SHAPES: dict[str, tuple[str, dict[str, Any]]] = {
         "Gemma2Config",
         {"vocab_size": 16000, "hidden_size": 512, "intermediate_size": 1376, "num_hidden_layers": 12,
          "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64, "max_position_embeddings": 1024},
+    ),
+    "wide": (
+        "LlamaConfig",
+        {"vocab_size": 16000, "hidden_size": 2048, "intermediate_size": 5504, "num_hidden_layers": 4,
+         "num_attention_heads": 16, "num_key_value_heads": 16, "max_position_embeddings": 1024},
     ),
     "neox": (
         "GPTNeoXConfig",
@@ -67,6 +72,7 @@ CELLS = [
     *(Cell(family, preset, band, 4, 256) for family in ("gpt2", "gemma2", "neox") for preset, band in [
         ("all", "high"), ("all", "all"), ("basic", "mid")]),
     Cell("gpt2", "all", "all", 4, 256, True), Cell("gemma2", "all", "all", 4, 256, True),
+    Cell("wide", "all", "all", 8, 512),
 ]  # fmt: skip
 ROWS, EPOCHS = 32, 2
 
