@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.plan import resolve as resolve
     from lorafit.adapter.tokenizer_files import TEMPLATES as TEMPLATES
     from lorafit.adapter.tokenizer_files import TOKENIZER as TOKENIZER
+    from lorafit.adapter.tokenizer_files import files_of_tokenizer as files_of_tokenizer
     from lorafit.adapter.tokenizer_files import is_one as is_one
     from lorafit.adapter.tokenizer_files import save_tokenizer as save_tokenizer
 
@@ -52,6 +53,6 @@ __getattr__ = door(
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",
-        "tokenizer_files": "TEMPLATES TOKENIZER is_one save_tokenizer",
+        "tokenizer_files": "TEMPLATES TOKENIZER files_of_tokenizer is_one save_tokenizer",
     },
 )

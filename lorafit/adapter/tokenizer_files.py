@@ -33,6 +33,14 @@ def is_one(path: Path, patterns: tuple[str, ...]) -> bool:
     return known and (path.name == "additional_chat_templates" or not path.is_dir())
 
 
+def files_of_tokenizer(place: str) -> list[Path]:
+    """The files of the tokenizer that `load_tokenizer` reads from that place, as far as they are on this machine."""
+    base = local_folder(place) if place else None
+    return (
+        [p for p in sorted(base.iterdir()) if is_one(p, (*TOKENIZER, *TEMPLATES))] if base is not None else []
+    )
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     """Write the tokenizer that a run used: the files of the place that `load_tokenizer` read it from as they are, and over them a chat template and special tokens that the run changed.
 
@@ -40,10 +48,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     Raises OSError where the folder cannot be written.
     """
     place = tokenizer.name_or_path
-    base = local_folder(place) if place else None
-    files = (
-        [p for p in sorted(base.iterdir()) if is_one(p, (*TOKENIZER, *TEMPLATES))] if base is not None else []
-    )
+    files = files_of_tokenizer(place)
     own = load_tokenizer(place, place) if files else None
     if own is None or own.get_vocab() != tokenizer.get_vocab():
         tokenizer.save_pretrained(folder)

@@ -13,7 +13,7 @@ from lorafit.compare.hint import Hint
 from lorafit.compare.ranking import Ranked, correlation, difference, front, rank
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, Cut, Outcome, Scores
 from lorafit.evaluate import RowScore, summed
-from lorafit.units import figures, percent
+from lorafit.units import count, figures, percent
 
 LOWEST, EQUAL, WORSE = "lowest", "not distinguishable", "worse"
 
@@ -55,6 +55,7 @@ class ChoiceRow:
     tokens_per_second: float
     peak: int
     growth: int
+    steps: int
     also: tuple[Forgetting, ...] = ()
     fast: bool = False
     small: bool = False
@@ -173,6 +174,7 @@ def _row(
         tokens_per_second=sum(o.tokens_per_second for o in results) / len(results),
         peak=max(o.peak for o in results),
         growth=max(o.growth for o in results),
+        steps=max(o.steps for o in results),
         also=tuple(_forgetting(file, scores, base) for file in base.also),
     )
 
@@ -201,7 +203,8 @@ def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
     if not choices:
         return ["No candidate finished."]
     low, own = choices[0], next(c for c in choices if c.choice == take)
-    loss = f"held-out loss {own.loss:.4f}, {_against_base(own)}"
+    after = f"after {count(own.steps)} step{'s' * (own.steps != 1)}"
+    loss = f"held-out loss {own.loss:.4f} {after}, {_against_base(own)}"
     equal = [c for c in choices if c.verdict == EQUAL and c is not own]
     worse = [c for c in choices if c.verdict == WORSE]
     said = []

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 # columns of the table, each by the name of its field
 COLUMNS = (
     "choice", "preset", "layers", "rank", "learning_rate", "seeds", "loss", "spread", "delta", "error", "p", "verdict",
-    "gain", "gain_error", "accuracy", "trainable_params", "adapter_bytes", "seconds", "tokens_per_second", "peak", "growth", "fast",
+    "gain", "gain_error", "accuracy", "trainable_params", "adapter_bytes", "steps", "seconds", "tokens_per_second", "peak", "growth", "fast",
     "small",
 )  # fmt: skip
 

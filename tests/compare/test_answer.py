@@ -12,7 +12,7 @@ def row(preset, layers, delta=0.0, error=0.0, verdict=LOWEST, seconds=10.0, gain
         choice=f"{preset}-{layers}", preset=preset, layers=layers, rank=16, learning_rate=1e-3, seeds=(0,),
         runs=(f"{preset}-{layers}",), loss=1.0 + delta, spread=None, delta=delta, error=error, p=1.0, verdict=verdict,
         gain=gain, gain_error=0.01, accuracy=0.5, trainable_params=1000, adapter_bytes=4000, seconds=seconds,
-        tokens_per_second=100.0, peak=10**9, growth=10**8, fast=True,
+        tokens_per_second=100.0, peak=10**9, growth=10**8, steps=20, fast=True,
     )  # fmt: skip
 
 
@@ -23,7 +23,10 @@ def test_the_lowest_loss_is_taken_where_nothing_is_near():
     choices = [LOW, row("ffn", "high", 0.1, 0.004, WORSE, 3.0)]
     assert taken(choices) == "all-all"
     first, second = words(choices, "all-all")
-    assert first == "`all` on `all` is best: held-out loss 1.0000, 0.5000 ± 0.0100 below the base."
+    assert (
+        first
+        == "`all` on `all` is best: held-out loss 1.0000 after 20 steps, 0.5000 ± 0.0100 below the base."
+    )
     assert second == "`ffn` on `high` is worse beyond the noise of the held-out rows."
 
 
@@ -31,8 +34,8 @@ def test_what_is_within_one_standard_error_and_faster_is_taken():
     choices = [LOW, row("ffn", "high", 0.003, 0.004, EQUAL, 3.0), row("basic", "low", 0.2, 0.01, WORSE)]
     assert taken(choices) == "ffn-high"
     assert words(choices, "ffn-high")[0] == (
-        "Take `ffn` on `high`: held-out loss 1.0030, 0.5000 ± 0.0100 below the base. `all` on `all` is 0.0030 lower, but "
-        "not beyond noise, and takes 3.3 × the time."
+        "Take `ffn` on `high`: held-out loss 1.0030 after 20 steps, 0.5000 ± 0.0100 below the base. `all` on `all` is 0.0030 "
+        "lower, but not beyond noise, and takes 3.3 × the time."
     )
 
 
