@@ -156,11 +156,12 @@ class Started:
 @dataclass(frozen=True, slots=True)
 class Predicted:
     """What was said of a run before it: bytes at the peak (weights and all, without what Python and
-    the libraries hold), seconds in its training steps."""
+    the libraries hold), seconds in its training steps; and that other work disturbed their timing, if so."""
 
     peak_memory_bytes: int
     seconds: float
     trainable_params: int
+    busy: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -24,8 +24,8 @@ def blocks(kind: str, text: str = README) -> list[str]:
 
 def words(text: str) -> str:
     """All words in a row, so that it does not matter where lines break; a figure with its unit is `#`: it is
-    what a machine's speed and memory change."""
-    plain = " ".join(text.split())
+    what a machine's speed and memory change, as is that it was busy."""
+    plain = re.sub(r" \(the machine is busy:[^)]*\)", "", " ".join(text.split()))
     plain = re.sub(r"(?<![\w-])[+−-]?\d[\d.,]*\s*([kMGTB]B?|B|s|min|h|d)?(?![\w.])", "#", plain)
     return re.sub(r"#( #)+", "#", plain)
 

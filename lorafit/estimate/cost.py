@@ -12,8 +12,19 @@ from dataclasses import replace
 
 from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
-from lorafit.estimate.streaming import DISK_RATE, not_streamable, streamed
-from lorafit.estimate.terms import ITEMSIZE, Estimate, Flops, Memory, Profile, Residency, Shape, Timing, Work
+from lorafit.estimate.streaming import not_streamable, streamed
+from lorafit.estimate.terms import (
+    DISK_RATE,
+    ITEMSIZE,
+    Estimate,
+    Flops,
+    Memory,
+    Profile,
+    Residency,
+    Shape,
+    Timing,
+    Work,
+)
 from lorafit.forward import Choice, choose, fits_whole, not_streamed
 from lorafit.model import ModelMap, held_as, weight_bytes
 from lorafit.settings import STATE_BYTES
@@ -79,9 +90,8 @@ def estimate(
     residency = Residency("resident", "")
     reason = not_streamable(model_map, plan, shape, processes, profile.refusal)
     if shape.residency != "resident" and not reason:
-        once = states(
-            max(2.0, work.passes if work else 0.0)
-        )  # streamed layers run once, however short the run
+        # streamed layers run once, however short the run
+        once = states(max(2.0, work.passes if work else 0.0))
         whole_peak, less = memory.peak, _memory(plan, model_map, shape, profile, optimizer, once, device)
         less, streaming = streamed(less, plan, model_map, shape, work, once, free)
         why = f"holding all layers takes {bytes_text(whole_peak)} of {bytes_text(room)} free"
@@ -113,6 +123,7 @@ def estimate(
             *notes,
         ),
         processes=processes,
+        busy=timing.busy,
     )
 
 
@@ -178,7 +189,7 @@ def _seconds(
     later = replayed if replayed is not None and cached else whole
     if residency.where == "stream":  # the layers below run once, also where the run is shorter than an epoch
         once = tokens * (timing.token - timing.token_replayed) * min(1.0, work.passes)
-        return whole, replayed, once + work.passes * later + residency.bytes_read / DISK_RATE
+        return whole, replayed, once + work.passes * later + residency.seconds
     return whole, replayed, min(1.0, work.passes) * whole + max(0.0, work.passes - 1) * later
 
 
@@ -193,14 +204,12 @@ def _assumptions(
     if timing.source:
         agree = percent(timing.spread, 1)
         seconds = f"time: {timing.source}, the fastest of several tries, which agree within {agree}"
-    if timing.source and not timing.sure:
-        seconds = f"the machine is busy: timings differ by {agree}, so the predicted time is too high"
     return (
         f"micro-batch of {shape.batch} row{'s' * (shape.batch > 1)} of {shape.length} tokens, "
         f"{percent(shape.supervised, 1)} in the loss, {_weights(shape)} on {device}",
         f"{'AdamW' if optimizer == 'adamw' else optimizer} with float32 adapters, and a copy of the last good ones",
         memory,
-        seconds,
+        timing.busy or seconds,
     )
 
 

@@ -401,7 +401,7 @@ def prepare(
 
 def predicted(cost: Estimate, plan: Plan) -> Predicted:
     """An estimate as a run records it, to compare with what it measures."""
-    return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params)
+    return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params, cost.busy)
 
 
 def parse_room(text: str) -> tuple[int | None, int]:

@@ -12,8 +12,6 @@ from lorafit.estimate.terms import ITEMSIZE, Memory, Residency, Shape, Work
 from lorafit.forward import COMFORTABLE, Choice, refused_by_map
 from lorafit.model import ModelMap
 
-DISK_RATE = 1e9  # bytes a second at which weights are assumed to be read
-
 
 def layer_params(found: ModelMap, stack: str) -> list[int]:
     """The parameters of each block of a stack."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from lorafit.forward import Choice
 from lorafit.jsonio import jsonable
+from lorafit.units import percent
 
 SURE = 0.15  # largest relative spread of a probe's fastest tries
 
@@ -70,6 +71,9 @@ class Memory:
         )
 
 
+DISK_RATE = 1e9  # bytes a second at which weights are assumed to be read
+
+
 @dataclass(frozen=True, slots=True)
 class Residency:
     """Whether the layers below the band are held (`resident`), or read as they run (`stream`); why; and of
@@ -79,6 +83,11 @@ class Residency:
     reason: str
     bytes_read: int = 0
     reads: int = 0
+
+    @property
+    def seconds(self) -> float:
+        """What the reading takes."""
+        return self.bytes_read / DISK_RATE
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +134,14 @@ class Timing:
         """Whether the fastest tries agreed."""
         return self.spread <= SURE
 
+    @property
+    def busy(self) -> str:
+        """That other work on the machine disturbed the timing; empty where none did."""
+        if not self.source or self.sure:
+            return ""
+        apart = percent(self.spread, 1)
+        return f"the machine is busy: timings differ by {apart}, so the predicted time is too high"
+
 
 @dataclass(frozen=True, slots=True)
 class Work:
@@ -149,7 +166,7 @@ class Estimate:
     `seconds_per_epoch` is for a pass that runs every layer, `seconds_per_epoch_replayed` for one that
     reads the frozen layers' output from the cache (None where it cannot be cached), `seconds` for the
     whole run: `steps` optimizer steps, `epochs` passes over the rows, the last of which may be partial.
-    `shape` and `memory` are those of one of the `processes`, the rest is of all together.
+    `shape` and `memory` are those of one of the `processes`, the rest is of all together; `busy` is `Timing.busy`.
     """
 
     shape: Shape
@@ -166,6 +183,7 @@ class Estimate:
     prefix_residency: Residency
     assumptions: tuple[str, ...]
     processes: int = 1
+    busy: str = ""
 
     @property
     def residency(self) -> tuple[str, str]:

@@ -80,7 +80,7 @@ class TrainView:
                 self.screen.line(
                     "predicted",
                     f"about {seconds_text(event.seconds)} in training steps, "
-                    f"peak memory {bytes_text(event.peak_memory_bytes)}",
+                    f"peak memory {bytes_text(event.peak_memory_bytes)}{f' ({event.busy})' if event.busy else ''}",
                 )
             case Note() if self.before:
                 self.notes.append(event.text)

@@ -11,6 +11,7 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
+from lorafit.estimate import Timing
 from lorafit.events import Evaluated, Note, Predicted, PrefixCache, Started, Stepped
 from lorafit.screen import Screen, TrainView
 
@@ -25,10 +26,10 @@ def watched(events, every=30.0, verbose=False):
     view.close()
 
 
-def started(notes=()):
+def started(notes=(), busy=""):
     """What a run of 40 steps says before its first one."""
     return [
-        Started(40, 2, 320, 16, 8000, 4000), Predicted(10**8, 60.0, 1000), *map(Note, notes),
+        Started(40, 2, 320, 16, 8000, 4000), Predicted(10**8, 60.0, 1000, busy), *map(Note, notes),
         PrefixCache("off", "no layers are frozen"), Evaluated(0, 2.0, 100),
     ]  # fmt: skip
 
@@ -54,6 +55,16 @@ def test_a_log_has_a_line_now_and_then(capfd, monkeypatch):
     watched([*started(), *steps], every=0.0)
     lines = [line for line in capfd.readouterr().err.splitlines() if line.startswith("  step ")]
     assert len(lines) == 39, "each step but the last, whose loss is in the report"
+
+
+def test_a_prediction_says_that_the_machine_was_busy(capfd, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    busy = Timing(1e-3, 1e-3, 0.1, 64, "one block timed", spread=0.4).busy
+    watched(started(busy=busy))
+    told = " ".join(capfd.readouterr().err.split())
+    assert "peak memory 100 MB (the machine is busy: timings differ by 40.0 %, so the" in told
+    watched(started(busy=Timing(1e-3, 1e-3, 0.1, 64, "one block timed", spread=0.1).busy))
+    assert "busy" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("number", [0, 3, 4, 30])
