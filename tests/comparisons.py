@@ -26,5 +26,6 @@ def comparison_of(
     rows = load(config, tokenizer, found.task, found.vocab_size)
     ahead = look_ahead(source, found, candidates, rows.look)
     folder.begin(asked, [rows.train.digest, rows.held_out.digest])
-    shared = SharedBase(lambda: loader(source, found, config))
+    config, lowest = ahead.candidates[0].config, ahead.lowest.plan
+    shared = SharedBase(lambda: loader(source, found, config, lowest))
     return Comparison(ahead, shared, rows, tokenizer, folder, also or {}, halving, stop=stop)

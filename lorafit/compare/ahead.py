@@ -7,17 +7,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lorafit.adapter import files_of_tokenizer
 from lorafit.compare.candidates import Candidate
 from lorafit.errors import RequestError
 from lorafit.estimate import Estimate, Forecast, Timing, prepare
 from lorafit.events import DataReport
+from lorafit.forward import refused_by_map
 from lorafit.model import ModelMap, ModelSource
 from lorafit.settings import RunConfig
 from lorafit.units import seconds_text
 
 EACH = 0.4  # seconds that a candidate takes beside its passes: putting it in, saving, its page
 FEWEST = 10  # steps of a candidate, at least: fewer tell nothing
-FILES = 300_000  # bytes of a run's folder beside the adapter: settings, events, page, held-out rows
+FILES = 300_000  # bytes of a run's folder beside adapter and tokenizer: settings, events, page, held-out rows
 
 Tick = Callable[[float, float], None]
 
@@ -35,6 +37,7 @@ class Ahead:
     forecasts: Mapping[str, Forecast]
     notes: tuple[str, ...] = ()
     workers: int = 1  # candidates at a time
+    tokenizer: int = 0  # bytes of its files
     timing: Timing | None = None  # of the first candidate: the others' follow from it
 
     def as_json(self) -> dict[str, Any]:
@@ -66,16 +69,24 @@ class Ahead:
         return self.fill + max(sum(self.seconds.values()) / self.workers, *self.seconds.values(), 0.0)
 
     @property
+    def lowest(self) -> Candidate:
+        """The candidate whose band begins lowest: of a base with streamed layers, those from there on are held."""
+        return min(self.candidates, key=lambda one: min(layer for _, layer in one.cut))
+
+    @property
     def peak(self) -> int:
-        """Bytes at the peak: of the largest candidates at a time, one base, and the states of all cuts."""
-        largest = sorted(cost.memory.peak - cost.memory.prefix_cache for cost in self.costs.values())
-        shared = min(cost.memory.weights for cost in self.costs.values())  # one base for all workers
-        return sum(peak - shared for peak in largest[-self.workers :]) + shared + self.states
+        """Bytes at the peak: of the largest candidates at a time, one base, and the states of all cuts; or while
+        streamed layers run once."""
+        costs = [cost.memory for cost in self.costs.values()]
+        largest = sorted(m.peak - m.prefix_cache - m.weights - m.filling for m in costs)
+        shared = max(m.weights for m in costs)  # one base for all workers
+        filling = max(m.peak - m.prefix_cache for m in costs)
+        return max(sum(largest[-self.workers :]) + shared, filling) + self.states
 
     @property
     def disk(self) -> int:
         """Bytes that all run folders take."""
-        return sum(one.plan.adapter_bytes + FILES for one in self.candidates)
+        return sum(one.plan.adapter_bytes + self.tokenizer + FILES for one in self.candidates)
 
 
 def look_ahead(
@@ -92,7 +103,16 @@ def look_ahead(
 
     Raises RequestError where fewer than FEWEST steps do.
     """
-    made = replace(_forecast(source, found, candidates, look, tick), workers=workers)
+    made = _forecast(source, found, candidates, look, tick)
+    where, why = _residency(found, made)
+    candidates = tuple(
+        replace(one, config=one.config.settled("prefix_residency", "auto", where, why))
+        for one in made.candidates
+    )
+    if all(cost.residency[0] == where for cost in made.costs.values()):
+        made = replace(made, candidates=candidates, workers=workers)
+    else:
+        made = replace(_forecast(source, found, candidates, look, tick, made.timing), workers=workers)
     if budget is None:
         return made
     steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
@@ -110,6 +130,14 @@ def look_ahead(
         return made
     cut = [replace(one, config=_limited(one, fit)) for one in candidates]
     return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
+
+
+def _residency(found: ModelMap, made: Ahead) -> tuple[str, str]:
+    """(where the layers below the lowest band are, why), for all candidates: `auto` streams them where one of the
+    candidates would not fit otherwise, and none of the bands begins at the first layer."""
+    if any(refused_by_map(found, one.plan.cut) for one in made.candidates):
+        return "resident", "they cannot be streamed for all candidates"
+    return max((cost.residency for cost in made.costs.values()), key=lambda way: way[0] == "stream")
 
 
 def _limited(one: Candidate, steps: int) -> RunConfig:
@@ -145,7 +173,7 @@ def _forecast(
         shares = replayed is not None and config.prefix_cache != "off" and any(cut for _, cut in one.cut)
         if shares and replayed is not None:
             states[one.cut] = cost.prefix_cache.bytes
-            fill = max(fill, whole - replayed)
+            fill = max(fill, whole - replayed + cost.prefix_residency.seconds)
         passes = (replayed if shares and replayed is not None else whole) * (cost.epochs or 1.0)
         # held-out rows are scored three times, forward only: a third of a training pass
         beside = whole / max(1, look.tokens) * look.held_out_tokens
@@ -159,6 +187,7 @@ def _forecast(
         states=sum(states.values()),
         forecasts=forecasts,
         notes=tuple(dict.fromkeys(notes)),
+        tokenizer=sum(path.stat().st_size for path in files_of_tokenizer(source.place) if path.is_file()),
         timing=timing,
     )
 

@@ -10,6 +10,7 @@ from typing import Any
 from lorafit.adapter import Plan, planned
 from lorafit.compare.grid import VARIED, Wanted
 from lorafit.errors import RequestError
+from lorafit.forward import not_streamed, refused_by_map
 from lorafit.model import ModelMap
 from lorafit.settings import OPTIONS, Preset, RunConfig, derive_from_model, settle
 from lorafit.units import count
@@ -27,6 +28,11 @@ class Candidate:
     config: RunConfig
     preset: Preset
     plan: Plan
+
+    @property
+    def streams(self) -> bool:
+        """Whether the layers below the lowest band of all candidates are read as they run, and not held."""
+        return self.config.prefix_residency == "stream"
 
     @property
     def cut(self) -> tuple[tuple[str, int], ...]:
@@ -60,7 +66,7 @@ def resolve_all(
     for one in wanted:
         config, preset = settle({**common, **one.settings}, file)
         config = derive_from_model(config, found).derived("data_seed", 0, "one split for all candidates")
-        config = replace(config, sample=False, prefix_residency="resident")
+        config = replace(config, sample=False)
         if one.times is not None:
             rate = (config.learning_rate or 0.0) * one.times
             config = replace(config, learning_rate=rate, origin={**config.origin, "learning_rate": "flag"})
@@ -68,6 +74,8 @@ def resolve_all(
             if trainable is not None:
                 config, preset = _sized(found, config, preset, trainable)
             plan = planned(found, preset, config)
+            if config.prefix_residency == "stream" and (reason := refused_by_map(found, plan.cut)):
+                raise not_streamed(reason)
         except RequestError as error:
             impossible.setdefault(one.choice, Impossible(one.choice, error.message))
             continue

@@ -19,10 +19,10 @@ from lorafit.compare.candidates import Candidate
 from lorafit.compare.shared import SharedBase
 from lorafit.data import Rows
 from lorafit.errors import RequestError
-from lorafit.forward import Forward
+from lorafit.forward import Forward, Prefix
 from lorafit.model import Role
 from lorafit.settings import Lora
-from lorafit.train import composed, micro_batches_of
+from lorafit.train import micro_batches_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -41,9 +41,14 @@ class Hint:
 
 
 def hint_of(
-    shared: SharedBase, candidates: Sequence[Candidate], rows: Rows, tokenizer: PreTrainedTokenizerBase
+    shared: SharedBase,
+    candidates: Sequence[Candidate],
+    rows: Rows,
+    tokenizer: PreTrainedTokenizerBase,
+    numbers: Sequence[int],
 ) -> Hint:
-    """Measure the signal of all weights that some candidate adapts, on the first batches. The base is left as it was.
+    """Measure the signal of all weights that some candidate adapts, on the first batches of those `numbers`. The base
+    is left as it was.
 
     Raises RequestError where none of them can be measured.
     """
@@ -59,11 +64,15 @@ def hint_of(
     torch.manual_seed(0)
     model = inject_plan(base.model, plan, base.found.task)
     try:
-        forward = Forward.of(model, base.found.task, config.head_chunk or 0)
-        numbers = range(min(BATCHES, len(composed(rows, first.config, base.found.task))))
+        forward = shared.forward or Forward.of(model, base.found.task, config.head_chunk or 0)
+        prefix, streamed = None, base.streamed
+        if streamed is not None:
+            prefix = shared.replaying(model, streamed.stack, streamed.cut)
         model.train()
-        for batch in micro_batches_of(rows, first.config, base.found.task, tokenizer, numbers):
-            (forward.loss_sum(model, batch.to(base.device)) / batch.weight).backward()
+        for batch in micro_batches_of(rows, first.config, base.found.task, tokenizer, numbers[:BATCHES]):
+            batch = batch.to(base.device)
+            with (prefix or Prefix()).around(batch):
+                (forward.loss_sum(model, batch) / batch.weight).backward()
         found = {
             name.removeprefix("base_model.model.").rpartition(".lora_B.")[0]: float(p.grad.abs().mean())
             for name, p in model.named_parameters()

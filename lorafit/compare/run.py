@@ -17,19 +17,20 @@ from lorafit.compare.halving import halved, shares
 from lorafit.compare.hint import Hint, hint_of
 from lorafit.compare.results import DROPPED, FAILED, FINISHED, PAUSED, Began, Cut, Ended, Outcome, Scores
 from lorafit.compare.shared import SharedBase
-from lorafit.compare.states import fill_all, replaying
+from lorafit.compare.states import Passing, fill_all, needed
 from lorafit.compare.workers import Stop, spread
 from lorafit.data import Rows, RowSet
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.estimate import predicted
 from lorafit.evaluate import Evaluator, summed
 from lorafit.events import Event, PrefixCache, Stepped, TrainReport
-from lorafit.forward import Forward, Prefix, base_of
+from lorafit.forward import Forward, Prefix
 from lorafit.report import read_back
 from lorafit.settings import RunConfig
-from lorafit.train import Job, RunFolder, peak_memory, recorded, run
+from lorafit.train import Job, RunFolder, composed, peak_memory, recorded, run
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedTokenizerBase
 
 Happening = Event | Began | Ended | Cut | Hint
@@ -55,11 +56,18 @@ class Comparison:
     def run(self) -> Iterator[Happening]:
         """Train what is missing. Raises Interrupted, with what goes on, when `stop` asks for an end; RunError when
         the folder cannot be written."""
-        base = self.folder.base() or self._base_scores()
-        if self.hints:
-            yield hint_of(self.shared, self.ahead.candidates, self.rows, self.tokenizer)
-        if not all(self._is_there(one, 1.0) for one in self.ahead.candidates):
+        base, streams = self.folder.base(), self.ahead.candidates[0].streams
+        if base is None and not streams:
+            base = self._base_scores()
+        if self.hints and not streams:
+            yield self._hint()
+        missing = not all(self._is_there(one, 1.0) for one in self.ahead.candidates)
+        if missing or (streams and (base is None or self.hints)):
             yield from self._fill()
+        if base is None:  # scored on the states of the layers that are not held
+            base = self._base_scores()
+        if self.hints and streams:
+            yield self._hint()
         alive = list(self.ahead.candidates)
         every = shares() if self.halving else (1.0,)
         for share in every:
@@ -148,7 +156,7 @@ class Comparison:
                 except Interrupted as error:
                     if self.stop():
                         raise self._interrupted(error) from None
-                prefix = replaying(self.shared, base_of(job.model), one.plan.cut) if seen.replays else None
+                prefix = self._prefix(job.model, one.plan.cut) if seen.replays else None
                 outcome = seen.outcome(outcome, self._scores(job.model, job.config, prefix), job)
         except (RunError, RequestError) as error:
             if isinstance(error.__cause__, OSError):  # the disk: no candidate could be written
@@ -198,15 +206,31 @@ class Comparison:
         return found
 
     def _forward(self, model: Any, config: RunConfig) -> Forward:
-        return Forward.of(model, self.shared.base.found.task, config.head_chunk or 0)
+        task = self.shared.base.found.task
+        return self.shared.forward or Forward.of(model, task, config.head_chunk or 0)
+
+    def _prefix(self, model: torch.nn.Module, cut: Mapping[str, int]) -> Prefix | None:
+        """The replay of what the candidates share below that cut; None where they share nothing."""
+        return self.shared.replaying(model, *next(iter(cut.items()))) if len(cut) == 1 else None
+
+    def _numbers(self) -> list[int]:
+        """The numbers of the batches that some candidate trains on."""
+        ahead, task = self.ahead.candidates, self.shared.base.found.task
+        steps = {name: cost.steps or 1 for name, cost in self.ahead.costs.items()}
+        return needed(ahead, steps, len(composed(self.rows, ahead[0].config, task)))
+
+    def _hint(self) -> Hint:
+        return hint_of(self.shared, self.ahead.candidates, self.rows, self.tokenizer, self._numbers())
 
     def _fill(self) -> Iterator[Event]:
         """The states below all cuts, in one pass."""
         ahead, base = self.ahead.candidates, self.shared.base
-        forward = self._forward(base.model, ahead[0].config)
-        steps = {name: cost.steps or 1 for name, cost in self.ahead.costs.items()}
-        evaluators = list(self._evaluators(ahead[0].config, forward).values())
-        for event in fill_all(self.shared, ahead, self.rows, self.tokenizer, evaluators, forward, steps):
+        config, task = ahead[0].config, base.found.task
+        make = Forward.of if base.streamed is None else Forward.plain
+        forward = make(base.model, task, config.head_chunk or 0)
+        evaluators = list(self._evaluators(config, forward).values())
+        passing = Passing(self.rows, config, task, self.tokenizer, self._numbers(), evaluators)
+        for event in fill_all(self.shared, ahead, passing, forward):
             yield event
             if number := self.stop():
                 raise self._interrupted(Interrupted("interrupted before the first candidate", "", number))
@@ -220,7 +244,10 @@ class Comparison:
         return Scores(found.pop(""), found)
 
     def _base_scores(self) -> Scores:
-        scores = self._scores(self.shared.base.model, self.ahead.candidates[0].config)
+        base, prefix = self.shared.base, None
+        if base.streamed is not None:
+            prefix = self.shared.replaying(base.model, base.streamed.stack, base.streamed.cut)
+        scores = self._scores(base.model, self.ahead.candidates[0].config, prefix)
         self.folder.keep_base(scores)
         return scores
 
@@ -231,7 +258,8 @@ class Comparison:
         base = self.shared.base
         model = attach(base.model, target)
         try:
-            scores = self._scores(model, one.config)
+            prefix = self._prefix(model, one.plan.cut) if base.streamed is not None else None
+            scores = self._scores(model, one.config, prefix)
         finally:
             self.shared.drop()
         blank = Outcome(

@@ -14,7 +14,7 @@ from lorafit.adapter import Plan, changes_its_base
 from lorafit.data import Rows
 from lorafit.estimate import keep_freed
 from lorafit.events import Predicted
-from lorafit.forward import StateStore
+from lorafit.forward import Forward, Prefix, StateStore, base_of
 from lorafit.settings import RunConfig
 from lorafit.train import Base, Job, RunFolder, SharedStates, memory_before, put_on
 
@@ -57,6 +57,7 @@ class SharedBase:
         self.load = load
         self.loaded = 0  # times
         self.states: dict[tuple[str, int], SharedStates] = {}
+        self.forward: Forward | None = None  # of a base with streamed layers: how it is called
         self._base: Base | None = None
         self._sum = ""
 
@@ -76,9 +77,24 @@ class SharedBase:
             shared.store.store.close()
         self.states.clear()
 
+    def changed(self) -> None:
+        """The base was changed on purpose: what it is now is what it is to be after each candidate."""
+        self._sum = checksum(self.base.model)
+
     def drop(self) -> None:
         """Let go of the base: the next candidate gets one that is loaded again."""
         self._base = None
+
+    def replaying(self, model: torch.nn.Module, stack: str, cut: int) -> Prefix | None:
+        """The prefix that hands on the shared states of that cut, in the base or with an adapter on it; None where
+        there are none."""
+        states, streamed = self.states.get((stack, cut)), self.base.streamed
+        if states is None:
+            return None
+        held = streamed.held if streamed is not None else None
+        prefix = Prefix(base_of(model).get_submodule(stack), cut, held)
+        prefix.store, prefix.forms = states.store, states.forms
+        return prefix
 
     @contextmanager
     def carrying(
@@ -125,10 +141,12 @@ class SharedBase:
 
 
 def checksum(model: torch.nn.Module) -> str:
-    """A checksum of all weights and buffers, by name: any value that changes, changes it. It sums the bits as whole
-    numbers on the device where they lie, each block of 8 kB times its number."""
+    """A checksum of all weights and buffers that are held, by name: any value that changes, changes it. It sums the
+    bits as whole numbers on the device where they lie, each block of 8 kB times its number."""
     found = hashlib.sha256()
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.is_meta:  # of a layer that is streamed
+            continue
         bits = tensor.detach().contiguous().view(-1).view(torch.uint8)
         whole = len(bits) // 8192 * 8192
         blocks = bits[:whole].view(torch.int64).view(-1, 1024).sum(1)

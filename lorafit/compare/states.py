@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from functools import partial
-from itertools import chain
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property, partial
 from typing import TYPE_CHECKING
 
 from lorafit.compare.candidates import Candidate
 from lorafit.compare.shared import Lasting, SharedBase
-from lorafit.data import Batch, Rows, in_epoch
+from lorafit.data import Batch, MicroBatch, Rows, in_epoch
+from lorafit.errors import RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import Filling
 from lorafit.forward import (
@@ -20,12 +21,19 @@ from lorafit.forward import (
     MemoryStore,
     Prefix,
     StateStore,
+    Sweep,
+    Trial,
     choose,
     fill,
+    first_pass,
+    not_streamed,
     refusal,
+    settle,
     states_folder,
     states_key,
+    sweep_of,
 )
+from lorafit.settings import RunConfig
 from lorafit.system import free_disk, free_memory
 from lorafit.train import Base, SharedStates, composed, micro_batches_of
 
@@ -35,82 +43,135 @@ if TYPE_CHECKING:
 Cut = tuple[str, int]
 
 
-def fill_all(
-    shared: SharedBase,
-    candidates: Sequence[Candidate],
-    rows: Rows,
-    tokenizer: PreTrainedTokenizerBase,
-    evaluators: Sequence[Evaluator],
-    forward: Forward,
-    steps: Mapping[str, int],
-) -> Iterator[Filling]:
-    """Run the layers below the highest cut once over the rows that some candidate trains on in its `steps`, and over
-    those of the evaluators; the states of every cut are kept, for all candidates.
+@dataclass(frozen=True)
+class Passing:
+    """The rows that run through the lower layers: of training the batches of these `numbers`, and all held-out ones."""
 
-    The states of all cuts lie in memory where they fit, else on disk, else they are made by each candidate.
+    rows: Rows
+    config: RunConfig
+    task: str
+    tokenizer: PreTrainedTokenizerBase
+    numbers: Sequence[int]
+    evaluators: Sequence[Evaluator]
+
+    @cached_property
+    def batches(self) -> list[tuple[MicroBatch, ...]]:
+        return composed(self.rows, self.config, self.task)
+
+    @property
+    def keys(self) -> list[str]:
+        """Of all micro-batches."""
+        made = self.batches
+        trained = [f"train {n}.{part}" for n in self.numbers for part in range(len(made[n]))]
+        return trained + [key for each in self.evaluators for key in each.keys]
+
+    @property
+    def sizes(self) -> list[int]:
+        """Tokens of each micro-batch of training, padding with them."""
+        lengths, made = self.rows.train.lengths, self.batches
+        return [len(p) * int(lengths[list(p)].max()) for number in self.numbers for p in made[number]]
+
+    @property
+    def processed(self) -> int:
+        """Tokens of all micro-batches, padding with them."""
+        return sum(self.sizes) + sum(each.processed for each in self.evaluators)
+
+    @property
+    def tokens(self) -> int:
+        lengths, made = self.rows.train.lengths, self.batches
+        trained = sum(int(lengths[list(part)].sum()) for number in self.numbers for part in made[number])
+        return trained + sum(each.tokens for each in self.evaluators)
+
+    @property
+    def composition(self) -> list[str]:
+        """What the micro-batches are, for the key of their states."""
+        held_out = (each.rows.digest for each in self.evaluators)
+        return [self.rows.train.digest, *held_out, json.dumps([self.batches, self.numbers])]
+
+    def micro_batches(self) -> Iterator[Batch]:
+        yield from micro_batches_of(self.rows, self.config, self.task, self.tokenizer, self.numbers)
+        for each in self.evaluators:
+            yield from (batch for _, batch in each.batches())
+
+
+def fill_all(
+    shared: SharedBase, candidates: Sequence[Candidate], passing: Passing, forward: Forward
+) -> Iterator[Filling]:
+    """Run the layers below the highest cut once over the rows; the states of every cut are kept, for all candidates.
+
+    The states of all cuts lie in memory where they fit, else on disk, else they are made by each candidate. Raises
+    RequestError or RunError where layers are streamed, and their states cannot be kept or would not be exact.
     """
-    base, config = shared.base, candidates[0].config
-    cuts = _cuts(base, candidates)
+    base, cuts = shared.base, _cuts(shared.base, candidates)
     if not cuts:
         return
-    batches = composed(rows, config, base.found.task)
-    numbers = _needed(candidates, steps, len(batches))
-    parts = [part for number in numbers for part in batches[number]]
-    lengths = rows.train.lengths
-    processed = sum(len(part) * int(lengths[list(part)].max()) for part in parts)
-    processed += sum(each.processed for each in evaluators)
-    dtype = next(base.model.parameters()).dtype
-    size = base.found.hidden_size * dtype.itemsize * processed
-    keys = [f"train {n}.{part}" for n in numbers for part in range(len(batches[n]))]
-    keys += [key for each in evaluators for key in each.keys]
-    composition = [
-        rows.train.digest,
-        *(each.rows.digest for each in evaluators),
-        json.dumps([batches, numbers]),
-    ]
+    token = base.found.hidden_size * next(base.model.parameters()).dtype.itemsize
+    size, keys, composition = token * passing.processed, passing.keys, passing.composition
     places = {
         cut: states_folder() / states_key(base.model, *cut, composition, base.fingerprint) for cut in cuts
     }
     there = all(place.exists() for place in places.values())
-    disk = free_disk(states_folder())
-    where = choose(config.prefix_cache, 2, size * len(cuts), free_memory(), disk, there).where
+    disk, asked = free_disk(states_folder()), passing.config.prefix_cache
+    where = choose(asked, 2, size * len(cuts), free_memory(), disk, there).where
     if where == "off":
+        if base.streamed is not None:
+            raise not_streamed(
+                "the output of these layers has to be kept, and has no room, or the cache is off"
+            )
         return
+    trials, sweep = _trials(shared, cuts, passing), Sweep()
+    if base.streamed is not None:
+        in_memory = len(keys) if where == "memory" else 0
+        sweep = sweep_of(base.streamed, token * max(passing.sizes), base.device, in_memory)
     prefixes = []
     for stack, cut in cuts:
         store: StateStore = MemoryStore(size)
         if where == "disk":
-            about = {"about": f"{base.found.model}, layers 0–{cut - 1}", "tokens": rows.look.tokens}
+            about = {"about": f"{base.found.model}, layers 0–{cut - 1}", "tokens": passing.rows.look.tokens}
             store = DiskStore(places[stack, cut], frozenset(keys), about)
-        states = SharedStates(Lasting(store), where)
-        shared.states[stack, cut] = states
-        prefix = Prefix.below(base.model, stack, cut)
-        prefix.store, prefix.forms = states.store, states.forms
+        prefix = trials[cut].prefix if trials else Prefix.below(base.model, stack, cut)
+        prefix.store = Lasting(store)
+        shared.states[stack, cut] = SharedStates(prefix.store, where, prefix.forms, shared.forward)
         prefixes.append(prefix)
     try:
-        trained = micro_batches_of(rows, config, base.found.task, tokenizer, numbers)
-        held_out = (batch for each in evaluators for _, batch in each.batches())
-        tokens = sum(int(lengths[list(part)].sum()) for part in parts) + sum(
-            each.tokens for each in evaluators
-        )
-        yield from _filled(prefixes, base, chain(trained, held_out), tokens, forward)
-    except OSError:  # the disk is full: each candidate makes its own
+        yield from _filled(prefixes, base, passing, shared.forward or forward, sweep)
+    except OSError as error:  # the disk is full: each candidate makes its own
         shared.close()
+        if base.streamed is not None:
+            raise RunError(
+                f"the frozen-layer cache: its file could not be written: {error.strerror}",
+                "free some space; the same command goes on with what is cached",
+            ) from None
+    if base.streamed is not None:
+        settle(base.streamed, base.model, list(trials.values()))
+        shared.changed()  # its embedding is gone
+
+
+def _trials(shared: SharedBase, cuts: Sequence[Cut], passing: Passing) -> dict[int, Trial]:
+    """By cut, a whole pass of a base with streamed layers over the first micro-batch; nothing where all are held."""
+    base = shared.base
+    if base.streamed is None:
+        return {}
+    first = next(passing.micro_batches()).to(base.device)
+    above, chunk = [cut for _, cut in cuts if cut > base.streamed.cut], passing.config.head_chunk or 0
+    shared.forward, trials = first_pass(base.streamed, base.model, passing.task, first, chunk, above)
+    return {trial.prefix.cut: trial for trial in trials}
 
 
 def _filled(
-    prefixes: Sequence[Prefix], base: Base, batches: Iterable[Batch], tokens: int, forward: Forward
+    prefixes: Sequence[Prefix], base: Base, passing: Passing, forward: Forward, sweep: Sweep
 ) -> Iterator[Filling]:
     """The pass itself. Raises OSError where a file cannot be written."""
-    done, started = 0.0, time.perf_counter()
+    done, started, tokens = 0.0, time.perf_counter(), passing.tokens
     base.model.eval()
-    for part in fill(prefixes, batches, partial(forward.run, base.model), base.device):
+    run = partial(forward.run, base.model)
+    for part in fill(prefixes, passing.micro_batches(), run, base.device, sweep):
         done += part
         yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
     yield Filling(tokens, tokens, time.perf_counter() - started)
 
 
-def _needed(candidates: Sequence[Candidate], steps: Mapping[str, int], count: int) -> list[int]:
+def needed(candidates: Sequence[Candidate], steps: Mapping[str, int], count: int) -> list[int]:
     """The numbers of the batches that at least one candidate trains on, out of `count`: a short run skips some."""
     found: set[int] = set()
     for one in candidates:
@@ -133,16 +194,3 @@ def _cuts(base: Base, candidates: Sequence[Candidate]) -> list[Cut]:
             ((stack, cut),) = one.plan.cut.items()
             found[stack, cut] = None
     return sorted(found)
-
-
-def replaying(shared: SharedBase, model: object, cut: Mapping[str, int]) -> Prefix | None:
-    """The prefix that hands on the shared states of that cut; None where there are none."""
-    if len(cut) != 1:
-        return None
-    ((stack, lowest),) = cut.items()
-    states = shared.states.get((stack, lowest))
-    if states is None:
-        return None
-    prefix = Prefix.below(model, stack, lowest)  # type: ignore[arg-type]
-    prefix.store, prefix.forms = states.store, states.forms
-    return prefix

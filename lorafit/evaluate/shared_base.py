@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from lorafit.adapter import changes_its_base, read_config, tensor_names
-from lorafit.errors import RunError
 from lorafit.evaluate.score import Evaluator
 from lorafit.forward import (
     COMFORTABLE,
@@ -26,6 +25,7 @@ from lorafit.forward import (
     not_streamed,
     refusal,
     refused_by_map,
+    settle,
     sweep_of,
 )
 from lorafit.model import (
@@ -78,13 +78,13 @@ class EvaluatedBase:
 
         Raises RunError where streamed layers would not be exact.
         """
-        sweep, trial = Sweep(), None
+        sweep, trials = Sweep(), None
         if self.streamed is not None:
             _, first = next(evaluators[0].batches())
-            forward, trial = first_pass(self.streamed, self.model, self.found.task, first)
+            forward, trials = first_pass(self.streamed, self.model, self.found.task, first)
             evaluators = [replace(each, forward=forward) for each in evaluators]
-            trial.prefix.store = MemoryStore(self._state_bytes(evaluators))
-            self.prefixes = {self.streamed.cut: trial.prefix}
+            trials[0].prefix.store = MemoryStore(self._state_bytes(evaluators))
+            self.prefixes = {self.streamed.cut: trials[0].prefix}
             sweep = sweep_of(self.streamed, 0, self.device, sum(len(each.keys) for each in evaluators))
         else:
             self.prefixes = self._prefixes(evaluators)
@@ -94,14 +94,8 @@ class EvaluatedBase:
             fill(list(self.prefixes.values()), batches, run, self.device, sweep) if self.prefixes else ()
         ):
             pass
-        if trial is not None and self.streamed is not None:
-            self.streamed.check_unchanged()
-            if trial.differs(self.model):
-                raise RunError(
-                    "streamed layers would not be exact: a layer above them reads them",
-                    "--prefix-residency resident",
-                )
-            trial.let_embedding_go(self.model)
+        if trials is not None and self.streamed is not None:
+            settle(self.streamed, self.model, trials)
         return evaluators
 
     def around(self, path: str | None, model: torch.nn.Module, evaluators: Sequence[Evaluator]) -> Prefix:

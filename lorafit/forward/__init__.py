@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from lorafit.forward.prefix_store import states_key as states_key
     from lorafit.forward.streaming import Trial as Trial
     from lorafit.forward.streaming import first_pass as first_pass
+    from lorafit.forward.streaming import settle as settle
     from lorafit.forward.streaming import sweep_of as sweep_of
 
 __getattr__ = door(
@@ -44,7 +45,7 @@ __getattr__ = door(
         "loss": "chunk_for",
         "placement": "COMFORTABLE Choice choose fits_whole not_streamed refused_by_map",
         "prefix": "Prefix blocks_below cut_of refusal trained_in",
-        "streaming": "Trial first_pass sweep_of",
+        "streaming": "Trial first_pass settle sweep_of",
         "prefix_store": "DiskStore MemoryStore StateStore same_state states_folder states_key",
     },
 )

@@ -1,7 +1,9 @@
-"""Layers below the cut that are read as they run: one whole pass, compared with a replay once other rows went by."""
+"""Layers below the cut that are read as they run: one whole pass, compared with replays once other rows went by."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -9,13 +11,14 @@ from typing import Any
 import torch
 
 from lorafit.data import Batch
+from lorafit.errors import RunError
 from lorafit.forward.activations import base_of
 from lorafit.forward.head import Forward
 from lorafit.forward.placement import COMFORTABLE
 from lorafit.forward.prefix import Prefix
 from lorafit.forward.prefix_fill import Sweep
 from lorafit.forward.prefix_store import same_state
-from lorafit.forward.stand_in import Blank
+from lorafit.forward.stand_in import Blank, Tap, in_place
 from lorafit.model import Streamed, let_go
 from lorafit.system import free_memory
 
@@ -59,19 +62,46 @@ class Trial:
 
 
 def first_pass(
-    streamed: Streamed, model: torch.nn.Module, task: str, batch: Batch, chunk: int = 0
-) -> tuple[Forward, Trial]:
-    """(how the model is called, the trial of a few tokens of that micro-batch): each block below the cut is read
-    once."""
+    streamed: Streamed,
+    model: torch.nn.Module,
+    task: str,
+    batch: Batch,
+    chunk: int = 0,
+    above: Sequence[int] = (),
+) -> tuple[Forward, list[Trial]]:
+    """(how the model is called, the trials of a few tokens of that micro-batch, at the streamed layers' cut and at
+    those `above` it): each block below the cut is read once."""
     base: Any = base_of(model)
-    prefix = Prefix(base.get_submodule(streamed.stack), streamed.cut, streamed.held)
-    plain = Forward.plain(base, task)
+    stack = base.get_submodule(streamed.stack)
+    prefix, *others = (Prefix(stack, cut, streamed.held) for cut in (streamed.cut, *above))
+    plain, blocks = Forward.plain(base, task), list(stack.named_children())
+    taps = {blocks[other.cut][0]: Tap(blocks[other.cut][1]) for other in others}
     model.eval()
     batch = _few_of(batch)
-    wanted, state = prefix.run_whole(batch, partial(plain.into_head, base))
+    with ExitStack() as notes, in_place(stack, taps):
+        for other in others:
+            notes.enter_context(other.noting(0, other.cut))
+        wanted, state = prefix.run_whole(batch, partial(plain.into_head, base))
     with prefix.replayed(None):  # its try on a few tokens needs no block below the cut
         forward = Forward.of(model, task, chunk)
-    return forward, Trial(prefix, batch, plain, wanted, state)
+    states = [state, *(tap.state for tap in taps.values())]
+    return forward, [
+        Trial(p, batch, plain, wanted, s) for p, s in zip((prefix, *others), states, strict=True)
+    ]
+
+
+def settle(streamed: Streamed, model: torch.nn.Module, trials: Sequence[Trial]) -> None:
+    """After all rows ran through the streamed layers: the trials replayed, and the embedding let go where no replay
+    needs it.
+
+    Raises RunError where a replay is not what a whole pass was, or the checkpoint changed meanwhile.
+    """
+    streamed.check_unchanged()
+    if any(trial.differs(model) for trial in trials):
+        raise RunError(
+            "streamed layers would not be exact: a layer above them reads them", "--prefix-residency resident"
+        )
+    trials[0].let_embedding_go(model)
 
 
 def _few_of(batch: Batch) -> Batch:

@@ -127,7 +127,9 @@ def check_peak(ahead: Ahead) -> str:
         return ""
     what = f"the largest candidate needs {bytes_text(ahead.peak)} at its peak, and {bytes_text(free)} are free on {device}"
     if ahead.peak > TOO_MUCH * free:
-        raise RequestError(what, "a smaller --batch-size, or --gradient-checkpointing")
+        streams = ahead.candidates[0].streams
+        less = "" if streams else ", or --prefix-residency stream, which leaves out what begins at layer 0"
+        raise RequestError(what, f"a smaller --batch-size, or --gradient-checkpointing{less}")
     return what
 
 
@@ -145,7 +147,7 @@ def compare_events(run: Compared, resume: bool, stop: Callable[[], int]) -> Iter
     folder, hint = CompareFolder(of.target), None
     folder.open(resume)
     folder.begin(run.asked, [run.rows.train.digest, run.rows.held_out.digest])
-    shared = SharedBase(lambda: load_base(of.source, of.found, candidates[0].config))
+    shared = SharedBase(lambda: load_base(of.source, of.found, candidates[0].config, run.ahead.lowest.plan))
     with closing(shared):
         comparison = Comparison(
             run.ahead,

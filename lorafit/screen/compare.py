@@ -16,7 +16,7 @@ from lorafit.events import DataReport, Filling, Stepped
 from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_data
-from lorafit.units import bytes_text, count, index_ranges, rows_text, seconds_text, short
+from lorafit.units import bytes_text, count, index_ranges, layers_text, rows_text, seconds_text, short
 
 VERDICTS = {"not distinguishable": "same"}  # shorter, for the table
 FEW = 30  # held-out rows below which a note says that they are few
@@ -48,6 +48,12 @@ def show_ahead(
         screen.line(
             "sizes",
             f"{count(trainable)} trainable parameters wanted, {count(min(sizes))} to {count(max(sizes))} found",
+        )
+    if config.prefix_residency == "stream":
+        residency = ahead.costs[ahead.lowest.name].prefix_residency
+        below = layers_text(tuple(range(min(layer for _, layer in ahead.lowest.cut))))
+        screen.line(
+            "streams", f"{below}: read as they run, {bytes_text(residency.bytes_read)} in all, and not held"
         )
     screen.line(
         "predicted",

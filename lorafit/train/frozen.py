@@ -29,6 +29,7 @@ from lorafit.forward import (
     first_pass,
     not_streamed,
     refusal,
+    settle,
     states_folder,
     states_key,
     sweep_of,
@@ -51,7 +52,8 @@ class Frozen:
 
 
 def first_look(job: Job) -> tuple[Forward, Trial | None]:
-    """How the model is called, and of one whose lower layers are streamed its first whole pass.
+    """How the model is called, and of one whose lower layers are streamed its first whole pass, unless the states
+    of these layers are shared: then that pass was made.
 
     Raises RequestError where streaming would not be exact.
     """
@@ -64,7 +66,11 @@ def first_look(job: Job) -> tuple[Forward, Trial | None]:
     assert first is not None
     if reason := refusal(job.found, job.plan.cut, trained_in(base), base, training=True):
         raise not_streamed(reason)
-    return first_pass(job.streamed, job.model, job.task, first.to(job.device), head_chunk)
+    shared = next(map(job.states.get, job.plan.cut.items()), None)
+    if shared is not None and shared.forward is not None:
+        return shared.forward, None
+    forward, trials = first_pass(job.streamed, job.model, job.task, first.to(job.device), head_chunk)
+    return forward, trials[0]
 
 
 def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None) -> Frozen:
@@ -99,14 +105,15 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     where, reason = job.world.told([choice.where, choice.reason])
     choice = Choice(where, reason, size)
     if choice.where == "off":
-        if trial is not None:
+        if job.streamed is not None:
             raise not_streamed(f"their output has to be kept, and is not: {choice.reason}")
         return Frozen(caching=PrefixCache("off", choice.reason))
     first = job.first_batch()
-    prefix, reason, state = Prefix.below(base, stack, cut), "", torch.empty(0)
+    reads = job.streamed.held if job.streamed is not None else None
+    prefix, reason, state = Prefix(base.get_submodule(stack), cut, reads), "", torch.empty(0)
     if trial is not None:
         prefix = trial.prefix
-    elif first is not None:
+    elif first is not None and job.streamed is None:
         job.model.eval()
         losses = lambda batch: forward.scores(job.model, batch)[0]  # noqa: E731
         reason, state = prefix.differs(first.to(job.device), losses)
@@ -119,7 +126,7 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
         prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-    if first is not None and trial is None:
+    if first is not None and job.streamed is None:
         prefix.store.put(first.key, state)
     sweep = _sweep(job, held_out, choice, row_bytes)
     return Frozen(
@@ -190,23 +197,7 @@ def fill_prefix(
         off = PrefixCache("off", why or "another process could not write its file")
         yield off
         return off
-    if frozen.trial is not None:
-        _settle(job, frozen.trial)
+    if frozen.trial is not None and job.streamed is not None:
+        settle(job.streamed, job.model, [frozen.trial])
     yield Filling(tokens, tokens, seconds, job.streamed.read if job.streamed is not None else 0)
     return frozen.caching
-
-
-def _settle(job: Job, trial: Trial) -> None:
-    """After the fill of streamed layers: the trial's micro-batch replayed, and the embedding let go where the
-    replay does not need it.
-
-    Raises RunError where a replay is not what a whole pass was, or the checkpoint changed meanwhile.
-    """
-    assert job.streamed is not None
-    job.streamed.check_unchanged()
-    if trial.differs(job.model):
-        trial.prefix.store.close()
-        raise RunError(
-            "streamed layers would not be exact: a layer above them reads them", "--prefix-residency resident"
-        )
-    trial.let_embedding_go(job.model)

@@ -17,6 +17,7 @@ from lorafit.estimate import keep_freed
 from lorafit.evaluate import mask_id
 from lorafit.events import Predicted
 from lorafit.forward import (
+    Forward,
     StateStore,
     base_of,
     blocks_below,
@@ -49,11 +50,13 @@ if TYPE_CHECKING:
 @dataclass(frozen=True, slots=True)
 class SharedStates:
     """The states below a cut that several jobs share: their store, where it is (`memory` or `disk`), and the form of
-    each lower block's output."""
+    each lower block's output. Of streamed layers `forward` is how the model is called: it was tried while a whole
+    pass could be."""
 
     store: StateStore
     where: str
     forms: dict[int, int] = field(default_factory=dict)
+    forward: Forward | None = None
 
 
 def composed(rows: Rows, config: RunConfig, task: str) -> list[tuple[MicroBatch, ...]]:

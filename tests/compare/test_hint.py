@@ -18,7 +18,7 @@ def test_the_signal_is_the_gradient_that_an_adapter_would_start_from(tiny, pairs
     )
     shared, (one,) = comparison.shared, comparison.ahead.candidates
     before = {name: value.clone() for name, value in shared.base.model.state_dict().items()}
-    hint = hint_of(shared, [one], comparison.rows, comparison.tokenizer)
+    hint = hint_of(shared, [one], comparison.rows, comparison.tokenizer, range(4))
     now = shared.base.model.state_dict()
     assert shared.loaded == 1 and all(torch.equal(now[name], value) for name, value in before.items())
 
