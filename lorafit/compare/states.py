@@ -104,6 +104,8 @@ def fill_all(
     """
     base, cuts = shared.base, _cuts(shared.base, candidates)
     if not cuts:
+        if base.streamed is not None:
+            raise not_streamed("a replay would not be exact for any candidate")
         return
     token = base.found.hidden_size * next(base.model.parameters()).dtype.itemsize
     size, keys, composition = token * passing.processed, passing.keys, passing.composition
@@ -112,12 +114,11 @@ def fill_all(
     }
     there = all(place.exists() for place in places.values())
     disk, asked = free_disk(states_folder()), passing.config.prefix_cache
-    where = choose(asked, 2, size * len(cuts), free_memory(), disk, there).where
+    choice = choose(asked, 2, size * len(cuts), free_memory(), disk, there)
+    where = choice.where
     if where == "off":
         if base.streamed is not None:
-            raise not_streamed(
-                "the output of these layers has to be kept, and has no room, or the cache is off"
-            )
+            raise not_streamed(f"their output has to be kept, and is not: {choice.reason}")
         return
     trials, sweep = _trials(shared, cuts, passing), Sweep()
     if base.streamed is not None:

@@ -133,7 +133,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
     check_attention(values["attention"])
-    _check_evaluations(values)
+    _check_together(values)
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
@@ -142,8 +142,13 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     return config, replace(preset, lora=lora)
 
 
-def _check_evaluations(values: Mapping[str, Any]) -> None:
-    """Raises RequestError for options about evaluations where there are none."""
+def _check_together(values: Mapping[str, Any]) -> None:
+    """Raises RequestError for options that need another one, or rule it out."""
+    if values["prefix_residency"] == "stream" and values["prefix_cache"] == "off":
+        raise RequestError(
+            "--prefix-residency stream: the output of these layers has to be kept, and --prefix-cache is off",
+            "--prefix-cache auto, or --prefix-residency resident",
+        )
     if values["patience"] and not values["eval_steps"]:
         raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
     if values["min_delta"] and not values["patience"]:
