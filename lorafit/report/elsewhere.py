@@ -11,7 +11,7 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
 from lorafit.adapter import Plan
 from lorafit.model import HUB_ID, Part
@@ -213,7 +213,7 @@ def _changes_more(plan: Plan) -> bool:
 
 
 def _name(place: str) -> str:
-    return place.rstrip("/").rpartition("/")[2]
+    return PurePath(place).name
 
 
 def _text(text: str) -> str:
