@@ -7,9 +7,12 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.report.elsewhere import Adapted as Adapted
     from lorafit.report.elsewhere import Use as Use
     from lorafit.report.elsewhere import uses_of_adapter as uses_of_adapter
     from lorafit.report.elsewhere import uses_of_merged as uses_of_merged
+    from lorafit.report.elsewhere import why_not_gguf as why_not_gguf
+    from lorafit.report.elsewhere import why_not_merged_gguf as why_not_merged_gguf
     from lorafit.report.html import PAGE_MARK as PAGE_MARK
     from lorafit.report.html import document as document
     from lorafit.report.html import make_page as make_page
@@ -39,7 +42,7 @@ __getattr__ = door(
     __name__,
     {
         "html": "PAGE_MARK document make_page write_page",
-        "elsewhere": "Use uses_of_adapter uses_of_merged",
+        "elsewhere": "Adapted Use uses_of_adapter uses_of_merged why_not_gguf why_not_merged_gguf",
         "listing": "RunRow find_runs runs_text sorted_by",
         "markup": "Html el table",
         "model_card": "adapter_card merged_card",
