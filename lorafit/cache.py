@@ -109,11 +109,13 @@ def leave(beside: Path) -> None:
         beside.rename(beside.with_name(f"{beside.name.partition(FILLING)[0]}{FILLING}left"))
 
 
-def finish(beside: Path, entry: Path, index: dict[str, Any]) -> None:
-    """An entry is filled: its index is written, and it takes its name."""
+def finish(beside: Path, entry: Path, index: dict[str, Any]) -> Path:
+    """An entry is filled: its index is written, and it takes its name, unless another process was first. Where it lies
+    now. No file in it may be open: Windows renames no folder then."""
     (beside / INDEX).write_text(json.dumps({**index, "made": time.time()}), encoding="utf-8")
     with suppress(OSError):  # another process was first: its entry is the same
-        beside.rename(entry)
+        return beside.rename(entry)
+    return beside
 
 
 def index_of(entry: Path) -> dict[str, Any] | None:

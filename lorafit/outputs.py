@@ -26,7 +26,7 @@ PARTIAL, RUNS = ".partial", "runs"  # of the name of an unfinished run; where ru
 # What has no digest: a person may edit it, lorafit adds to it later, or it stays here when a run is pushed.
 EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT, TRACKING)
 
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
 def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> None:
@@ -125,8 +125,13 @@ def put_in_place(work: Path, target: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Have the disk hold what was written to a file or a folder."""
-    descriptor = os.open(path, os.O_RDONLY)
+    """Have the disk hold what was written to a file, or to a folder where the system can: Windows opens none."""
+    folder = path.is_dir()
+    if folder and not hasattr(os, "O_DIRECTORY"):
+        return
+    descriptor = os.open(
+        path, os.O_RDONLY if folder else os.O_RDWR
+    )  # Windows writes out what is open to write
     try:
         os.fsync(descriptor)
     finally:

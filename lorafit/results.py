@@ -150,3 +150,15 @@ class MergeReport:
     verify: Verified | None
     notes: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExportReport:
+    """A file for another tool: of an adapter or a model, its tensors, and the alpha it names for an adapter."""
+
+    source: str
+    output: str
+    adapter: bool
+    tensors: int
+    bytes: int
+    alpha: float | None

@@ -15,6 +15,9 @@ from contextlib import contextmanager, suppress
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import BinaryIO
+
+import psutil
 
 from lorafit import __version__
 
@@ -30,10 +33,7 @@ def _free_on_host() -> int:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
-    except (AttributeError, ValueError, OSError):
-        return 0
+    return int(psutil.virtual_memory().available)
 
 
 def free_disk(place: Path) -> int:
@@ -85,7 +85,9 @@ def graphics() -> dict[str, str]:
     """The machine's GPUs and their driver, as nvidia-smi names them; empty without it. Imports no library."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
     try:
-        lines = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        lines = subprocess.run(
+            command, capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
+        ).stdout
     except (OSError, subprocess.SubprocessError):
         return {}
     return {f"gpu {number}": line.strip() for number, line in enumerate(lines.splitlines()) if line.strip()}
@@ -99,7 +101,7 @@ def git_state(path: Path) -> str:
 
     def told(*words: str) -> str:
         return subprocess.run(
-            [*git, *words], capture_output=True, text=True, check=True, timeout=20
+            [*git, *words], capture_output=True, encoding="utf-8", errors="replace", check=True, timeout=20
         ).stdout.strip()
 
     try:
@@ -113,12 +115,26 @@ def git_state(path: Path) -> str:
 def alive(pid: int) -> bool:
     """Whether a process of that number runs on this machine."""
     try:
-        os.kill(pid, 0)
-    except (ProcessLookupError, OverflowError):
+        return bool(psutil.pid_exists(pid))
+    except OverflowError:
         return False
-    except PermissionError:  # it runs, as another user
-        return True
-    return True
+
+
+def read_at(file: BinaryIO, part: memoryview, begin: int) -> int:
+    """Read from that place of a file as many bytes as there is room for, or fewer; how many. Where the system can,
+    processes that share the open file do not disturb one another."""
+    if hasattr(os, "preadv"):
+        return os.preadv(file.fileno(), [part], begin)
+    file.seek(begin)
+    return int(file.readinto(part))  # type: ignore[attr-defined]  # files that are open for reading have it
+
+
+def write_at(file: BinaryIO, data: memoryview, begin: int) -> int:
+    """Write the bytes at that place of a file, or the first of them; how many."""
+    if hasattr(os, "pwrite"):
+        return os.pwrite(file.fileno(), data, begin)
+    file.seek(begin)
+    return file.write(data)
 
 
 def quiet_libraries() -> None:

@@ -150,15 +150,3 @@ def test_no_file_and_no_function_is_long():
             if isinstance(node, ast.FunctionDef):
                 lines = (node.end_lineno or 0) - node.body[0].lineno + 1
                 assert lines <= LONGEST_FUNCTION, f"{path}: {node.name} has {lines} lines"
-
-
-def test_no_module_needs_what_windows_does_not_have():
-    """Every module is imported with `resource`, `fcntl` and the like missing."""
-    names = [".".join(p.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for p in files()]
-    code = (
-        "import sys, importlib, peft, rich.progress, huggingface_hub, typer\n"  # which ask for the system's own
-        "for name in ('resource', 'fcntl', 'pwd', 'grp', 'termios'): sys.modules[name] = None\n"
-        "for name in sys.argv[1:]: importlib.import_module(name)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code, *names], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr

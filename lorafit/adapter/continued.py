@@ -45,6 +45,11 @@ def _ranks(folder: str) -> dict[str, int]:
         return {module: file.get_slice(name).get_shape()[0] for name, module in found.items()}
 
 
+def modules_of(folder: str) -> list[str]:
+    """The full names of the modules that an adapter's file has matrices for."""
+    return list(_ranks(folder))
+
+
 def check_continues(plan: Plan, folder: str, place: str) -> None:
     """Check that an adapter is one of this plan's modules, ranks and scaling, and of the base in `place`.
 

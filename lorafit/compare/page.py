@@ -179,7 +179,7 @@ def _curves(answer: Answer) -> Html:
         "section",
         el("h2", "Curves"),
         el("p", legend),
-        el("div", picture, cls="wide"),
+        picture,
         el("p", el("small", about)),
     )
 
@@ -203,9 +203,9 @@ def _costs(choices: Sequence[ChoiceRow]) -> Html:
         el("h2", "Loss against cost"),
         el("p", el("small", "Named are those that no other choice beats in both.")),
         el("h3", "Loss and time"),
-        el("div", time, cls="wide"),
+        time,
         el("h3", "Loss and trainable parameters"),
-        el("div", size, cls="wide"),
+        size,
     )
 
 

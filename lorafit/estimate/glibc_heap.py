@@ -58,9 +58,11 @@ def environment() -> dict[str, str]:
 
 def library() -> str:
     """glibc and its version, e.g. `glibc 2.36`; empty for another C library."""
+    if not hasattr(os, "confstr"):  # Windows
+        return ""
     try:
         return os.confstr("CS_GNU_LIBC_VERSION") or ""
-    except (AttributeError, ValueError, OSError):  # another C library, another system
+    except (ValueError, OSError):  # another C library
         return ""
 
 

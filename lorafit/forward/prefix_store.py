@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from lorafit import __version__, cache
-from lorafit.system import installed
+from lorafit.system import installed, read_at
 
 FORMAT = 3
 
@@ -155,8 +155,12 @@ class DiskStore:
         # pinned where a GPU reads it: its copy there needs no wait
         raw = torch.empty(entry["bytes"], dtype=torch.uint8, pin_memory=torch.cuda.is_available())
         view = raw.numpy().data
-        if os.preadv(self.file.fileno(), [view], entry["offset"]) != len(view):
-            return None
+        done = 0
+        while done < len(view):  # the system gives at most 2 GiB at once
+            got = read_at(self.file, view[done:], entry["offset"] + done)
+            if not got:
+                return None
+            done += got
         if key not in self.known_good:
             if cache.digest(view) != entry["digest"]:
                 self.damaged = True
@@ -196,7 +200,8 @@ class DiskStore:
         index = {**self.about, "format": FORMAT, "bytes": size, "entries": self.entries}
         assert self.filling is not None
         (self.filling / cache.JOURNAL).unlink()
-        cache.finish(self.filling, self.folder, index)
+        self.file.close()
+        self.file = (cache.finish(self.filling, self.folder, index) / STATES).open("rb")
         self.whole, self.filling = True, None
 
     def filled(self) -> None:

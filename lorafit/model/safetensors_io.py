@@ -20,12 +20,15 @@ from typing import Any
 import torch
 
 from lorafit.model.headers import SINGLE, TensorEntry, TensorFile
+from lorafit.system import read_at, write_at
 
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
     "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
+
+FULL = {errno.ENOSPC, errno.EFBIG, errno.EIO, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 PIECE = 2**20  # bytes read at a time: what is made of them stays in a core's cache
 
@@ -160,7 +163,7 @@ def _copy(source: FileIO, begin: int, size: int, new: FileIO, at: int, tick: Cal
             try:
                 done = os.copy_file_range(source.fileno(), new.fileno(), here, begin, at)
             except OSError as error:
-                if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
+                if error.errno in FULL:
                     raise
                 done = 0
             within = done > 0  # not between these two file systems
@@ -227,7 +230,7 @@ def _fill(source: FileIO, part: memoryview, begin: int) -> None:
     Raises OSError when the file ends before.
     """
     while part:
-        got = os.preadv(source.fileno(), [part], begin)
+        got = read_at(source, part, begin)
         if not got:
             raise OSError(errno.EIO, f"{source.name} became shorter while it was read")
         part, begin = part[got:], begin + got
@@ -236,7 +239,7 @@ def _fill(source: FileIO, part: memoryview, begin: int) -> None:
 def _put(new: FileIO, data: memoryview, at: int) -> int:
     """Write the bytes there; the place behind them."""
     while data:
-        done = os.pwrite(new.fileno(), data, at)
+        done = write_at(new, data, at)
         data, at = data[done:], at + done
     return at
 

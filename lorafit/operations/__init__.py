@@ -15,9 +15,13 @@ if TYPE_CHECKING:
     from lorafit.operations.comparing import resolve_comparison as resolve_comparison
     from lorafit.operations.evaluating import evaluate_adapters as evaluate_adapters
     from lorafit.operations.evaluating import quantisation as quantisation
+    from lorafit.operations.exporting import Conversion as Conversion
+    from lorafit.operations.exporting import export as export
+    from lorafit.operations.exporting import prepare_export as prepare_export
     from lorafit.operations.merging import merge_named as merge_named
     from lorafit.operations.options import COMPARES as COMPARES
     from lorafit.operations.options import EVALUATES as EVALUATES
+    from lorafit.operations.options import GGUF_TYPES as GGUF_TYPES
     from lorafit.operations.options import MERGED_DTYPES as MERGED_DTYPES
     from lorafit.operations.options import MERGES as MERGES
     from lorafit.operations.options import PLANS as PLANS
@@ -45,8 +49,9 @@ __getattr__ = door(
     {
         "comparing": "Candidates Compared check_peak compare_events prepare_comparison resolve_comparison",
         "evaluating": "evaluate_adapters quantisation",
+        "exporting": "Conversion export prepare_export",
         "merging": "merge_named",
-        "options": "COMPARES EVALUATES MERGED_DTYPES MERGES PLANS TRAINS bounds check_own",
+        "options": "COMPARES EVALUATES GGUF_TYPES MERGED_DTYPES MERGES PLANS TRAINS bounds check_own",
         "other_tools": "ours",
         "planning": "Planned plan_matrix plan_run train_command",
         "progress": "Bar no_bar",

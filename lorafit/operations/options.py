@@ -36,6 +36,8 @@ EVALUATES: tuple[str, ...] = (
 MERGES: tuple[str, ...] = ("overwrite",)
 MERGED_DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")  # that `merge` writes
 
+GGUF_TYPES: tuple[str, ...] = ("f32", "f16", "bf16", "q8_0", "auto")  # that llama.cpp's converters write
+
 # The numbers that options of the commands' own take: the least and the most.
 NUMBERS: dict[str, tuple[int, int | None]] = {
     "processes": (1, None),

@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import TYPE_CHECKING, Any
 
 from lorafit.adapter import check_continues, locate, planned
@@ -262,5 +262,5 @@ def _what_fits(run: Prepared) -> str:
 
 def _stem(model: str, made: Plan) -> str:
     """`MODEL-PRESET-LAYERS`, in characters that are safe in a file name."""
-    words = (model.rpartition("/")[2], made.preset, made.spec)
+    words = (PurePath(model).name, made.preset, made.spec)
     return "-".join(re.sub(r"[^\w.]+", "-", word).strip("-.")[:60] for word in words)

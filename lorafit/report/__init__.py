@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.report.elsewhere import Adapted as Adapted
     from lorafit.report.elsewhere import Use as Use
     from lorafit.report.elsewhere import uses_of_adapter as uses_of_adapter
     from lorafit.report.elsewhere import uses_of_merged as uses_of_merged
+    from lorafit.report.elsewhere import why_not_gguf as why_not_gguf
+    from lorafit.report.elsewhere import why_not_merged_gguf as why_not_merged_gguf
     from lorafit.report.html import PAGE_MARK as PAGE_MARK
     from lorafit.report.html import document as document
     from lorafit.report.html import make_page as make_page
-    from lorafit.report.html import table as table
     from lorafit.report.html import write_page as write_page
     from lorafit.report.listing import RunRow as RunRow
     from lorafit.report.listing import find_runs as find_runs
@@ -21,6 +23,7 @@ if TYPE_CHECKING:
     from lorafit.report.listing import sorted_by as sorted_by
     from lorafit.report.markup import Html as Html
     from lorafit.report.markup import el as el
+    from lorafit.report.markup import table as table
     from lorafit.report.model_card import adapter_card as adapter_card
     from lorafit.report.model_card import merged_card as merged_card
     from lorafit.report.run import DAMAGED as DAMAGED
@@ -38,10 +41,10 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "html": "PAGE_MARK document make_page table write_page",
-        "elsewhere": "Use uses_of_adapter uses_of_merged",
+        "html": "PAGE_MARK document make_page write_page",
+        "elsewhere": "Adapted Use uses_of_adapter uses_of_merged why_not_gguf why_not_merged_gguf",
         "listing": "RunRow find_runs runs_text sorted_by",
-        "markup": "Html el",
+        "markup": "Html el table",
         "model_card": "adapter_card merged_card",
         "svg": "COLOURS Curve chart scatter series thinned",
         "run": "DAMAGED Run name_without read_back steps_text",

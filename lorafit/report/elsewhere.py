@@ -11,10 +11,12 @@ import json
 import shlex
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import Protocol
 
 from lorafit.adapter import Plan
-from lorafit.model import HUB_ID, Part
+from lorafit.model import HUB_ID, Part, Slot
+from lorafit.settings import Lora
 
 CLASSES = {
     "causal": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM", "masked": "AutoModelForMaskedLM"
@@ -118,6 +120,24 @@ GGUF_MERGED = GGUF | frozenset(
 )
 
 
+class Adapting(Protocol):
+    """What is adapted, and how: a plan, or an adapter that was read back."""
+
+    @property
+    def lora(self) -> Lora: ...
+    @property
+    def slots(self) -> tuple[Slot, ...]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """An adapter as its folder states it: `modules` is how many it adapts, `slots` those that the model's map knows."""
+
+    lora: Lora
+    slots: tuple[Slot, ...]
+    modules: int
+
+
 @dataclass(frozen=True, slots=True)
 class Use:
     """A line to copy for a tool: Python or a shell command."""
@@ -168,14 +188,14 @@ def uses_of_merged(family: str, task: str, place: str, base: str) -> list[Use]:
     return made
 
 
-def why_not_vllm(plan: Plan, family: str, task: str) -> str:
+def why_not_vllm(plan: Adapting, family: str, task: str) -> str:
     """Why vLLM cannot serve an adapter beside its base; empty where it can."""
     if plan.lora.saved_rank > VLLM_RANKS[-1]:
         return f"its rank is above {VLLM_RANKS[-1]}"
     return _why_not(plan, task) or ("" if family in VLLM else f"it serves no adapters of {family} models")
 
 
-def why_not_gguf(plan: Plan, family: str, task: str) -> str:
+def why_not_gguf(plan: Adapting, family: str, task: str) -> str:
     """Why llama.cpp cannot convert an adapter; empty where it can."""
     if plan.lora.use_rslora:
         return "it is rank-stabilised, and llama.cpp scales by alpha / rank"
@@ -184,7 +204,14 @@ def why_not_gguf(plan: Plan, family: str, task: str) -> str:
     )
 
 
-def _why_not(plan: Plan, task: str) -> str:
+def why_not_merged_gguf(family: str, task: str) -> str:
+    """Why llama.cpp cannot convert a whole model; empty where it can."""
+    if task != "causal":
+        return "it is not a causal model"
+    return "" if family in GGUF_MERGED else f"its converter is not known to read {family} models"
+
+
+def _why_not(plan: Adapting, task: str) -> str:
     """What of an adapter neither tool takes."""
     lora = plan.lora
     reasons: Iterator[str] = (
@@ -202,7 +229,9 @@ def _why_not(plan: Plan, task: str) -> str:
     return next(reasons, "")
 
 
-def _plain_layers(plan: Plan) -> bool:
+def _plain_layers(plan: Adapting) -> bool:
+    if isinstance(plan, Adapted) and plan.modules != len(plan.slots):
+        return False
     blocks = (Part.SELF_ATTENTION, Part.FEED_FORWARD)
     return all(slot.kind == "linear" and slot.copies == 1 and slot.part in blocks for slot in plan.slots)
 
@@ -213,7 +242,7 @@ def _changes_more(plan: Plan) -> bool:
 
 
 def _name(place: str) -> str:
-    return place.rstrip("/").rpartition("/")[2]
+    return PurePath(place).name
 
 
 def _text(text: str) -> str:

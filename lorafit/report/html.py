@@ -9,11 +9,11 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from lorafit import __version__
 from lorafit.events import DataReport
 from lorafit.model import ModelMap, Slot, Stack
-from lorafit.report.markup import Html, el, is_number
-from lorafit.report.run import Run, name_without, steps_text
+from lorafit.report.markup import Html, el, is_number, table
+from lorafit.report.run import Run, name_without
+from lorafit.report.summary import facts_of, head, verdict
 from lorafit.report.svg import curves
 from lorafit.results import AdapterScore, EvalReport, Group, RowChange, Score
 from lorafit.units import bytes_text, count, deviation, figures, percent, seconds_text, short
@@ -40,7 +40,12 @@ td.name { min-width: 9rem; }
 .map th.role { text-align: right; padding-right: .5rem; font-size: 13px; font-weight: 400; color: var(--ink); }
 .heat td { text-align: center; padding: .45rem .7rem; border: 2px solid var(--back); white-space: nowrap; }
 .map td { min-width: 15px; color: var(--soft); line-height: 1.1; } .map td.on { color: var(--c0); font-size: 17px; }
-svg { width: 100%; min-width: 32rem; height: auto; display: block; } svg text { fill: var(--soft); font: 12px system-ui, sans-serif; }
+.chart { position: relative; margin: .8rem 1rem 2.8rem 3.4rem; } .chart svg { display: block; width: 100%; height: 100%; overflow: visible; }
+.chart svg * { vector-effect: non-scaling-stroke; fill: none; }
+.chart > span { position: absolute; color: var(--soft); font-size: 12px; line-height: 1; white-space: nowrap; }
+.chart .up { right: calc(100% + .5rem); transform: translateY(-50%); } .chart .across { top: calc(100% + .5rem); transform: translateX(-50%); }
+.chart .axis { top: calc(100% + 1.5rem); right: 0; } .chart .named { transform: translate(.5rem, -140%); color: var(--ink); }
+.chart .left { transform: translate(calc(-100% - .5rem), -140%); }
 pre, .said { white-space: pre-wrap; background: var(--card); border-radius: 4px; padding: .5rem .7rem; margin: .3rem 0;
   font: 14px/1.45 ui-monospace, monospace; }
 mark { background: var(--mark); color: inherit; font-weight: 600; }
@@ -59,7 +64,7 @@ def make_page(
     """The page. `adapted` has the names of the modules that each adapter adapts, by its path; `runs` are
     the lorafit runs among them; `report` is their evaluation, if there is one."""
     finished = [run for run in runs if run.report]
-    parts: list[Html] = [_head(title, found), _verdict(finished, report)]
+    parts: list[Html] = [head(title, found, finished, report), verdict(finished, report)]
     for path, modules in adapted.items():
         parts.append(_map(found, path if len(adapted) > 1 else "", modules))
     if finished:
@@ -92,67 +97,6 @@ def write_page(path: Path, text: str) -> None:
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
-
-
-def _head(title: str, found: ModelMap) -> Html:
-    return Html(
-        el("h1", title)
-        + el(
-            "p",
-            f"{found.model}, {found.architecture}, {short(found.total_params)} parameters. lorafit {__version__}",
-            cls="soft",
-        )
-    )
-
-
-def _verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
-    """One sentence per adapter: its effect on the held-out loss, and whether it is significant."""
-    sentences: list[str] = []
-    if report is not None and report.base is not None:
-        for a in report.adapters:
-            name = a.path if len(report.adapters) > 1 else "The adapter"
-            sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
-    else:
-        for run in runs:
-            name, losses = run.folder.name if len(runs) > 1 else "The adapter", run.report["eval"]
-            if not losses:
-                time = seconds_text(run.report["seconds"])
-                sentences.append(
-                    f"{name} was trained for {steps_text(run.report)} ({time}), without held-out rows."
-                )
-                continue
-            before, after = losses["before"]["loss"], losses["after"]["loss"]
-            effect = "lowers" if after < before else "raises" if after > before else "does not change"
-            sentences.append(
-                f"{name} {effect} the held-out loss: {before:.4f} before, {after:.4f} after "
-                f"{steps_text(run.report)} ({seconds_text(run.report['seconds'])})."
-            )
-    return Html("".join(el("p", text, cls="verdict") for text in sentences))
-
-
-def _effect(score: AdapterScore, rows: int) -> str:
-    if rows < 2:
-        return "was evaluated on one row, too few for a confidence interval"
-    interval = f"(95 % CI of the difference {score.low:+.4f} to {score.high:+.4f})"
-    if score.low <= 0 <= score.high:
-        return f"makes no significant difference on these rows {interval}"
-    return f"is {'better' if score.high < 0 else 'worse'} than the base {interval}"
-
-
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
-    """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned."""
-
-    def cells(kind: str, row: Sequence[str]) -> Html:
-        return el(
-            "tr",
-            [el(kind, c, cls="n" if n >= figures_from else "name") for n, c in enumerate(row)],
-        )
-
-    return el(
-        "div",
-        el("table", el("thead", cells("th", head)), el("tbody", [cells("td", row) for row in rows])),
-        cls="wide",
-    )
 
 
 def _map(found: ModelMap, path: str, modules: Sequence[str]) -> Html:
@@ -406,8 +350,8 @@ def _data(run: Run) -> Html:
 
 def _environment(run: Run) -> Html:
     """Date, device, versions and command line, where the run recorded them."""
-    facts = run.first("started").get("environment")
-    if not isinstance(facts, Mapping) or not facts:
+    facts = facts_of(run)
+    if not facts:
         return Html("")
     rows = [[str(name).replace("_", " "), str(value)] for name, value in facts.items() if value]
     return el("section", el("h2", f"Environment of {run.folder.name}"), table(["", "value"], rows, 9))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -19,6 +19,22 @@ def el(name: str, *inside: str | Iterable[str], **attributes: object) -> Html:
         for key, value in attributes.items()
     )
     return Html(f"<{name}{shown}>{_inner(inside)}</{name}>")
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
+    """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned."""
+
+    def cells(kind: str, row: Sequence[str]) -> Html:
+        return el(
+            "tr",
+            [el(kind, c, cls="n" if n >= figures_from else "name") for n, c in enumerate(row)],
+        )
+
+    return el(
+        "div",
+        el("table", el("thead", cells("th", head)), el("tbody", [cells("td", row) for row in rows])),
+        cls="wide",
+    )
 
 
 def _inner(parts: Iterable[str | Iterable[str]]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,9 +12,9 @@ from lorafit.report.run import Run
 from lorafit.units import count, figures
 
 POINTS = 400  # points of a curve that are drawn: each the mean of a stretch of steps
-WIDTH = 720
-LEFT, RIGHT, TOP, BOTTOM = 52, 12, 12, 34
-LARGE, SMALL = 300, 180  # heights
+SIDE = 1000  # of the square that a chart is drawn in
+LARGE, SMALL = 260, 150  # heights in pixels
+ACROSS = 5  # values below a chart, at most: so many have room on a phone
 COLOURS = 6
 
 Point = tuple[float, float]
@@ -43,7 +43,7 @@ def curves(runs: Sequence[Run]) -> Html:
         el("p", legend) if len(runs) > 1 else Html(""),
         el("h3", "Loss"),
         el("p", el("small", "Nats per target token: each step (faint), running mean, held-out rows (dots).")),
-        el("div", picture, cls="wide"),
+        picture,
     ]
     for field, title, about in (
         ("learning_rate", "Learning rate", ""),
@@ -55,43 +55,27 @@ def curves(runs: Sequence[Run]) -> Html:
             parts += [
                 el("h3", title),
                 el("p", el("small", about)) if about else Html(""),
-                el("div", small, cls="wide"),
+                small,
             ]
     return el("section", parts)
 
 
 def chart(series: Sequence[Curve], title: str, height: int, *, smooth: bool) -> Html:
-    """One chart with a line per curve, `height` units high. With `smooth`, the steps are faint under their
-    running mean. Empty if there is no point."""
+    """One chart with a line per curve, `height` pixels high and as wide as there is room. With `smooth`, the steps are
+    faint under their running mean. Empty if there is no point."""
     every = [point for curve in series for point in (*curve.steps, *curve.marks)]
     if not every:
         return Html("")
     top, low = max(y for _, y in every), min(y for _, y in every)
     low = 0.0 if 0 <= low < top / 2 else low - (top - low) / 10  # start at zero where it costs little room
-    last = max(x for x, _ in every) or 1.0
-
-    def at(x: float, y: float) -> Point:
-        across = LEFT + x / last * (WIDTH - LEFT - RIGHT)
-        return across, TOP + (top - y) / ((top - low) or 1) * (height - TOP - BOTTOM)
-
-    parts = list(_axes(at, low, top, last, height))
+    frame = Frame(low, top, max(x for x, _ in every) or 1.0)
+    parts: list[Html] = []
     for number, curve in enumerate(series):
         colour = f"var(--c{number % COLOURS})"
         lines = [(curve.steps, 0.3, 1), (_smooth(curve.steps), 1, 2)] if smooth else [(curve.steps, 1, 2)]
-        for line, opacity, width in lines:
-            if line:
-                points = " ".join(f"{x:.1f},{y:.1f}" for x, y in (at(*point) for point in line))
-                parts.append(
-                    Html(
-                        f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="{width}" '
-                        f'opacity="{opacity}"/>'
-                    )
-                )
-        for x, y in (at(*point) for point in curve.marks):
-            parts.append(
-                Html(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}" stroke="var(--back)"/>')
-            )
-    return el("svg", parts, viewBox=f"0 0 {WIDTH} {height}", role="img", aria_label=f"{title} by step")
+        parts += [_line(frame, line, colour, width, opacity) for line, opacity, width in lines if line]
+        parts += [_dot(frame, x, y, colour) for x, y in curve.marks]
+    return _drawn(frame, parts, (), height, "step", title)
 
 
 def scatter(points: Sequence[tuple[str, float, float]], marked: Container[str], across: str, up: str) -> Html:
@@ -100,58 +84,79 @@ def scatter(points: Sequence[tuple[str, float, float]], marked: Container[str], 
     if not points:
         return Html("")
     xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
-    low, top, last = min(ys), max(ys), max(xs) or 1.0
-    low, top = low - (top - low) / 12 - 1e-9, top + (top - low) / 12
-
-    def at(x: float, y: float) -> Point:
-        return (
-            LEFT + x / last * (WIDTH - LEFT - RIGHT - 90),
-            TOP + (top - y) / ((top - low) or 1) * (LARGE - TOP - BOTTOM),
-        )
-
-    parts = list(_axes(at, low, top, last, LARGE, across))
-    joined = " ".join(
-        "{:.1f},{:.1f}".format(*at(x, y))
-        for name, x, y in sorted(points, key=lambda p: p[1])
-        if name in marked
-    )
-    parts.append(Html(f'<polyline points="{joined}" fill="none" stroke="var(--c0)" stroke-width="1.5"/>'))
+    low, top = min(ys), max(ys)
+    frame = Frame(low - (top - low) / 12 - 1e-9, top + (top - low) / 6, max(xs) or 1.0)
+    line = sorted((x, y) for name, x, y in points if name in marked)
+    parts, names = [_line(frame, line, "var(--c0)", 1.5)], []
     for name, x, y in points:
-        across_px, up_px = at(x, y)
         colour = "var(--c0)" if name in marked else "var(--soft)"
-        dot = el("title", f"{name}: {figures(y, 4)} at {figures(x)}")
-        parts.append(
-            Html(
-                f'<circle cx="{across_px:.1f}" cy="{up_px:.1f}" r="4.5" fill="{colour}" stroke="var(--back)">{dot}</circle>'
-            )
-        )
+        parts.append(_dot(frame, x, y, colour, f"{name}: {figures(y, 4)} at {figures(x)}"))
         if name in marked:
-            parts.append(el("text", name, x=f"{across_px + 7:.1f}", y=f"{up_px - 6:.1f}"))
-    return el("svg", parts, viewBox=f"0 0 {WIDTH} {LARGE}", role="img", aria_label=f"{up} by {across}")
+            side = "named left" if x > frame.last / 2 else "named"
+            names.append(el("span", name, cls=side, style=frame.place(x, y)))
+    return _drawn(frame, parts, names, LARGE, across, up)
 
 
-def _axes(
-    at: Callable[[float, float], Point],
-    low: float,
-    top: float,
-    last: float,
-    height: int,
-    across: str = "step",
-) -> Iterator[Html]:
-    """Grid lines with their values, and below what goes across, whole numbers alone for steps."""
-    ticks = _ticks(low, top)
+@dataclass(frozen=True, slots=True)
+class Frame:
+    """What a chart shows: from 0 to `last` across, from `low` to `top` upwards. It is drawn in a square that is stretched
+    to the room there is; texts lie over it and are not."""
+
+    low: float
+    top: float
+    last: float
+
+    def at(self, x: float, y: float) -> Point:
+        """A point in the square."""
+        return SIDE * x / self.last, SIDE * (self.top - y) / ((self.top - self.low) or 1)
+
+    def place(self, x: float | None = None, y: float | None = None) -> str:
+        """The same as a style."""
+        across, down = self.at(x or 0.0, self.low if y is None else y)
+        sides = [f"left:{across / SIDE:.2%}"] if x is not None else []
+        return ";".join([*sides, *([f"top:{down / SIDE:.2%}"] if y is not None else [])])
+
+
+def _line(frame: Frame, points: Sequence[Point], colour: str, width: float, opacity: float = 1) -> Html:
+    drawn = " ".join(f"{x:.1f},{y:.1f}" for x, y in (frame.at(*point) for point in points))
+    return Html(
+        f'<polyline points="{drawn}" fill="none" stroke="{colour}" stroke-width="{width}" opacity="{opacity}"/>'
+    )
+
+
+def _dot(frame: Frame, x: float, y: float, colour: str, text: str = "") -> Html:
+    """A line without length and with round ends: it stays round where the square is stretched."""
+    across, down = frame.at(x, y)
+    ends = f'd="M{across:.1f} {down:.1f}h.01" stroke-linecap="round"'
+    name = el("title", text) if text else Html("")
+    return Html(
+        f'<path {ends} stroke="var(--back)" stroke-width="11"/>'
+        f'<path class="dot" {ends} stroke="{colour}" stroke-width="9">{name}</path>'
+    )
+
+
+def _drawn(
+    frame: Frame, parts: Sequence[Html], names: Sequence[Html], height: int, across: str, up: str
+) -> Html:
+    """The chart: grid lines with their values, and below what goes across, whole numbers alone for steps."""
+    lines, texts = [], list(names)
+    ticks = _ticks(frame.low, frame.top)
     places = max(0, -math.floor(math.log10(ticks[1] - ticks[0]) + 1e-9)) if len(ticks) > 1 else 1
     for value in ticks:
-        _, y = at(0, value)
-        yield Html(f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}" stroke="var(--line)"/>')
+        _, y = frame.at(0, value)
+        lines.append(Html(f'<path d="M0 {y:.1f}H{SIDE}" stroke="var(--line)"/>'))
         text = f"{value:.{places}f}" if places <= 4 else figures(value, 2)
-        yield el("text", text, x=LEFT - 6, y=f"{y + 4:.1f}", text_anchor="end")
-    for value in _ticks(0, last):
+        texts.append(el("span", text, cls="up", style=frame.place(y=value)))
+    for value in _ticks(0, frame.last, ACROSS):
         if value == round(value) or across != "step":
-            x, _ = at(value, low)
             shown = count(round(value)) if value == round(value) else figures(value, 2)
-            yield el("text", shown, x=f"{x:.1f}", y=height - 14, text_anchor="middle")
-    yield el("text", across, x=WIDTH - RIGHT, y=height - 2, text_anchor="end")
+            texts.append(el("span", shown, cls="across", style=frame.place(value)))
+    texts.append(el("span", across, cls="axis"))
+    picture = el(
+        "svg", lines, parts, viewBox=f"0 0 {SIDE} {SIDE}", preserveAspectRatio="none", role="img",
+        aria_label=f"{up} by {across}",
+    )  # fmt: skip
+    return el("div", picture, texts, cls="chart", style=f"height:{height}px")
 
 
 def series(run: Run, kind: str, field: str) -> list[Point]:
@@ -177,10 +182,10 @@ def _smooth(points: Sequence[Point]) -> list[Point]:
     return means
 
 
-def _ticks(low: float, high: float) -> list[float]:
-    """Round values between the two: two to eight of them."""
+def _ticks(low: float, high: float, most: int = 8) -> list[float]:
+    """Round values between the two: two to nine of them, or about as many as `most`."""
     span = (high - low) or 1.0
     step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= 8)
+    step *= next(m for m in (1, 2, 5, 10) if span / (step * m) <= most)
     first = math.ceil(low / step)
     return [n * step for n in range(first, math.floor(high / step + 1e-9) + 1)]

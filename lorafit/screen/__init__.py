@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from lorafit.screen.data import show_data as show_data
     from lorafit.screen.data import show_tokens as show_tokens
     from lorafit.screen.evaluate import show_eval as show_eval
+    from lorafit.screen.export import show_conversion as show_conversion
+    from lorafit.screen.export import show_export as show_export
     from lorafit.screen.help import show_topic as show_topic
     from lorafit.screen.help import show_topics as show_topics
     from lorafit.screen.inspect import show_map as show_map
@@ -42,6 +44,7 @@ __getattr__ = door(
         "console": "Screen",
         "data": "show_data show_tokens",
         "evaluate": "show_eval",
+        "export": "show_conversion show_export",
         "help": "show_topic show_topics",
         "inspect": "show_map",
         "merge": "show_merge",

@@ -6,6 +6,7 @@ import shlex
 import time
 from collections.abc import Mapping, Sequence
 from math import ceil
+from pathlib import PurePath
 from typing import TYPE_CHECKING, Any
 
 from rich.progress import (
@@ -331,7 +332,7 @@ def show_train_report(screen: Screen, report: TrainReport, uses: Sequence[Use] =
             screen.line(label, clip(text, 240) or "(nothing)", answer=True)
     screen.command("saved", f"{report.output} ({step})")
     screen.command("page", f"{report.output}/{PAGE}")
-    name = report.output.rstrip("/").rpartition("/")[2]
+    name = PurePath(report.output).name
     commands = [["eval", report.output, *([] if report.eval else ["--data", "FILE"])]]
     commands += [["chat", report.output]] if report.task != "masked" else []
     commands += [["merge", report.output, "-o", f"{name}-merged"]]

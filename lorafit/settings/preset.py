@@ -6,6 +6,7 @@ and training defaults. Those of lorafit are in `presets/`; a user's own is given
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Callable, Iterable, Mapping
@@ -151,7 +152,7 @@ def load_preset(name_or_path: str) -> Preset:
     wrong type, all such faults at once.
     """
     text = str(name_or_path)
-    looks_like_path = text.endswith((".yaml", ".yml")) or "/" in text
+    looks_like_path = text.endswith((".yaml", ".yml")) or "/" in text or os.sep in text
     if looks_like_path:
         path = Path(text).expanduser()
         if not path.is_file():

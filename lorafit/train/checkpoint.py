@@ -159,7 +159,8 @@ def restore(folder: Path, model: PeftModel, optimizer: torch.optim.Optimizer) ->
     for key, value in load_file(folder / MOMENTS).items():
         owner, _, kind = key.rpartition("/")
         parameter = parameters[owner]
-        optimizer.state[parameter][kind] = value.to(parameter.device)
+        # a copy: what is read from a file may be the file itself, which Windows does not remove while it is in use
+        optimizer.state[parameter][kind] = value.to(parameter.device, copy=True)
     for key, number in state_of(folder).get("optimizer", {}).items():
         owner, _, kind = key.rpartition("/")
         optimizer.state[parameters[owner]][kind] = number

@@ -7,6 +7,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import torch
 
 
@@ -47,8 +48,8 @@ def peak_memory(device: torch.device) -> int:
         return found
     try:
         import resource
-    except ImportError:  # Windows has no such module: the peak is not known there
-        return 0
+    except ImportError:  # Windows has no such module
+        return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 

@@ -10,9 +10,10 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from lorafit.adapter import WEIGHTS
@@ -22,7 +23,7 @@ from lorafit.outputs import EDITABLE, PARTIAL, RUN_FILE, RUNS, check_target, put
 
 try:
     import fcntl
-except ImportError:  # Windows has none: two runs into one folder are not told apart there
+except ImportError:  # Windows has none: a file beside the folder is locked there
     fcntl = None  # type: ignore[assignment]
 
 LAST_GOOD = "last-good"
@@ -41,7 +42,7 @@ class RunFolder:
     """Where a run will stand, and where it is written until it is whole."""
 
     target: Path
-    lock: int | None = None  # the descriptor of the working folder while this process has it
+    lock: Callable[[], None] | None = None  # gives the working folder back while this process has it
 
     @property
     def work(self) -> Path:
@@ -66,11 +67,10 @@ class RunFolder:
         if there and (odd := _not_a_run(self.work)):
             raise RequestError(f"`{self.work}` holds `{odd}`, which is not part of a run", "another -o")
         try:
-            self.work.mkdir(parents=True, exist_ok=True)
-            self.lock = _lock(self.work)
+            self.lock = _lock(self.work) if fcntl is not None else _lock_beside(self.work)
         except OSError as error:
             raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "another -o") from None
-        if self.lock is None and fcntl is not None:
+        if self.lock is None:
             raise RequestError(f"another run is writing `{self.work}`", "another -o, or wait for its end")
         if there and not resume and not overwrite:
             self.release()
@@ -85,7 +85,7 @@ class RunFolder:
     def release(self) -> None:
         """Give the lock back."""
         if self.lock is not None:
-            os.close(self.lock)
+            self.lock()
             self.lock = None
 
     def prune(self, keep: int, best: int | None) -> None:
@@ -114,6 +114,7 @@ class RunFolder:
             (self.checkpoints, (self.work / WEIGHTS).is_file(), (self.work / LAST_GOOD).is_dir())
         ):
             shutil.rmtree(self.work, ignore_errors=True)
+            self.release()
             if self.work.parent.name == RUNS:
                 with suppress(OSError):  # it holds other runs
                     self.work.parent.rmdir()
@@ -137,22 +138,46 @@ def _checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
 
-def _lock(folder: Path) -> int | None:
-    """A descriptor that holds the folder's lock; None when another process has it, or there are no locks."""
-    if fcntl is None:
-        return None
+def _lock(folder: Path) -> Callable[[], None] | None:
+    """Make a folder and take its lock: what gives it back; None when another process has it."""
+    folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         # the run that had it may have been finished, and its folder renamed, in between
         if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
-            return descriptor
+            return partial(os.close, descriptor)
     except BlockingIOError:
         pass
     except FileNotFoundError:
         pass
     os.close(descriptor)
     return None
+
+
+def _lock_beside(folder: Path) -> Callable[[], None] | None:
+    """The same where no folder can be locked: a file beside it is."""
+    from filelock import FileLock, Timeout
+
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    beside = folder.with_name(f"{folder.name}.lock")
+    lock = FileLock(beside, timeout=0, thread_local=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        return None
+
+    def give_back() -> None:
+        lock.release()
+        with suppress(OSError):  # another process has it by now
+            beside.unlink()
+
+    try:
+        folder.mkdir(exist_ok=True)
+    except OSError:
+        give_back()
+        raise
+    return give_back
 
 
 def claim(stem: str) -> RunFolder:

@@ -3,6 +3,7 @@
 import json
 import re
 from dataclasses import replace
+from html import escape
 from html.parser import HTMLParser
 
 import pytest
@@ -13,7 +14,7 @@ from lorafit.outputs import EDITABLE
 from lorafit.report import svg
 from lorafit.report.html import make_page
 from lorafit.report.run import read_back
-from lorafit.report.svg import _ticks, curves
+from lorafit.report.svg import Curve, _ticks, chart, curves, scatter
 from lorafit.results import AdapterScore, EvalReport, Group, RowChange, Sample, Score
 
 NASTY = '<script>alert(1)</script> & "quoted" \u202e\x1b[31m'
@@ -66,7 +67,7 @@ def report():
 def test_the_page_of_a_run_shows_what_was_done(trained):
     text = (trained / "report.html").read_text(encoding="utf-8")
     tags = Tags(text)
-    assert not tags.open and {"svg", "polyline", "circle", "table", "details"} <= set(tags.seen)
+    assert not tags.open and {"svg", "polyline", "path", "table", "details"} <= set(tags.seen)
     assert text.count("■") == 9 + 1  # three modules of three layers, and the word for it
     assert "69,120" in text and "train.jsonl" in text and "learning_rate" in text
     said = read_back(trained).report
@@ -85,10 +86,56 @@ def test_the_page_draws_the_rate_and_the_gradients_and_says_what_came_of_it(trai
     assert len(heights) == len(steps)
     rates = [e["learning_rate"] for e in steps]
     assert heights.index(min(heights)) == rates.index(max(rates))
+    assert text.count('class="dot"') == 2, "the held-out loss before and after"
     said = read_back(trained).report["eval"]
     assert (
         f"lowers the held-out loss: {said['before']['loss']:.4f} before, {said['after']['loss']:.4f}" in text
     )
+
+
+def test_charts_are_as_wide_as_there_is_room():
+    """On a phone too: the square is stretched, and no text is in it."""
+    picture = chart([Curve([(1, 2.0), (50, 0.5)], [(50, 0.5)])], "loss", 200, smooth=False)
+    tags = Tags(picture)
+    assert 'preserveAspectRatio="none"' in picture and "text" not in tags.seen and not tags.open
+    x, y = re.search(r'class="dot" d="M([\d.]+) ([\d.]+)h', picture).groups()
+    assert (float(x), float(y)) == (1000.0, 750.0), "the last step, a quarter of the way up"
+    assert 'style="left:80.00%">40<' in picture and 'style="top:50.00%">1.0' in picture
+    named = scatter([("a", 1, 2.0), ("b", 4, 1.0), ("c", 3, 3.0)], {"a", "b"}, "seconds", "loss")
+    assert re.findall(r'class="(named[^"]*)"[^>]*>(\w)', named) == [("named", "a"), ("named left", "b")]
+    assert scatter([], (), "x", "y") == "" and chart([], "x", 9, smooth=True) == ""
+
+
+def test_the_head_says_when_where_and_how(trained):
+    text = (trained / "report.html").read_text(encoding="utf-8")
+    facts = read_back(trained).first("started")["environment"]
+    head = text.partition("<h2>")[0]
+    assert facts["date"].replace("T", " ")[:16] in head and "cpu" in head
+    assert f"torch {facts['torch']}" in head and f"<pre>{escape(facts['command'])}" in head
+    both = make_page("x", chart_of(find("demo")), {}, [read_back(trained)], report()).partition("<h2>")[0]
+    assert "Trained 2" in both and "Evaluated 2" in both and both.count("<pre>") == 2
+
+
+@pytest.mark.parametrize(
+    "low, words", [(0.02, "0.0300 below the next, beyond"), (-0.01, "do not tell it from worse run")]
+)
+def test_the_verdict_on_several_begins_with_the_best(low, words):
+    one = report().adapters[0]
+    others = tuple(replace(one, path=name, best=(), worst=()) for name in ("worse run", "best run"))
+    best, next_one = (replace(one, path=name, loss=loss, delta=d, low=own, high=0.05) for name, loss, d, own in (
+        ("best run", 0.7, 0.0, 0.0), ("worse run", 0.73, 0.03, low)
+    ))  # fmt: skip
+    several = replace(
+        report(), adapters=others, paths=("worse run", "best run"), ranked=(best, next_one), samples=()
+    )
+    text = make_page("x", chart_of(find("demo")), {}, [], several)
+    first, *rest = re.findall(r'<p class="(verdict|soft)">(.*?)</p>', text.partition("<h2>")[0])[1:]
+    assert (
+        first[0] == "verdict"
+        and first[1].startswith("best run has the lowest loss, 0.7000")
+        and words in first[1]
+    )
+    assert [kind for kind, _ in rest] == ["soft", "soft"] and "Adapters among each other" in text
 
 
 @pytest.mark.parametrize(
