@@ -69,7 +69,7 @@ def test_the_demo_is_made_by_its_program(tmp_path):
     from lorafit import demo
 
     subprocess.run(
-        [sys.executable, "-m", "lorafit.demo.build", "--steps", "2", "-o", tmp_path],
+        [sys.executable, "-m", "lorafit.demo.build", "--first", "2", "--second", "2", "-o", tmp_path],
         check=True,
         capture_output=True,
     )

@@ -92,6 +92,18 @@ def test_every_console_block_shows_what_the_command_prints(lorafit, name, block)
         assert shows(printed, shown), printed
 
 
+def test_the_demo_ends_with_right_answers(lorafit):
+    """The first run of anyone: most held-out rows, of which the base has none."""
+    said = lorafit("lorafit train --preset ffn --layers high")
+    reference, after = re.search(
+        r"  reference  (.*?)\n  before .*\n  after      (.*?)\n  saved", said, re.DOTALL
+    ).groups()
+    assert reference.split() == after.split(), "what it says to a held-out row"
+    shown = lorafit("lorafit eval runs/demo-ffn-high-1")
+    base, adapter = re.findall(r"^  (?:base|runs/demo-ffn-high-1) .*% +([\d.]+)%", shown, re.MULTILINE)
+    assert float(base) == 0.0 and float(adapter) > 60, shown
+
+
 @pytest.mark.parametrize(
     "printed, shown, same",
     [

@@ -1,11 +1,12 @@
 """A small world, told in English: the text the demo model is made of, generated from a seed.
 
 People carry things between places, and the world remembers where everything is, so that
-what the text says can be asked about. Four kinds of text come out of it:
+what the text says can be asked about. Five kinds of text come out of it:
 
 * `stories`: what happened, in order, sometimes with why;
 * `questions`: a short story, a question about it, and the answer as a sentence;
 * `ledgers`: a story, then JSON records of parts of it, a few to a record;
+* `extracts`: a sentence, then two JSON records that say a part of it each;
 * `records`: one sentence and what it says as a JSON record: the fine-tuning task, which
   the pretrained model has never seen.
 """
@@ -359,6 +360,25 @@ def ledgers(random: Random) -> Iterator[str]:
             parts = json.loads(event.record())
             kept = random.sample(sorted(parts), random.randint(1, 3))
             lines.append(json.dumps({name: parts[name] for name in parts if name in kept}))
+        yield "\n".join([story, *lines])
+
+
+def extracts(random: Random) -> Iterator[str]:
+    """Sentences without end, one or two at a time, each followed by two records that say a part of it each.
+
+    No record says all that its sentence says, and none answers a sentence. No part is said twice, so that all of it is
+    to be read in the sentence, and nothing in another record.
+    """
+    while True:
+        world, lines = World(random), []
+        events = [world.event() for _ in range(random.choice((1, 1, 1, 1, 2)))]
+        story = " ".join(event.sentence(random) for event in events)
+        for event in events:
+            parts = json.loads(event.record())
+            names = random.sample(sorted(parts), len(parts))
+            cut = random.randint(1, len(names) - 1)
+            for own in (names[:cut], names[cut:]):
+                lines.append(json.dumps({name: parts[name] for name in parts if name in own}))
         yield "\n".join([story, *lines])
 
 
