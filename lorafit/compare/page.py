@@ -201,7 +201,7 @@ def _costs(choices: Sequence[ChoiceRow]) -> Html:
     return el(
         "section",
         el("h2", "Loss against cost"),
-        el("p", el("small", "Named are those that no other choice beats in both.")),
+        el("p", el("small", "On the line are those that no other choice beats in both.")),
         el("h3", "Loss and time"),
         time,
         el("h3", "Loss and trainable parameters"),

@@ -226,7 +226,10 @@ def _write_page(
     if file is None and not (runs and runs[0].report):
         return "", ""
     path = Path(file).expanduser() if file else runs[0].folder / PAGE
-    title = " and ".join(run.folder.resolve().name for run in runs) or found.model
+    named = [run.folder.resolve().name for run in runs]
+    title = (
+        (" and ".join(named) or found.model) if len(named) < 4 else f"{len(named)} adapters of {found.model}"
+    )
     try:
         shown = make_page(title, found, adapted, runs, report)
     except DAMAGED:

@@ -12,17 +12,19 @@ from lorafit.results import AdapterScore, EvalReport
 from lorafit.system import environment
 from lorafit.units import seconds_text, short
 
+MOST = 6  # adapters that have a sentence each
+
 VERSIONS = ("lorafit", "torch", "transformers", "peft", "python")
 
 
 def head(title: str, found: ModelMap, runs: Sequence[Run], report: EvalReport | None) -> Html:
-    """The title, the model, and of each run and of the evaluation when, where, with which versions and by which
-    command."""
+    """The title, the model, and of the run and of the evaluation when, where, with which versions and by which command.
+    Several runs have that in their own sections."""
     about = (
         f"{found.model}, {found.architecture}, {short(found.total_params)} parameters. lorafit {__version__}"
     )
     parts = [el("h1", title), el("p", about, cls="soft")]
-    made = [(f"{run.folder.name}: trained" if len(runs) > 1 else "Trained", facts_of(run)) for run in runs]
+    made = [("Trained", facts_of(run)) for run in runs if len(runs) == 1]
     made += [("Evaluated", environment())] if report is not None else []
     for what, facts in made:
         if not facts:
@@ -48,7 +50,10 @@ def verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
     which is best."""
     if report is not None and report.base is not None:
         sentences = [_best(report)] if report.ranked else []
-        for a in report.adapters:
+        if len(report.adapters) > MOST:
+            better = sum(a.high < 0 for a in report.adapters)
+            sentences.append(f"{better} of {len(report.adapters)} adapters are better than the base.")
+        for a in report.adapters if len(report.adapters) <= MOST else ():
             name = a.path if len(report.adapters) > 1 else "The adapter"
             sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
     else:

@@ -15,6 +15,7 @@ POINTS = 400  # points of a curve that are drawn: each the mean of a stretch of 
 SIDE = 1000  # of the square that a chart is drawn in
 LARGE, SMALL = 260, 150  # heights in pixels
 ACROSS = 5  # values below a chart, at most: so many have room on a phone
+LETTER, LINE = 15, 60  # of a name in a chart: about its width and height, in the square
 COLOURS = 6
 
 Point = tuple[float, float]
@@ -79,21 +80,26 @@ def chart(series: Sequence[Curve], title: str, height: int, *, smooth: bool) -> 
 
 
 def scatter(points: Sequence[tuple[str, float, float]], marked: Container[str], across: str, up: str) -> Html:
-    """A chart of named points (name, x, y); those that are marked are joined by a line and carry their names.
-    Empty without points."""
+    """A chart of named points (name, x, y); those that are marked are joined by a line and carry their names, as far as
+    there is room. Empty without points."""
     if not points:
         return Html("")
     xs, ys = [x for _, x, _ in points], [y for _, _, y in points]
     low, top = min(ys), max(ys)
     frame = Frame(low - (top - low) / 12 - 1e-9, top + (top - low) / 6, max(xs) or 1.0)
     line = sorted((x, y) for name, x, y in points if name in marked)
-    parts, names = [_line(frame, line, "var(--c0)", 1.5)], []
+    parts, names, taken = [_line(frame, line, "var(--c0)", 1.5)], [], list[Point]()
     for name, x, y in points:
         colour = "var(--c0)" if name in marked else "var(--soft)"
         parts.append(_dot(frame, x, y, colour, f"{name}: {figures(y, 4)} at {figures(x)}"))
         if name in marked:
-            side = "named left" if x > frame.last / 2 else "named"
-            names.append(el("span", name, cls=side, style=frame.place(x, y)))
+            left = x > frame.last / 2
+            across_name, up_name = frame.at(x, y)
+            across_name -= LETTER * len(name) if left else 0
+            room = all(abs(across_name - a) > LETTER * len(name) or abs(up_name - b) > LINE for a, b in taken)
+            if room:  # the others show theirs when they are pointed at
+                taken.append((across_name, up_name))
+                names.append(el("span", name, cls="named left" if left else "named", style=frame.place(x, y)))
     return _drawn(frame, parts, names, LARGE, across, up)
 
 

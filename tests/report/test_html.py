@@ -138,6 +138,23 @@ def test_the_verdict_on_several_begins_with_the_best(low, words):
     assert [kind for kind, _ in rest] == ["soft", "soft"] and "Adapters among each other" in text
 
 
+def test_many_adapters_do_not_fill_the_head():
+    one = report().adapters[0]
+    many = tuple(
+        replace(one, path=f"run {n}", best=(), worst=(), high=0.1 if n < 2 else -0.1) for n in range(9)
+    )
+    several = replace(report(), adapters=many, paths=tuple(a.path for a in many), ranked=many, samples=())
+    head = make_page("x", chart_of(find("demo")), {}, [], several).partition("<h2>")[0]
+    assert "7 of 9 adapters are better than the base" in head and head.count("the base") == 1
+
+
+def test_names_in_a_chart_do_not_cover_one_another():
+    near = scatter(
+        [("first", 1, 2.0), ("second", 1.01, 2.01), ("third", 1, 1.0)], {"first", "second", "third"}, "x", "y"
+    )
+    assert re.findall(r'class="named[^>]*>(\w+)', near) == ["first", "third"] and "<title>second" in near
+
+
 @pytest.mark.parametrize(
     "low, high, words",
     [
