@@ -1,8 +1,8 @@
 """The processes that share a run: one, or several that `torchrun` or `accelerate launch` started.
 
-Each holds the whole base and the whole adapter, and runs its share of the rows of every micro-batch. One
-reduction a step sums gradients, losses and counts, so that all take the same step. The first process decides
-and writes; the others print nothing.
+Each holds the whole adapter and the base, whole or its rows of it, and runs its share of the rows of every
+micro-batch. One reduction a step sums gradients, losses and counts, so that all take the same step. The first
+process decides and writes; the others print nothing.
 """
 
 from __future__ import annotations
@@ -26,12 +26,20 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-# What `accelerate launch` can ask for, as its environment names it, and what that is.
+FSDP2 = "accelerate launch --use_fsdp --fsdp_version 2 --num_processes N -m lorafit train …"
+
+# What `accelerate launch` can ask for, as its environment names it, why it is not done, and what is.
 UNSUPPORTED = {
-    ("DEEPSPEED",): "DeepSpeed, whose engine takes the optimizer's step itself,",
-    ("FSDP",): "a base sharded by FSDP",
-    ("MEGATRON_LM", "PARALLELISM_CONFIG"): "tensor or pipeline parallelism",
+    ("DEEPSPEED",): ("DeepSpeed is not used: FSDP2 divides the base as its ZeRO 3 does", FSDP2),
+    ("MEGATRON_LM", "PARALLELISM_CONFIG"): ("tensor and pipeline parallelism are not supported", FSDP2),
 }
+# Of its FSDP plugin: the setting, what it stands at where nothing else is asked for, what it is, what does it here.
+FSDP_SETTINGS = {
+    "VERSION": ("2", "FSDP1 is not used: it wraps weights that are trained with those that are not", FSDP2),
+    "OFFLOAD_PARAMS": ("false", "FSDP's offloading to the CPU is not supported", "more processes, or --quantize nf4"),
+    "ACTIVATION_CHECKPOINTING": ("false", "FSDP's activation checkpointing is not used", "--gradient-checkpointing"),
+    "RESHARD_AFTER_FORWARD": ("true", "a block is always let go after its forward pass", "--multi_gpu holds all of it"),
+}  # fmt: skip
 PATIENCE = timedelta(hours=2)  # that a process waits for the others: one may read data or time the device
 
 
@@ -89,6 +97,10 @@ class World:
     def agreed(self, flag: bool) -> bool:
         """Whether any process says so."""
         return flag if self.alone else any(self._exchange({"value": flag}))
+
+    def first_of(self, name: str) -> str:
+        """The first process's that is not empty."""
+        return name if self.alone else next(filter(None, self._exchange({"value": name})), "")
 
     @contextmanager
     def one_error(self) -> Iterator[None]:
@@ -230,22 +242,27 @@ def outlast_first() -> None:
             dist.all_reduce(torch.zeros(1))
 
 
-def refuse_plugins(environment: Mapping[str, str]) -> None:
-    """Raises RequestError for what `accelerate launch` was told that would not be done."""
+def asked_to_shard(environment: Mapping[str, str]) -> bool:
+    """Whether `accelerate launch` was told to shard the base. Raises RequestError for what it was told that would
+    not be done."""
 
     def asked(name: str) -> bool:
         return environment.get(f"ACCELERATE_USE_{name}", "").lower() in ("1", "true", "yes")
 
-    for plugins, what in UNSUPPORTED.items():
+    for plugins, (reason, hint) in UNSUPPORTED.items():
         if any(asked(plugin) for plugin in plugins):
-            hint = "accelerate launch --multi_gpu runs processes that each hold the whole base"
-            raise RequestError(f"{what} is not supported", hint)
+            raise RequestError(reason, hint)
+    for name, (value, reason, hint) in FSDP_SETTINGS.items() if asked("FSDP") else ():
+        default = "1" if name == "VERSION" else value
+        if environment.get(f"FSDP_{name}", default).lower() not in (value, "full_shard"):
+            raise RequestError(reason, hint)
     precision = environment.get("ACCELERATE_MIXED_PRECISION", "no")
     if precision not in ("no", ""):
         raise RequestError(
             f"accelerate's mixed precision `{precision}` is not used",
             "--dtype sets the precision of the base weights",
         )
+    return asked("FSDP")
 
 
 def _number(name: str, default: int) -> int:

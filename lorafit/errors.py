@@ -41,7 +41,11 @@ class RunError(LorafitError):
     exit_code = FAILED
 
 
-class OutOfMemory(RunError):
+class OneProcess(RunError):
+    """What ends a run and the other processes cannot see: the one that it happens to shows it."""
+
+
+class OutOfMemory(OneProcess):
     """Memory ran out in a run; whoever planned it knows what would have fit."""
 
 

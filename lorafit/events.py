@@ -150,6 +150,7 @@ class Started:
     resumed_at: int = 0
     environment: dict[str, str] = field(default_factory=dict)
     processes: int = 1
+    sharded: bool = False  # the base is divided among the processes
     damaged: tuple[str, ...] = ()  # what was wrong with the checkpoints after that step
 
 

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.plan import lora_params as lora_params
     from lorafit.adapter.plan import planned as planned
     from lorafit.adapter.plan import resolve as resolve
+    from lorafit.adapter.plan_checks import needs_whole_base as needs_whole_base
     from lorafit.adapter.tokenizer_files import TEMPLATES as TEMPLATES
     from lorafit.adapter.tokenizer_files import TOKENIZER as TOKENIZER
     from lorafit.adapter.tokenizer_files import files_of_tokenizer as files_of_tokenizer
@@ -54,6 +55,7 @@ __getattr__ = door(
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",
+        "plan_checks": "needs_whole_base",
         "tokenizer_files": "TEMPLATES TOKENIZER files_of_tokenizer is_one save_tokenizer",
     },
 )

@@ -21,6 +21,22 @@ from lorafit.model import (
 from lorafit.settings import Lora, Preset, RunConfig
 from lorafit.units import index_ranges, percent, short
 
+STARTS = (True, False, "gaussian", "orthogonal")  # that read no weight of the base
+
+
+def needs_whole_base(lora: Lora) -> tuple[str, str] | None:
+    """(what of these settings trains or reads whole weights of the base, the setting's name); None where none
+    does."""
+    if lora.modules_to_save:
+        return f"`modules_to_save: {', '.join(lora.modules_to_save)}` trains", "modules_to_save"
+    if lora.bias != "none":
+        return f"`bias: {lora.bias}` trains", "bias"
+    if lora.use_dora:
+        return "DoRA reads", "use_dora"
+    if lora.init_lora_weights not in STARTS:
+        return f"`init_lora_weights: {lora.init_lora_weights}` reads", "init_lora_weights"
+    return None
+
 
 def no_role(model_map: ModelMap, roles: Sequence[Role], within: Sequence[Slot]) -> RequestError:
     names = ", ".join(f"`{r}`" for r in roles)

@@ -17,7 +17,7 @@ import typer
 from typer.core import TyperGroup
 
 from lorafit.distributed import connect, launched, only_train, outlast_first
-from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OutOfMemory, RequestError
+from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OneProcess, RequestError
 from lorafit.operations import ours
 from lorafit.outputs import last_run
 
@@ -84,9 +84,9 @@ def _on_term(number: int, frame: Any) -> None:
 
 def _report(error: LorafitError, code: int | None = None) -> int:
     """Show an error; the exit code. Of several processes the first shows an error of all, and another what only
-    it can know: that its memory ran out, or what was not expected."""
+    it can know, or what was not expected."""
     code = error.exit_code if code is None else code
-    if not launched().first and not isinstance(error, (OutOfMemory, Unexpected)):
+    if not launched().first and not isinstance(error, (OneProcess, Unexpected)):
         if code not in (INTERRUPTED, TERMINATED):
             outlast_first()
         return code

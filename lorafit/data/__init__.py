@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from lorafit.data.collate import Batch as Batch
     from lorafit.data.collate import collate_rows as collate_rows
     from lorafit.data.collate import mask_row as mask_row
+    from lorafit.data.collate import run_along as run_along
     from lorafit.data.counts import Counts as Counts
     from lorafit.data.dataset import Rows as Rows
     from lorafit.data.dataset import chat_template_of as chat_template_of
@@ -42,7 +43,7 @@ __getattr__ = door(
     __name__,
     {
         "batching": "MASKED_SHARE MicroBatch batches in_epoch in_order",
-        "collate": "Batch collate_rows mask_row",
+        "collate": "Batch collate_rows mask_row run_along",
         "counts": "Counts",
         "dataset": "Rows chat_template_of files_of labelled load prepare read_eval_rows",
         "ends": "end_tokens write_generation_config",

@@ -97,6 +97,14 @@ def collate_rows(rows: Sequence[Row], pad: int, task: str, key: str = "") -> Bat
     return _weighted(batch, weights_BT if task != "causal" else weights_BT.roll(-1, dims=1))
 
 
+def run_along(batch: Batch) -> Batch:
+    """A batch that is run and counts nothing: no token, no loss, no gradient."""
+    none = torch.zeros(len(batch.places))
+    return replace(
+        batch, tokens=0, counts=(0,) * len(batch.counts), weights=none, row_weights=(0.0,) * len(batch.counts)
+    )
+
+
 def _aim(labels: torch.Tensor, task: str) -> tuple[torch.Tensor, torch.Tensor, tuple[int, ...]]:
     """(places, targets, counts): a causal model's logits stand one place before what they predict."""
     wanted = labels

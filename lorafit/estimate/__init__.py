@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from lorafit.estimate.forecast import predicted as predicted
     from lorafit.estimate.forecast import prepare as prepare
     from lorafit.estimate.formulas import flops_per_token as flops_per_token
+    from lorafit.estimate.glibc_heap import give_back_freed as give_back_freed
     from lorafit.estimate.glibc_heap import keep_freed as keep_freed
     from lorafit.estimate.glibc_heap import start_over as start_over
     from lorafit.estimate.memory_trace import MemoryTrace as MemoryTrace
@@ -28,7 +29,7 @@ __getattr__ = door(
     {
         "forecast": "Fit Forecast free_on parse_room predicted prepare",
         "formulas": "flops_per_token",
-        "glibc_heap": "keep_freed start_over",
+        "glibc_heap": "give_back_freed keep_freed start_over",
         "memory_trace": "MemoryTrace",
         "terms": "Estimate ITEMSIZE Shape TOO_MUCH Timing",
     },

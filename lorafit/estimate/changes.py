@@ -12,10 +12,10 @@ STREAM = "--prefix-residency stream"
 
 
 def changes(
-    shape: Shape, layers: str | None, processes: int, found: ModelMap
+    shape: Shape, layers: str | None, processes: int, found: ModelMap, shardable: bool = True
 ) -> Iterator[list[tuple[str, Shape, str | None]]]:
     """Lists of changes that `train` supports, each from the smallest to the largest: its flags, its shape and
-    its choice of layers, where that is another."""
+    its choice of layers, where that is another. `shardable` says that the base may be divided among processes."""
     halves = []
     size = shape.batch // 2
     while size >= 1:
@@ -36,7 +36,8 @@ def changes(
     yield [(f"--max-length {n}", replace(shape, length=n), None) for n in shorter if n >= 64]
     if shape.dtype == "float32":
         yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
-    plain = shape.quantize == "none" and found.quantised is None and shape.dtype != "float16"
+    whole = shape.quantize == "none" and found.quantised is None
+    plain = whole and shape.dtype != "float16" and not shape.sharded
     yield [(f"--quantize {n}", replace(shape, quantize=n), None) for n in ("int8", "nf4") if plain]
     if plain and processes == 1 and shape.residency != "stream":
         bands = [("", shape, None), ("--layers high", shape, "high")]
@@ -45,6 +46,8 @@ def changes(
             (f"{STREAM} {flags}".strip(), replace(other, residency="stream"), band)
             for flags, other, band in bands
         ]
+    shards = whole and shardable and processes > 1 and not shape.sharded
+    yield [("--shard", replace(shape, sharded=True), None)] if shards else []
     both = replace(least[1], checkpointing=True)
     flags = f"{least[0]} --gradient-checkpointing".strip()
     together: list[tuple[str, Shape, str | None]] = [
@@ -55,6 +58,9 @@ def changes(
         half = replace(both, dtype="bfloat16")
         together += [(f"{flags} --dtype bfloat16", half, None)]
         together += [(f"{flags} --dtype bfloat16 --layers high", half, "high")]
+    if shards:
+        together += [(f"{flags} --shard", replace(both, sharded=True), None)]
+        together += [(f"{flags} --shard --layers high", replace(both, sharded=True), "high")]
     if plain:
         few = replace(both, quantize="nf4")
         together += [

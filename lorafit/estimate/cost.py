@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from lorafit.adapter import Plan
 from lorafit.estimate.formulas import by_formula
+from lorafit.estimate.sharding import Divided, divided, on_each
 from lorafit.estimate.streaming import not_streamable, streamed
 from lorafit.estimate.terms import (
     DISK_RATE,
@@ -64,10 +65,9 @@ def estimate(
     Without a profile the formulas are used, without a timing the device's ASSUMED_RATE. `replay` says that
     the frozen layers' output can be reused exactly; then `prefix_cache`, `free` memory (bytes) and
     `free_on_disk` (bytes) decide where it is kept; `room` (bytes) is what is free on the device, 0 where that does
-    not matter. Of several `processes`, `shape` and `free` are those of
-    one; they share the work, and a ring sends 2 (W - 1) / W of the gradients' bytes a step (Patarasuk and
-    Yuan, Bandwidth optimal all-reduce algorithms, 2009). Raises RequestError where layers that were to be streamed
-    cannot be.
+    not matter. Of several `processes`, `shape` and `free` are those of one; they share the work, and a ring sends
+    2 (W - 1) / W of the gradients' bytes a step (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
+    Raises RequestError where layers that were to be streamed cannot be.
     """
     profile = profile or by_formula(plan, model_map, shape)
 
@@ -81,12 +81,13 @@ def estimate(
 
     cache = states(work.passes if work else 0.0)
     rate = ASSUMED_RATE.get(device, 1e11)
-    if timing is None:
-        flops = profile.forward + profile.backward
-        timing = Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
+    timing = timing or _assumed(profile, shape, rate)
     sent, link = 2 * (processes - 1) / processes * plan.adapter_bytes, LINK_RATE.get(device, 3e8)
     timing = replace(timing, step=timing.step + sent / link)
     memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
+    base = divided(model_map, plan, shape, profile, processes) if shape.sharded else None
+    if base is not None:
+        memory, timing = on_each(base, memory, timing, shape, work, processes, link)
     residency = Residency("resident", "")
     reason = not_streamable(model_map, plan, shape, processes, profile.refusal)
     if shape.residency != "resident" and not reason:
@@ -118,13 +119,19 @@ def estimate(
         assumptions=(
             *_assumptions(shape, profile, timing, device, rate, optimizer),
             *_dequantising(model_map, shape, timing),
-            *(_shared(processes, sent, link) if processes > 1 else ()),
+            *(_shared(processes, sent, link, base, cache) if processes > 1 else ()),
             *_streaming(residency),
             *notes,
         ),
         processes=processes,
         busy=timing.busy,
     )
+
+
+def _assumed(profile: Profile, shape: Shape, rate: float) -> Timing:
+    """The timing at so many FLOPs a second."""
+    flops = profile.forward + profile.backward
+    return Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
 
 
 def _memory(
@@ -170,10 +177,16 @@ def _streaming(residency: Residency) -> Iterator[str]:
         yield f"streamed layers are read at {bytes_text(round(DISK_RATE))}/s, assumed"
 
 
-def _shared(processes: int, sent: float, link: float) -> Iterator[str]:
+def _shared(processes: int, sent: float, link: float, base: Divided | None, cache: Choice) -> Iterator[str]:
     """What is assumed of several processes, in words."""
     yield f"{processes} processes, each with its share of every micro-batch; memory is that of one"
     yield f"a process sends {bytes_text(round(sent))} of gradients a step, at {bytes_text(round(link))}/s assumed"
+    if base is not None:
+        received = base.received if cache.where == "off" else base.received_replayed
+        yield (
+            f"a process receives {bytes_text(received)} of the base for each micro-batch, at the same rate and "
+            "while nothing is computed"
+        )
 
 
 def _seconds(
@@ -198,7 +211,7 @@ def _assumptions(
 ) -> tuple[str, ...]:
     """What an estimate rests on, in words."""
     memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
-    if profile.heap:
+    if profile.heap and not shape.sharded:
         memory += ", its allocations replayed through this machine's malloc"
     seconds = "time: {} {}FLOP/s assumed".format(*scaled(rate))
     if timing.source:

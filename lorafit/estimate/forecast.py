@@ -17,7 +17,7 @@ from math import ceil
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import Plan, planned
+from lorafit.adapter import Plan, needs_whole_base, planned
 from lorafit.cache import cache_folder
 from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
@@ -26,6 +26,7 @@ from lorafit.estimate.cost import estimate
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
 from lorafit.estimate.kept import Kept
+from lorafit.estimate.sharding import divided
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
 from lorafit.model import ModelMap, ModelSource, held_as, pick_device, weight_bytes
@@ -210,7 +211,8 @@ class Forecast:
         if found.memory.peak <= free:
             return Fit(self.device, free, True)
         options: list[Alternative] = []
-        for single in changes(self.shape, self.config.layers, self.processes, self.found):
+        whole = needs_whole_base(plan.lora) is not None
+        for single in changes(self.shape, self.config.layers, self.processes, self.found, not whole):
             single = [change for change in single if self._fixed(plan, change[1]) < free]
             for flags, shape, layers in single:  # from the smallest change on
                 other = self._alternative(plan, preset, timing, flags, shape, layers)
@@ -223,6 +225,9 @@ class Forecast:
         """Bytes that every step needs, whatever its shape."""
         if shape.residency != "resident":  # how much of the weights is held is seen only in the estimate
             return 3 * plan.adapter_bytes
+        if shape.sharded:
+            profile = Profile(0, 0, 0, 0, 0, 0, 0, False)
+            return divided(self.found, plan, shape, profile, self.processes).held + 3 * plan.adapter_bytes
         held = held_as(self.found, shape.quantize)
         return weight_bytes(self.found, ITEMSIZE.get(shape.dtype, 4), held) + 3 * plan.adapter_bytes
 
@@ -276,7 +281,9 @@ class Forecast:
         return replace(shape, length=min(shape.length, self.typical or shape.length))
 
     def _facts(self, plan: Plan, shape: Shape) -> list[Any]:
-        plain = replace(shape, accumulate=1, supervised=round(shape.supervised, 2), residency="auto")
+        plain = replace(
+            shape, accumulate=1, supervised=round(shape.supervised, 2), residency="auto", sharded=False
+        )
         return [self.source.config, plan.modules, plan.lora, plain, self.config.head_chunk]
 
 
@@ -378,6 +385,7 @@ def prepare(
         config.attention,
         config.quantize,
         config.prefix_residency,
+        config.shard and processes > 1,
     )
     made = Forecast(
         source,

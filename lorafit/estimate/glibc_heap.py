@@ -17,6 +17,7 @@ from contextlib import suppress
 ALIGNED = 64  # bytes: the alignment of PyTorch's tensors on the CPU
 
 MAPPED_FROM = 32 << 20  # bytes: the largest M_MMAP_THRESHOLD; larger blocks are mapped on their own
+LARGE = 2**20  # bytes of a block that is given back at once
 
 MXFAST, TRIM_THRESHOLD, MMAP_THRESHOLD = 1, -1, -3  # mallopt's names in malloc.h
 
@@ -87,6 +88,16 @@ def keep_freed() -> None:
                 libc.malloc(SMALL.start)  # a block between, or they would be merged again
         for block in laid_by:
             libc.free(block)
+
+
+def give_back_freed() -> None:
+    """Make malloc return each large block to the system once it is freed: where the weights of a layer come and go
+    between tensors that stay, their holes would be filled by smaller ones, and the heap would grow with each layer.
+    No effect without glibc."""
+    with suppress(OSError, AttributeError, TypeError):
+        libc = _libc()
+        libc.malloc_trim(0)
+        libc.mallopt(MMAP_THRESHOLD, LARGE)
 
 
 def _libc() -> ctypes.CDLL:

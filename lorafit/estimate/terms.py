@@ -30,6 +30,7 @@ class Shape:
     attention: str = "auto"
     quantize: str = "none"
     residency: str = "auto"  # of the layers below the band: held, or streamed
+    sharded: bool = False  # the base is divided among the processes
 
     @property
     def tokens(self) -> int:
@@ -40,8 +41,9 @@ class Shape:
 class Memory:
     """Bytes at the peak of a training step, by what they hold; the terms sum to `peak`.
 
-    `heap` is the allocator's overhead: holes between the tensors that malloc cannot give back. `filling` is what
-    running streamed layers over the rows, before the first step, takes above the peak of a step.
+    `heap` is the allocator's overhead: holes between the tensors that malloc cannot give back. `gathered` is what
+    of a sharded base is whole while it runs. `filling` is what running streamed layers over the rows, before the
+    first step, takes above the peak of a step.
     """
 
     weights: int
@@ -54,6 +56,7 @@ class Memory:
     heap: int
     prefix_cache: int = 0
     filling: int = 0
+    gathered: int = 0
 
     @property
     def peak(self) -> int:
@@ -68,6 +71,7 @@ class Memory:
             + self.heap
             + self.prefix_cache
             + self.filling
+            + self.gathered
         )
 
 

@@ -44,6 +44,7 @@ class Evaluator:
     prefix: Around = field(default_factory=Prefix)
     name: str = "held-out"  # in the keys of its micro-batches
     world: World = ALONE
+    at_once: bool = False  # all processes run as many batches: one without another runs the first along
 
     @property
     def parts(self) -> list[MicroBatch]:
@@ -51,25 +52,38 @@ class Evaluator:
         return in_order(self.rows.lengths.tolist(), self.batch_size)
 
     @property
+    def own(self) -> list[int]:
+        """The numbers of the parts that are this process's share."""
+        return list(self.world.share(range(len(self.parts))))
+
+    @property
+    def run(self) -> list[int]:
+        """The numbers of the parts that this process runs: its share, and where all run `at_once` the first once
+        more if others have more."""
+        more = -(-len(self.parts) // self.world.size) - len(self.own) if self.at_once else 0
+        return self.own + [0] * more
+
+    @property
     def keys(self) -> list[str]:
         """The keys of its micro-batches that this process runs."""
-        return list(self.world.share([f"{self.name} {number}" for number in range(len(self.parts))]))
+        return [f"{self.name} {number}" for number in self.run]
 
     @property
     def processed(self) -> int:
         """Tokens that this process's pass over the rows runs, padding with them."""
-        lengths = self.rows.lengths
-        return int(sum(len(part) * lengths[list(part)].max() for part in self.world.share(self.parts)))
+        lengths, parts = self.rows.lengths, self.parts
+        return int(sum(len(parts[n]) * lengths[list(parts[n])].max() for n in self.run))
 
     @property
     def tokens(self) -> int:
         """Tokens of the rows that this process runs."""
-        return int(sum(self.rows.lengths[list(part)].sum() for part in self.world.share(self.parts)))
+        parts = self.parts
+        return int(sum(self.rows.lengths[list(parts[n])].sum() for n in self.run))
 
     def batches(self) -> Iterator[tuple[MicroBatch, Batch]]:
-        """(row numbers, batch) of this process's share in one fixed order, on the device."""
-        task = self.forward.task
-        for numbers, key in zip(self.world.share(self.parts), self.keys, strict=True):
+        """(row numbers, batch) that this process runs, its share first, in one fixed order, on the device."""
+        task, parts = self.forward.task, self.parts
+        for numbers, key in zip((parts[n] for n in self.run), self.keys, strict=True):
             rows = [self.masked(n) if task == "masked" else self.rows[n] for n in numbers]
             yield numbers, collate_rows(rows, self.tokenizer.pad_token_id or 0, task, key).to(self.device)
 
@@ -85,6 +99,7 @@ class Evaluator:
         training = model.training
         model.eval()
         found: dict[int, RowScore] = {}
+        own = {n for part in self.own for n in self.parts[part]}
         for numbers, batch in self.batches():
             with self.prefix.around(batch):
                 loss_N, right_N = self.forward.scores(model, batch)
@@ -99,7 +114,7 @@ class Evaluator:
                 found[number] = RowScore(float(loss.sum()), tokens, int(right.sum()), short, weight)
             tick(len(numbers))
         model.train(training)
-        return [found[n] for n in sorted(found)]
+        return [found[n] for n in sorted(own)]
 
     def loss(self, model: torch.nn.Module) -> Loss:
         """The mean loss per supervised token, over the rows of all processes."""

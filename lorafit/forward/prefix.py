@@ -19,12 +19,14 @@ import torch
 
 from lorafit.adapter import Plan
 from lorafit.data import Batch
-from lorafit.errors import RunError
+from lorafit.errors import OneProcess
 from lorafit.forward.head import routes_for_loss
 from lorafit.forward.placement import refused_by_map
 from lorafit.forward.prefix_store import MemoryStore, StateStore
 from lorafit.forward.stand_in import Fetched, HandOn, StandIn, Tap, in_place
 from lorafit.model import ModelMap
+
+Anybody = Callable[[bool], bool]  # whether any of the processes that run the same passes says so
 
 # Entered with the first of some blocks and the one after the last: while in it, they hold their weights.
 Held = Callable[[int, int], AbstractContextManager[None]]
@@ -104,6 +106,7 @@ class Prefix:
         self.blocks: dict[str, torch.nn.Module] = dict(stack.named_children()) if stack is not None else {}
         self.cut = cut
         self.held = held
+        self.always = held is not None  # every micro-batch is replayed: no other pass is possible
         self.store: StateStore = MemoryStore()
         self.forms: dict[int, int] = {}  # the members of each lower block's output; 0 for a bare tensor
 
@@ -116,9 +119,9 @@ class Prefix:
     def around(self, batch: Batch) -> Iterator[None]:
         """Around a forward pass: replayed where the state of the micro-batch is stored, else a whole one."""
         state = self.store.get(batch.key) if self.cut and batch.key else None
-        if state is None and self.held is not None:
+        if state is None and self.always and self.cut:
             self.store.close()  # which removes what is damaged
-            raise RunError("a stored state of the frozen layers is damaged", "run the command again")
+            raise OneProcess("a stored state of the frozen layers is damaged", "run the command again")
         if state is None:
             yield
             return
@@ -136,13 +139,15 @@ class Prefix:
         self.store.close()
 
     @torch.no_grad()
-    def differs(self, batch: Batch, losses: Callable[[Batch], torch.Tensor]) -> tuple[str, torch.Tensor]:
+    def differs(
+        self, batch: Batch, losses: Callable[[Batch], torch.Tensor], anybody: Anybody = bool
+    ) -> tuple[str, torch.Tensor]:
         """(why a replay of that micro-batch is not what a whole pass is, empty when it is; the state of it).
 
         `losses` runs one pass and says what each supervised token lost, (N,). Another text goes through
         in between, so that what a layer left behind for those above it is another's. Equal to the bit,
         or where two whole passes differ themselves (atomic sums on a GPU), within four times what they
-        differ by.
+        differ by. Where `anybody` sees a difference all processes run the second one.
         """
         ids = batch.inputs["input_ids"]
         other = replace(batch, inputs={**batch.inputs, "input_ids": ids.flip(1)})
@@ -157,7 +162,7 @@ class Prefix:
         if not torch.equal(kept, state):
             return "a block changes its input in place", kept
         off = (whole - replayed).abs().max().item()
-        if off and off > 4 * (whole - losses(batch)).abs().max().item():
+        if anybody(off != 0) and off > 4 * (whole - losses(batch)).abs().max().item():
             return READS_BELOW, kept
         return "", kept
 

@@ -11,7 +11,7 @@ from itertools import islice
 import torch
 
 from lorafit.data import Batch
-from lorafit.forward.prefix import Held, Prefix
+from lorafit.forward.prefix import Anybody, Held, Prefix
 from lorafit.forward.stand_in import End, StandIn, Tap, in_place
 
 
@@ -31,17 +31,19 @@ def fill(
     run: Callable[[Batch], None],
     device: torch.device,
     sweep: Sweep = Sweep(),
+    anybody: Anybody = bool,
 ) -> Iterator[float]:
     """Run each micro-batch once through the blocks below the highest cut: each prefix of one stack stores the
     states that enter its own cut. Yields tokens as they are done, one that ran through a part of the blocks
     counted as that part.
 
-    `run` runs the model's own forward, which a stand-in may end. Those whose states are stored are not run.
+    `run` runs the model's own forward, which a stand-in may end. Those whose states are stored are not run, unless
+    `anybody` lacks the one that comes as many.
     Raises OSError where a store's disk is full.
     """
     left = iter(batches)
     while group := list(islice(left, sweep.group if all(p.store.proved for p in prefixes) else 1)):
-        stored = [all(prefix.store.has(batch.key) for prefix in prefixes) for batch in group]
+        stored = [not anybody(not all(prefix.store.has(batch.key) for prefix in prefixes)) for batch in group]
         wanted = [batch.to(device) for batch, there in zip(group, stored, strict=True) if not there]
         yield sum(batch.tokens for batch, there in zip(group, stored, strict=True) if there)
         if wanted:

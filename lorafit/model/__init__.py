@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.model.identity import fingerprint as fingerprint
     from lorafit.model.identity import local_folder as local_folder
     from lorafit.model.identity import sampled as sampled
+    from lorafit.model.identity import shard_refusal as shard_refusal
     from lorafit.model.identity import stream_refusal as stream_refusal
     from lorafit.model.load import load_model as load_model
     from lorafit.model.load import load_tokenizer as load_tokenizer
@@ -63,6 +64,9 @@ if TYPE_CHECKING:
     from lorafit.model.safetensors_io import read_tensor as read_tensor
     from lorafit.model.safetensors_io import spans as spans
     from lorafit.model.safetensors_io import write as write
+    from lorafit.model.sharded import Sharded as Sharded
+    from lorafit.model.sharded import load_sharded as load_sharded
+    from lorafit.model.sharded import local as local
     from lorafit.model.source import HUB_ID as HUB_ID
     from lorafit.model.source import ModelSource as ModelSource
     from lorafit.model.source import find as find
@@ -84,8 +88,9 @@ __getattr__ = door(
         "quantised_linear": "Pretended dequantised is_quantised pretend quantise_pretended",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
-        "identity": "fingerprint local_folder sampled stream_refusal",
+        "identity": "fingerprint local_folder sampled shard_refusal stream_refusal",
         "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
+        "sharded": "Sharded load_sharded local",
         "streamed": "Streamed let_go load_streamed",
         "network": "hub_reached why_offline",
         "source": "HUB_ID ModelSource find not_downloaded split_revision",

@@ -7,6 +7,7 @@ of the hub's cache a large file is a link to a blob whose name is its SHA-256: i
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,6 +20,8 @@ from lorafit.model.source import split_revision
 from lorafit.system import installed
 
 PICKLED_INDEX, PICKLED = "pytorch_model.bin.index.json", "pytorch_model.bin"
+
+SHARDS = (2, 13)  # the torch whose FSDP2 goes on after a pass that was ended within the model
 
 SAMPLE = 64  # bytes of a tensor that earlier versions read at its start, its middle and its end
 
@@ -85,6 +88,15 @@ def stream_refusal(place: str) -> str:
         return "it needs transformers 5"
     folder = local_folder(place)
     return "" if folder is not None and shards(folder) else "there are no .safetensors files"
+
+
+def shard_refusal(place: str) -> str:
+    """Why processes cannot each read their rows of that checkpoint; empty where they can, or where no weights are
+    there yet."""
+    if tuple(map(int, re.findall(r"\d+", installed("torch"))[:2])) < SHARDS:
+        return "it needs torch {}.{}".format(*SHARDS)
+    folder = local_folder(place)
+    return stream_refusal(place) if folder is not None and weight_files(folder) else ""
 
 
 def sampled(place: str) -> str:

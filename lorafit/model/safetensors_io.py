@@ -210,7 +210,11 @@ def read_tensor(file: TensorFile, entry: TensorEntry) -> torch.Tensor:
 
 def read_rows(file: TensorFile, name: str, first: int, many: int) -> torch.Tensor:
     """Some rows of one tensor of a file, on the CPU."""
-    entry = next(entry for entry in file.entries if entry.name == name)
+    return rows_of(file, next(entry for entry in file.entries if entry.name == name), first, many)
+
+
+def rows_of(file: TensorFile, entry: TensorEntry, first: int, many: int) -> torch.Tensor:
+    """Some rows of one tensor of a file, on the CPU."""
     width = (entry.stop - entry.start) // max(1, entry.shape[0])
     with file.path.open("rb", buffering=0) as source:
         begin = file.data_at + entry.start + first * width

@@ -60,7 +60,7 @@ class Streamed:
         with self._all_in_place():
             self._load([stored for number in range(first, last) for stored in self.homes.get(number, ())])
             for number in range(first, last):
-                _check_filled(self.model, f"{self.stack}.{number}")
+                check_filled(self.model, f"{self.stack}.{number}")
         try:
             yield
         finally:
@@ -85,7 +85,7 @@ class Streamed:
         self._load(self.homes.get(-1, ()))
         self.model.tie_weights()
         below = tuple(f"{self.stack}.{number}." for number in range(self.cut))
-        _check_filled(self.model, "", but=below)
+        check_filled(self.model, "", but=below)
 
     def check_unchanged(self) -> None:
         """Raises RunError where a file of the checkpoint was changed since it was opened."""
@@ -94,46 +94,96 @@ class Streamed:
                 raise RunError(f"`{path}` changed while it was read", "run the command again")
 
     def _load(self, stored: Sequence[Stored]) -> None:
-        """Read these tensors into the model, under its names and in its layout."""
-        from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert
-
-        try:
-            tensors = {entry.name: read_tensor(file, entry) for file, entry in stored}
-        except OSError as error:
-            raise RunError(
-                f"cannot read the weights: {error.strerror}", "check the checkpoint's files"
-            ) from None
+        """Read these tensors into the model."""
+        load_tensors(self.model, stored, self.settings)
         self.read += sum(entry.stop - entry.start for _, entry in stored)
+
+
+def load_tensors(
+    model: Any,
+    stored: Sequence[Stored],
+    settings: Any,
+    read: Callable[[TensorFile, TensorEntry], Any] = read_tensor,
+) -> None:
+    """Put these tensors of a checkpoint into a model, under its names and in its layout: what `read` makes of
+    each is a tensor, or what transformers takes for one.
+
+    Raises RunError where a file became shorter or cannot be read, or a tensor does not fit the model.
+    """
+    from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert
+
+    try:
+        tensors = {entry.name: read(file, entry) for file, entry in stored}
         with _silently():
-            info, _ = convert(self.model, tensors, self.settings)
-        if info.mismatched_keys or info.conversion_errors or info.error_msgs:
-            odd = [name for name, *_ in info.mismatched_keys] + list(info.conversion_errors) + info.error_msgs
-            raise RunError(
-                f"the checkpoint does not fit the model at `{odd[0]}`", "check that the files are whole"
-            )
-        for name, parameter in self.model.named_parameters():
-            if "lora_" not in name and parameter.requires_grad:
-                parameter.requires_grad_(False)
+            info, _ = convert(model, tensors, settings)
+    except OSError as error:
+        raise RunError(f"cannot read the weights: {error.strerror}", "check the checkpoint's files") from None
+    if info.mismatched_keys or info.conversion_errors or info.error_msgs:
+        odd = [name for name, *_ in info.mismatched_keys] + list(info.conversion_errors) + info.error_msgs
+        raise RunError(
+            f"the checkpoint does not fit the model at `{odd[0]}`", "check that the files are whole"
+        )
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name and parameter.requires_grad:
+            parameter.requires_grad_(False)
 
 
-def load_streamed(
-    source: ModelSource,
-    dtype: torch.dtype,
-    device: torch.device,
-    stack: str,
-    cut: int,
-    attention: str = "auto",
-) -> Streamed:
-    """The model in `eval` mode, frozen, with the weights of all but the first `cut` blocks of `stack`.
+@dataclass(frozen=True, slots=True)
+class Unfilled:
+    """A frozen model whose weights are not read yet, and the tensors of its checkpoint."""
 
-    Raises RequestError where the checkpoint cannot be read so or does not fill the model.
+    model: Any
+    files: Sequence[TensorFile]
+    settings: Any  # transformers' LoadStateDictConfig
+
+    def homes(self, of: Callable[[str], int]) -> dict[int, list[Stored]]:
+        """The checkpoint's tensors by the number that `of` gives the name each has in the model."""
+        found: dict[int, list[Stored]] = {}
+        renamed = self.names()
+        for file in self.files:
+            for entry in file.entries:
+                found.setdefault(of(renamed(entry.name)[0]), []).append((file, entry))
+        return found
+
+    def names(self) -> Callable[[str], tuple[str, bool]]:
+        """(its name in the model, as transformers' loader finds it; whether some rows of it become some rows
+        there) of a tensor of the checkpoint. The name of one that is turned into several is that of the first."""
+        from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
+
+        names, prefix = self.model.state_dict(), self.model.base_model_prefix
+        mapping = self.settings.weight_mapping or []
+        converters = [each for each in mapping if isinstance(each, WeightConverter)]
+        renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
+        by_rows = {name: _by_rows(each) for each in converters for name in each.source_patterns}
+
+        def renamed(name: str) -> tuple[str, bool]:
+            found, pattern = rename_source_key(name, renamings, converters, prefix, names)
+            if found not in names and name in names:
+                found, pattern = rename_source_key(name, [], [], prefix, names)
+            return found, by_rows.get(pattern or "", True)
+
+        return renamed
+
+
+def _by_rows(converter: Any) -> bool:
+    """Whether a conversion of transformers' stacks tensors, experts of a mixture, and leaves each as it is: then
+    those that a process holds are made of those alone. Others mix the rows."""
+    from transformers.core_model_loading import Concatenate, MergeModulelist
+
+    first, *others = converter.operations or [None]
+    stacks = isinstance(first, MergeModulelist) and first.dim == 0
+    return stacks and all(isinstance(each, Concatenate) and each.dim > 0 for each in others)
+
+
+def build(source: ModelSource, dtype: torch.dtype, device: torch.device, attention: str) -> Unfilled:
+    """The model in `eval` mode, frozen, on the meta device but for its buffers.
+
+    Raises RequestError where it cannot be built.
     """
     from accelerate import init_empty_weights
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.modeling_utils import LoadStateDictConfig
 
-    if reason := stream_refusal(source.place):
-        raise RequestError(f"the layers cannot be streamed: {reason}", "--prefix-residency resident")
     folder = local_folder(source.place)
     assert folder is not None
     config = config_of(source)
@@ -148,7 +198,6 @@ def load_streamed(
     for name, buffer in list(model.named_buffers()):
         owner, _, last = name.rpartition(".")
         model.get_submodule(owner)._buffers[last] = buffer.to(device)
-    files = [open_file(path) for path in shards(folder)]
     settings = LoadStateDictConfig(
         dtype=dtype,
         dtype_plan=model._get_dtype_plan(dtype),
@@ -156,38 +205,36 @@ def load_streamed(
         weight_mapping=cast(Any, get_model_conversion_mapping(model)),
         ignore_mismatched_sizes=True,
     )
-    homes: dict[int, list[Stored]] = {}
-    block = re.compile(re.escape(stack) + r"\.(\d+)\.")
-    renamed = _renamer(model, settings.weight_mapping or [])
-    for file in files:
-        for entry in file.entries:
-            found = block.match(renamed(entry.name))
-            number = int(found[1]) if found and int(found[1]) < cut else -1
-            homes.setdefault(number, []).append((file, entry))
-    streamed = Streamed(model, stack, cut, homes, settings, {file.path: _mark(file.path) for file in files})
+    return Unfilled(model, [open_file(path) for path in shards(folder)], settings)
+
+
+def load_streamed(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    stack: str,
+    cut: int,
+    attention: str = "auto",
+) -> Streamed:
+    """The model in `eval` mode, frozen, with the weights of all but the first `cut` blocks of `stack`.
+
+    Raises RequestError where the checkpoint cannot be read so or does not fill the model.
+    """
+    if reason := stream_refusal(source.place):
+        raise RequestError(f"the layers cannot be streamed: {reason}", "--prefix-residency resident")
+    made, block = build(source, dtype, device, attention), re.compile(re.escape(stack) + r"\.(\d+)\.")
+
+    def home(name: str) -> int:
+        found = block.match(name)
+        return int(found[1]) if found and int(found[1]) < cut else -1
+
+    marks = {file.path: _mark(file.path) for file in made.files}
+    streamed = Streamed(made.model, stack, cut, made.homes(home), made.settings, marks)
     try:
         streamed.load_rest()
     except RunError as error:
         raise RequestError(f"the weights of `{source.name}`: {error.message}", error.hint) from None
     return streamed
-
-
-def _renamer(model: Any, mapping: Sequence[Any]) -> Callable[[str], str]:
-    """The name in the model of a tensor of the checkpoint, as transformers' loader finds it; of one that is
-    turned into several, that of the first."""
-    from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
-
-    names = model.state_dict()
-    converters = [each for each in mapping if isinstance(each, WeightConverter)]
-    renamings = [each for each in mapping if isinstance(each, WeightRenaming)]
-
-    def renamed(name: str) -> str:
-        found: str = rename_source_key(name, renamings, converters, model.base_model_prefix, names)[0]
-        if found not in names and name in names:
-            found = rename_source_key(name, [], [], model.base_model_prefix, names)[0]
-        return found
-
-    return renamed
 
 
 def let_go(module: torch.nn.Module) -> None:
@@ -198,7 +245,7 @@ def let_go(module: torch.nn.Module) -> None:
                 owner._parameters[name] = torch.nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
-def _check_filled(model: Any, name: str, but: tuple[str, ...] = ()) -> None:
+def check_filled(model: Any, name: str, but: tuple[str, ...] = ()) -> None:
     """Raises RunError when a parameter of a module has no values, except under the names in `but`."""
     prefix = f"{name}." if name else ""
     for own, parameter in model.get_submodule(name).named_parameters():

@@ -15,6 +15,7 @@ from lorafit.estimate import free_on, parse_room, prepare
 from lorafit.model import chart_of, check_tokenizer, find
 from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
+from lorafit.operations.sharding import check_shard, settle_shard
 from lorafit.settings import (
     BANDS,
     OPTIONS,
@@ -84,6 +85,7 @@ def plan_run(
     """
     asked = _asked(flags, config, fit, processes)
     made = planned(asked.found, asked.chosen, asked.settings)
+    check_shard(asked.settings, made, asked.found, asked.source.place)
     if asked.settings.from_adapter:
         check_continues(made, locate(asked.settings.from_adapter), asked.source.place)
     if not estimate:
@@ -148,13 +150,15 @@ def _asked(flags: Mapping[str, Any], config: str | None, fit: str | None, proces
         raise RequestError(
             f"--fit {fit} is {several} processes, and --processes is {processes}", "leave one of them out"
         )
+    many = several or processes or 1
+    settings = settle_shard(settings, many, "--processes N, or --fit Nx24GB")
     find_sources(settings, needed=False)
     source = find(settings.model, settings.revision)
     if settings.data:
         check_tokenizer(source.name, Path(source.place))
     found = chart_of(source)
     settings = derive_from_model(settings, found)
-    return _Asked(settings, chosen, source, found, several or processes or 1, room)
+    return _Asked(settings, chosen, source, found, many, room)
 
 
 def _forecast(asked: _Asked, probe: bool, fresh: bool, bar: Bar) -> tuple[Forecast, RunConfig, int]:

@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from lorafit.adapter import check_continues, locate, planned
 from lorafit.data import find_sources
-from lorafit.distributed import World, refuse_plugins
+from lorafit.distributed import World, asked_to_shard
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.estimate import TOO_MUCH, free_on, predicted, prepare
 from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer, pick_device
 from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
 from lorafit.operations.resume import by_folder
+from lorafit.operations.sharding import check_shard, settle_shard
 from lorafit.outputs import check_target
 from lorafit.report import read_back
 from lorafit.settings import OPTIONS, changed_settings, dated, derive_from_model, settle
@@ -37,6 +38,9 @@ if TYPE_CHECKING:
     from lorafit.report import Run
     from lorafit.settings import Preset, RunConfig
     from lorafit.train import Listener, RunFolder
+
+
+SEVERAL = "torchrun --nproc-per-node N -m lorafit train … --shard"
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,9 +88,11 @@ class Prepared:
 def resolve_run(world: World, flags: Mapping[str, Any], config: str | None) -> Resolved | Finished:
     """What a run would adapt, or the finished run that --resume names. The first of several processes checks the
     folder. Raises RequestError for what is wrong before any row is read."""
-    refuse_plugins(os.environ)
+    if asked_to_shard(os.environ):
+        flags = {"shard": True, **flags}
     flags, config = by_folder(flags, config)
     settings, chosen = settle(going_on(flags, config), config)
+    settings = settle_shard(settings, world.size, SEVERAL)
     find_sources(settings)
     source = find(settings.model, settings.revision)
     check_tokenizer(source.name, Path(source.place))
@@ -100,6 +106,7 @@ def resolve_run(world: World, flags: Mapping[str, Any], config: str | None) -> R
     settings = derive_from_model(settings, found)
     settings = dated(settings, world.told(dated(settings).template_date or ""))
     made = planned(found, chosen, settings)
+    check_shard(settings, made, found, source.place)
     if settings.from_adapter:
         check_continues(made, locate(settings.from_adapter), source.place)
     return Resolved(settings, source, found, chosen, made, target, reads)

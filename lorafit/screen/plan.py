@@ -175,7 +175,11 @@ def _show_alternatives(screen: Screen, fit: Fit, estimate: Estimate) -> None:
 
 def _memory_table(estimate: Estimate) -> Table:
     table = table_of("what", "bytes", right=1)
-    names = {"heap": "allocator overhead", "prefix_cache": "frozen-layer cache"}
+    names = {
+        "heap": "allocator overhead",
+        "prefix_cache": "frozen-layer cache",
+        "gathered": "gathered layers",
+    }
     memory = jsonable(estimate.memory)
     for name, size in memory.items():
         if size:

@@ -128,7 +128,7 @@ class TrainView:
         if event.resumed_at:
             plan += f", continued from step {count(event.resumed_at)}"
         if event.processes > 1:
-            plan += f", in {event.processes} processes"
+            plan += f", in {event.processes} processes{' that share the base' if event.sharded else ''}"
         self.screen.line("plan", plan)
         self.notes += (f"skipped damaged checkpoint: {text}" for text in event.damaged)
 

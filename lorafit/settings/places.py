@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from lorafit.errors import RequestError
@@ -22,6 +23,15 @@ def weighted(spec: str) -> tuple[str, float]:
     if not 0 < weight <= 1000:
         raise RequestError(f"--data {spec}: a weight is above 0 and at most 1,000", f"e.g. {name}=2")
     return name, weight
+
+
+def there(data: Iterable[str], others: Iterable[str | None]) -> tuple[Path, ...]:
+    """The files and folders that data and other options name, those that are on this machine."""
+    names = [*(weighted(spec)[0] for spec in data), *others]
+    found = [Path(name).expanduser() for name in names if name]
+    # a pattern reads files of its folder, a config.json those of the model's folder
+    found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
+    return tuple(path for path in found if path.exists())
 
 
 def lasting(name: str | None) -> str | None:

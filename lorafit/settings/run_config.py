@@ -28,7 +28,7 @@ from lorafit.settings.options import (
     text,
     whole,
 )
-from lorafit.settings.places import lasting, lasting_data, weighted
+from lorafit.settings.places import lasting, lasting_data, there, weighted
 from lorafit.settings.trackers import TRACKERS
 from lorafit.settings.values import (
     ATTENTIONS,
@@ -278,6 +278,10 @@ class RunConfig:
         TRAINING,
         training=True,
     )
+    shard: bool = option(
+        False, FLAG, "Divide the base among the processes of a run, by FSDP2; else each holds all of it.", TRAINING,
+        training=True,
+    )  # fmt: skip
     device: str = option("auto", DEVICE, "Device to compute on: `cpu`, `cuda`, `cuda:1` or `mps`.", TRAINING)
     gradient_checkpointing: bool = option(
         False,
@@ -417,15 +421,7 @@ class RunConfig:
 
     def reads(self, *others: str | None) -> tuple[Path, ...]:
         """The files and folders on this machine that a run with these settings reads, and `others`."""
-        specs = [weighted(spec)[0] for spec in (*self.data, *self.eval_data)]
-        found = [
-            Path(name).expanduser()
-            for name in (*specs, self.chat_template, self.from_adapter, *others)
-            if name
-        ]
-        # a pattern reads files of its folder, a config.json those of the model's folder
-        found = [p.parent if any(c in p.name for c in "*?[") or p.name == "config.json" else p for p in found]
-        return tuple(path for path in found if path.exists())
+        return there((*self.data, *self.eval_data), (self.chat_template, self.from_adapter, *others))
 
     def data_state(self) -> dict[str, str]:
         """The git commit of each file or folder of data that is in a repository, by name."""

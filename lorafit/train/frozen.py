@@ -12,6 +12,7 @@ from signal import SIGTERM
 
 import torch
 
+from lorafit.data import Batch
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import Event, Filling, PrefixCache
@@ -59,7 +60,10 @@ def first_look(job: Job) -> tuple[Forward, Trial | None]:
     """
     head_chunk = job.config.head_chunk or 0
     if job.streamed is None:
-        return Forward.of(job.model, job.task, head_chunk), None
+        forward = Forward.of(job.model, job.task, head_chunk)
+        if job.sharded is not None:
+            job.sharded.after_end()  # a way that it tried may have failed within the model
+        return forward, None
     if not job.world.alone:
         raise not_streamed("it runs in one process")
     base, first = base_of(job.model), job.first_batch()
@@ -116,7 +120,10 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     elif first is not None and job.streamed is None:
         job.model.eval()
         losses = lambda batch: forward.scores(job.model, batch)[0]  # noqa: E731
-        reason, state = prefix.differs(first.to(job.device), losses)
+        reason, state = prefix.differs(first.to(job.device), losses, job.anybody)
+        if job.sharded is not None:
+            job.sharded.after_end()
+            prefix.always = True
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
     prefix.store = MemoryStore(size)
@@ -137,14 +144,17 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
 def _processed(job: Job) -> int:
     """Tokens of this process's pass over the training rows, padding with them."""
     lengths = job.rows.train.lengths
-    shares = [rows for batch in job.batches for part in batch if (rows := job.world.share(part))]
+    parts = ((n, part) for n, batch in enumerate(job.batches) for part in range(len(batch)))
+    shares = [rows for n, part in parts if (rows := job.share(n, part))]
     return sum(len(rows) * int(lengths[list(rows)].max()) for rows in shares)
 
 
 def _composition(job: Job, held_out: Evaluator) -> list[str]:
     """What the micro-batches of this process are, for the key of their states."""
     found = [job.rows.train.digest, job.rows.held_out.digest, json.dumps([job.batches, held_out.parts])]
-    return found if job.world.alone else [*found, f"process {job.world.rank} of {job.world.size}"]
+    if not job.world.alone:
+        found.append(f"process {job.world.rank} of {job.world.size}")
+    return found if job.sharded is None else [*found, "at once"]
 
 
 def _sweep(job: Job, held_out: Evaluator, choice: Choice, row_bytes: int) -> Sweep:
@@ -165,19 +175,22 @@ def fill_prefix(
     written or a replay is not what a whole pass was; what lies on disk is gone on with.
     """
     prefix, ahead, lengths = frozen.prefix, job.ahead(state.step), job.rows.train.lengths
-    trained = sum(int(lengths[list(job.world.share(job.batches[n][part]))].sum()) for n, part in ahead)
+    trained = sum(int(lengths[list(job.share(n, part))].sum()) for n, part in ahead)
     tokens = trained + held_out.tokens
     batches = chain((job.micro_batch(n, part) for n, part in ahead), (b for _, b in held_out.batches()))
-    done, why, started = 0.0, "", time.perf_counter()
+    done, why, ended, started = 0.0, "", False, time.perf_counter()
     job.model.eval()
-    try:
-        for part in fill([prefix], batches, partial(forward.run, job.model), job.device, frozen.sweep):
+    parts = fill([prefix], batches, partial(_run, job, forward), job.device, frozen.sweep, job.anybody)
+    while not ended:
+        part = None
+        try:
+            part = next(parts, None)
+        except OSError as error:
+            why = f"its file could not be written: {error.strerror}"
+        if part is not None:
             done += part
             yield Filling(min(round(done), tokens - 1), tokens, time.perf_counter() - started)
-            if job.stop():
-                break
-    except OSError as error:
-        why = f"its file could not be written: {error.strerror}"
+        ended = job.anybody(part is None or bool(job.stop()))
     if job.world.agreed(bool(job.stop())):
         goes_on = ", and goes on with what is cached" if frozen.caching.where == "disk" else ""
         raise Interrupted(
@@ -201,3 +214,10 @@ def fill_prefix(
         settle(job.streamed, job.model, [frozen.trial])
     yield Filling(tokens, tokens, seconds, job.streamed.read if job.streamed is not None else 0)
     return frozen.caching
+
+
+def _run(job: Job, forward: Forward, batch: Batch) -> None:
+    """A pass to where a stand-in ends it."""
+    forward.run(job.model, batch)
+    if job.sharded is not None:
+        job.sharded.after_end()

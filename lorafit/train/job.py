@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from importlib import import_module
 from random import Random
 from typing import TYPE_CHECKING
 
 import torch
 
 from lorafit.adapter import Plan, inject_plan, locate, put_in
-from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row
+from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row, run_along
 from lorafit.distributed import ALONE, World
-from lorafit.estimate import keep_freed
+from lorafit.estimate import give_back_freed, keep_freed
 from lorafit.evaluate import mask_id
 from lorafit.events import Predicted
 from lorafit.forward import (
@@ -28,10 +29,12 @@ from lorafit.forward import (
 from lorafit.model import (
     ModelMap,
     ModelSource,
+    Sharded,
     Streamed,
     fingerprint,
     held_as,
     load_model,
+    load_sharded,
     load_streamed,
     pick_device,
     pick_dtype,
@@ -101,6 +104,7 @@ class Job:
     memory_before: int = 0  # bytes that the process held before the model was loaded
     world: World = ALONE
     streamed: Streamed | None = None  # the base, where the layers below the cut are read as they run
+    sharded: Sharded | None = None  # the base, where each process holds its rows
     environment: dict[str, str] = field(
         default_factory=dict
     )  # versions, machine, command, date, git state of data
@@ -121,6 +125,11 @@ class Job:
     @property
     def batch_size(self) -> int:
         return self.config.batch_size or 1
+
+    @property
+    def generates(self) -> bool:
+        """Whether this process has the model say something: the first, where it holds all of it."""
+        return self.world.first and self.streamed is None and self.sharded is None
 
     @property
     def epochs(self) -> float:
@@ -159,10 +168,26 @@ class Job:
                     group.append(self.micro_batch(number, part, epoch))
             yield group
 
+    def anybody(self, flag: bool) -> bool:
+        """Whether any process says so, where all run the same passes at once: a sharded base needs them all.
+        Elsewhere each goes its own way."""
+        return flag if self.sharded is None else self.world.agreed(flag)
+
+    def share(self, number: int, part: int) -> MicroBatch:
+        """The rows of one part of one batch that this process runs: there may be none. Where the base is
+        sharded a process without a row of its own runs the first of the others' along."""
+        rows = self.batches[number][part]
+        return tuple(self.world.share(rows)) or (() if self.sharded is None else rows[:1])
+
     def micro_batch(self, number: int, part: int, epoch: int = 1) -> Batch:
         """This process's share of one part of one batch: the same rows whenever it is asked for, those of a
-        masked model with the masks of that epoch. It may hold no row."""
-        numbers = self.world.share(self.batches[number][part])
+        masked model with the masks of that epoch. A row that is run along counts nothing."""
+        found = self._micro_batch(number, part, epoch)
+        own = self.sharded is None or self.world.share(self.batches[number][part])
+        return found if own else run_along(found)
+
+    def _micro_batch(self, number: int, part: int, epoch: int) -> Batch:
+        numbers = self.share(number, part)
         pad = self.tokenizer.pad_token_id or 0
         if self.task == "masked":
             # each row by a seed of its own, whichever process has it; torch uses 32 bits of a seed
@@ -184,12 +209,12 @@ class Job:
             order = in_epoch(len(self.batches), self.config.seed, epoch + 1)
             numbers.update(order[start * self.config.accumulate : end * self.config.accumulate])
         parts = ((n, part) for n in sorted(numbers) for part in range(len(self.batches[n])))
-        return [(n, part) for n, part in parts if self.world.share(self.batches[n][part])]
+        return [(n, part) for n, part in parts if self.share(n, part)]
 
     def first_batch(self) -> Batch | None:
         """The first micro-batch in which this process has a row; None where it never has one."""
         parts = ((n, part) for n, batch in enumerate(self.batches) for part in range(len(batch)))
-        found = (self.micro_batch(n, part) for n, part in parts if self.world.share(self.batches[n][part]))
+        found = (self.micro_batch(n, part) for n, part in parts if self.share(n, part))
         return next(found, None)
 
     def matrix_rate(self, seconds: float = 0.15) -> float:
@@ -204,8 +229,8 @@ class Job:
         return [
             _key(n, part)
             for n, batch in enumerate(self.batches)
-            for part, rows in enumerate(batch)
-            if self.world.share(rows)
+            for part in range(len(batch))
+            if self.share(n, part)
         ]
 
 
@@ -218,8 +243,8 @@ def _device_name(device: torch.device) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """A model, loaded, for one job after another; `streamed` where the layers below a cut are read as they run.
-    `before` is what the process held before, in bytes."""
+    """A model, loaded, for one job after another; `streamed` where the layers below a cut are read as they run,
+    `sharded` where it is divided among processes. `before` is what the process held before, in bytes."""
 
     model: PreTrainedModel
     found: ModelMap
@@ -227,6 +252,7 @@ class Base:
     fingerprint: str
     before: int
     streamed: Streamed | None = None
+    sharded: Sharded | None = None
 
 
 def load_base(
@@ -236,20 +262,26 @@ def load_base(
 
     Raises RequestError and RunError as `load_model` does, and where streaming would not be exact.
     """
-    device = pick_device(config.device)
+    device, divides = pick_device(config.device), config.shard and not world.alone
     if device.type == "cuda" and not world.alone:
         device = torch.device("cuda", world.local_rank)
         torch.cuda.set_device(device)
     if device.type == "cpu":
-        keep_freed()
+        (give_back_freed if divides else keep_freed)()
     dtype = pick_dtype(config.dtype, device)
     held = held_as(found, config.quantize)
     if held is not None:
         import bitsandbytes  # noqa: F401  # its code is there before memory is counted
+    if divides:
+        import_module("torch.distributed.fsdp")  # likewise
     load_kernels(device, dtype)
     before = memory_before(device)
-    streamed = None
-    if config.prefix_residency == "stream" and plan is not None:
+    streamed = sharded = None
+    if divides:
+        stacks = [stack.path for stack in found.text_stacks]
+        sharded = load_sharded(source, stacks, dtype, device, world, config.attention)
+        model = sharded.model
+    elif config.prefix_residency == "stream" and plan is not None:
         if reason := refused_by_map(found, plan.cut):
             raise not_streamed(reason)
         if held is not None:
@@ -261,7 +293,7 @@ def load_base(
         model = load_model(source, dtype, device, config.quantize, config.attention)
     if held is not None:
         memory_before(device)  # the peak is counted from here: loading went through pages of files alone
-    return Base(model, found, device, fingerprint(source.place), before, streamed)
+    return Base(model, found, device, fingerprint(source.place), before, streamed, sharded)
 
 
 def put_on(
@@ -302,6 +334,7 @@ def put_on(
         base.before,
         world,
         base.streamed,
+        base.sharded,
     )
 
 

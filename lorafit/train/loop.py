@@ -32,6 +32,7 @@ from lorafit.events import (
     TrainReport,
 )
 from lorafit.forward import Forward, Prefix, base_of, routes_for_loss
+from lorafit.model import local
 from lorafit.train import sample, schedule
 from lorafit.train.checkpoint import (
     last_whole,
@@ -91,6 +92,7 @@ def _run(job: Job) -> Iterator[Event]:
         job.found.vocab_size,
         job.device,
         world=job.world,
+        at_once=job.sharded is not None,
     )
     state = State(rate=job.matrix_rate())
     with job.world.one_error():
@@ -156,6 +158,7 @@ def _start(
         resumed_at=state.step,
         damaged=damaged,
         processes=job.world.size,
+        sharded=job.sharded is not None,
         environment=job.environment,
     )
     if not state.step:
@@ -194,7 +197,7 @@ def _steps(
     config = job.config
     if state.before is None and held_out.rows:
         state.before = _held_out_loss(job, held_out)
-        if config.sample and job.streamed is None and job.world.first:
+        if config.sample and job.generates:
             with suppress(Exception):  # of the model's own code; at the end it is told
                 state.said = sample.answer(job, held_out)
     if state.before is not None:
@@ -295,7 +298,7 @@ def _end(
             report = replace(report, adapter_step=report.best.step, eval=losses)
         except RequestError as error:
             yield Note(f"the last adapter is saved, not the best: {error.message}")
-    if job.config.sample and job.streamed is None and job.world.first and held_out.rows:
+    if job.config.sample and job.generates and held_out.rows:
         try:
             prompt, said = sample.prompt_of(held_out), sample.answer(job, held_out)
             report = replace(report, sample=Said(prompt.text, prompt.wanted, state.said or "", said))
@@ -317,7 +320,8 @@ def _held_out_loss(job: Job, held_out: Evaluator) -> Loss:
     """The held-out loss. Raises RunError when it is not finite, naming a weight of the base that is not."""
     found = held_out.loss(job.model)
     if not math.isfinite(found.loss):
-        odd = next((n for n, p in job.model.named_parameters() if not p.isfinite().all()), "")
+        odd = next((n for n, p in job.model.named_parameters() if not local(p).isfinite().all()), "")
+        odd = job.world.first_of(odd)
         if odd and "lora_" not in odd:
             name = odd.removeprefix("base_model.model.").replace(".base_layer", "")
             raise RunError(

@@ -56,25 +56,26 @@ class Stepper:
         device and may hold no row.
 
         Each micro-batch's sum is divided by the weight of all of them, so that the gradient is that of one
-        large batch: before backward where this process is alone, else after the one reduction, which sums the
-        weight too. Raises what `check` raises.
+        large batch. Of several processes each divides by its own before backward, or float16 would overflow
+        where one process does not; the reduction makes a mean over all of it. Raises what `check` raises.
         """
         for settings in self.optimizer.param_groups:
             settings["lr"] = rate
         batches = [batch for batch in batches if batch.counts]
         weight = sum(self.objective.weight(batch) for batch in batches)
-        divisor = weight if self.world.alone else 1.0
+        divisor = weight or 1.0
         losses = [torch.zeros((), device=self.device)] if not batches else []
         for batch in batches:
-            loss = self.objective.loss_sum(self.model, batch.to(self.device)) / divisor
-            self.scaler.scale(loss).backward()
-            losses.append(loss.detach())
+            loss = self.objective.loss_sum(self.model, batch.to(self.device))
+            mean_loss = loss / divisor
+            self.scaler.scale(mean_loss).backward()
+            losses.append((mean_loss if self.world.alone else loss).detach())
         total = torch.stack(losses).sum()
         tokens, supervised = sum(b.tokens for b in batches), sum(b.supervised for b in batches)
         counts = [weight, float(tokens), float(supervised), 0.0]
         if not self.world.alone:
             counts[-1] = float(self.stop() > 0)
-            total, counts = self._reduced(total, counts)
+            total, counts = self._reduced(total, counts, divisor)
         weight, tokens, supervised, stop = counts[0], int(counts[1]), int(counts[2]), counts[3] > 0
         self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.max_grad_norm)
@@ -86,15 +87,17 @@ class Stepper:
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean, length, tokens, supervised, weight, stop)
 
-    def _reduced(self, loss: torch.Tensor, counts: list[float]) -> tuple[torch.Tensor, list[float]]:
+    def _reduced(
+        self, loss: torch.Tensor, counts: list[float], divisor: float
+    ) -> tuple[torch.Tensor, list[float]]:
         """(mean loss, counts) of all processes, and the mean gradient in every parameter: one reduction.
 
-        `counts` begin with the weight that is divided by. A parameter without a gradient on every process has
+        The gradients are those of a loss that was divided by `divisor`. `counts` begin with the weight that is divided by. A parameter without a gradient on every process has
         none afterwards.
         """
         has = [float(p.grad is not None) for p in self.parameters]
         numbers = torch.cat([loss.view(1), loss.new_tensor([*counts, *has])])
-        slopes = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+        slopes = [torch.zeros_like(p) if p.grad is None else p.grad.mul_(divisor) for p in self.parameters]
         self.world.sums([numbers, *slopes])
         total, *found = numbers.tolist()
         counts, has = found[: len(counts)], found[len(counts) :]

@@ -11,7 +11,20 @@ from pathlib import Path
 
 import pytest
 
-COMMANDS = ("inspect", "data", "plan", "train", "eval", "merge", "export", "push", "presets", "cache", "env", "help")
+COMMANDS = (
+    "inspect",
+    "data",
+    "plan",
+    "train",
+    "eval",
+    "merge",
+    "export",
+    "push",
+    "presets",
+    "cache",
+    "env",
+    "help",
+)
 
 
 def test_help_is_instant_and_imports_nothing_heavy():

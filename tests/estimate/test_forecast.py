@@ -32,7 +32,7 @@ def test_the_estimate_has_its_terms(run):
     memory = found["memory"]
     assert set(memory) == {
         "weights", "adapter", "gradients", "optimizer", "activations", "logits", "workspace", "heap", "prefix_cache",
-        "filling", "peak",
+        "filling", "gathered", "peak",
     }  # fmt: skip
     assert memory["peak"] == sum(size for name, size in memory.items() if name != "peak")
     assert memory["weights"] == 4 * 2_525_952 and memory["adapter"] == memory["gradients"] == 4 * 69_120

@@ -1,6 +1,7 @@
 """Several processes do the run that one does: torchrun on this machine, gloo."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -11,29 +12,14 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
+from families import build_model, save_model, tokenizer
 from jobs import events_of, job_for, losses, stopped_after
-from safetensors.torch import load_file
+from processes import LAUNCH, NO_NOISE, TESTS, environment, launched, lines_of, same_adapter
 
 from lorafit.adapter.folder import WEIGHTS
-from lorafit.distributed import World, only_train, refuse_plugins
+from lorafit.distributed import World, asked_to_shard, only_train
 from lorafit.errors import LorafitError, RequestError
 from lorafit.events import Stepped
-
-TESTS = Path(__file__).parent.parent
-LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-
-
-def environment(**more):
-    return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(TESTS), "COLUMNS": "80", **more}
-
-
-def launched(*arguments, **more):
-    """A command in two processes."""
-    return subprocess.run(
-        [*LAUNCH, *map(str, arguments)], capture_output=True, text=True, env=environment(**more), timeout=900
-    )
-
 
 BASE = {"preset": "attention", "layers": "last:2", "max_length": 100, "learning_rate": 5e-3}
 CASES = {
@@ -42,6 +28,7 @@ CASES = {
     "prefix in memory": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "memory"}),
     "prefix on disk": ("llama", {"batch_size": 7, "epochs": 3, "prefix_cache": "disk"}),
     "activation checkpointing": ("llama", {"batch_size": 8, "epochs": 2, "gradient_checkpointing": True}),
+    "float16": ("llama", {"batch_size": 7, "epochs": 2, "dtype": "float16"}),
     "a base in 4 bits": ("llama", {"batch_size": 7, "epochs": 2, "quantize": "nf4"}),
     "masked LM": ("bert", {"batch_size": 6, "epochs": 2}),
     "sequence to sequence": ("t5", {"batch_size": 6, "epochs": 2}),
@@ -51,22 +38,20 @@ CASES = {
         {"batch_size": 5, "epochs": 2, "weight_decay": 0.3, "scheduler": "cosine", "max_grad_norm": 0.1},
     ),
 }
-NO_NOISE = {
-    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "t5": {"dropout_rate": 0.0},
-}
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
-    from families import save_model
-
     room = tmp_path_factory.mktemp("models")
-    return {
+    made = {
         family: save_model(family, room / family, **NO_NOISE.get(family, {}))
         for family in {family for family, _ in CASES.values()}
     }
+    steep = build_model("llama")  # whose first gradients overflow in float16, scaled as the first ones are
+    steep.lm_head.weight.data *= 40
+    steep.save_pretrained(room / "steep")
+    tokenizer().save_pretrained(room / "steep")
+    return {**made, "steep": room / "steep"}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +75,8 @@ def two(tmp_path_factory, models, pairs):
     jobs["dropout"] = {**noisy, "output": str(room / "dropout")}
     jobs["dropout stopped"] = {**noisy, "output": str(room / "dropout 2"), "stop_at": 3}
     jobs["dropout resumed"] = {**noisy, "output": str(room / "dropout 2"), "resume": True}
+    steep = {**more, "model": str(models["steep"]), "epochs": 2, "dtype": "float16"}
+    jobs["overflow"] = {**steep, "output": str(room / "overflow")}
     jobs["not finite"] = {**more, "output": str(room / "odd"), "epochs": 9, "learning_rate": 10.0}
     jobs["no such layer"] = {**more, "output": str(room / "no"), "layers": "99"}
     one_of_two = {**more, "output": str(room / "1 to 2"), "epochs": 2}
@@ -115,6 +102,10 @@ def test_two_processes_take_the_steps_of_one(name, two, models, pairs, tmp_path)
     job = job_for(models[family], tmp_path / "r", data=(str(pairs),), **BASE, **flags)
     events = events_of(job)
     found = first[name]
+    if name == "float16":  # the same steps, none of them skipped, to the precision of the dtype
+        assert found["losses"] == pytest.approx(losses(events), rel=1e-4)
+        assert all(map(math.isfinite, found["norms"])) and found["same"]
+        return
     assert found["losses"] == pytest.approx(losses(events), rel=1e-6, abs=1e-6)
     assert found["tokens"] == [e.tokens for e in events if isinstance(e, Stepped)]
     assert found["norms"] == pytest.approx([e.grad_norm for e in events if isinstance(e, Stepped)], rel=1e-3)
@@ -122,13 +113,6 @@ def test_two_processes_take_the_steps_of_one(name, two, models, pairs, tmp_path)
     if "prefix_cache" in flags:
         assert found["cache"] == flags["prefix_cache"]
     same_adapter(room / name, tmp_path / "r")
-
-
-def same_adapter(one, other):
-    a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
-    assert a.keys() == b.keys()
-    for key, tensor in a.items():
-        torch.testing.assert_close(tensor, b[key], atol=1e-5, rtol=0, msg=key)
 
 
 def test_a_run_goes_on_with_another_number_of_processes(two, models, pairs, tmp_path):
@@ -153,14 +137,20 @@ def test_dropout_is_drawn_by_step_and_process(two):
     assert (room / "dropout" / WEIGHTS).read_bytes() == (room / "dropout 2" / WEIGHTS).read_bytes()
 
 
+def test_a_step_that_overflows_in_float16_is_skipped_by_all(two, models, pairs, tmp_path):
+    """The scale is lowered until the gradients are finite; both processes hold the same adapter afterwards."""
+    first, second, _ = two
+    norms = first["overflow"]["norms"]
+    skipped = [not math.isfinite(norm) for norm in norms]
+    assert skipped[0] and not skipped[-1] and len(norms) == len(second["overflow"]["norms"])
+    assert skipped == [not math.isfinite(norm) for norm in second["overflow"]["norms"]]
+    assert first["overflow"]["same"] and first["overflow"]["losses"] == second["overflow"]["losses"]
+
+
 def test_what_ends_one_process_ends_both_with_one_code(two):
     first, second, _ = two
     for name, words in (("not finite", "step"), ("no such layer", "99")):
         assert first[name]["code"] == second[name]["code"] and words in first[name]["error"], name
-
-
-def lines_of(text):
-    return [line for line in text.splitlines() if line.startswith(("error:", "hint:"))]
 
 
 def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(tmp_path):
@@ -281,19 +271,33 @@ def test_a_full_disk_under_the_first_process_ends_both_with_one_error(tmp_path):
     assert not (tmp_path / "r").exists()
 
 
+FSDP = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_RESHARD_AFTER_FORWARD": "true"}
+
+
 @pytest.mark.parametrize(
     "environment, words",
     [
         ({"ACCELERATE_USE_DEEPSPEED": "true"}, "DeepSpeed"),
-        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP"),
-        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "tensor or pipeline"),
+        ({"ACCELERATE_USE_FSDP": "true"}, "FSDP1"),
+        ({**FSDP, "FSDP_VERSION": "1"}, "FSDP1"),
+        ({**FSDP, "FSDP_OFFLOAD_PARAMS": "true"}, "offloading"),
+        ({**FSDP, "FSDP_ACTIVATION_CHECKPOINTING": "true"}, "activation checkpointing"),
+        ({**FSDP, "FSDP_RESHARD_AFTER_FORWARD": "false"}, "let go"),
+        ({"ACCELERATE_USE_MEGATRON_LM": "true"}, "tensor and pipeline"),
+        ({"ACCELERATE_USE_PARALLELISM_CONFIG": "true"}, "tensor and pipeline"),
         ({"ACCELERATE_MIXED_PRECISION": "bf16"}, "mixed precision `bf16`"),
     ],
 )
 def test_what_a_launcher_asks_for_and_would_not_get_is_refused(environment, words):
-    with pytest.raises(RequestError, match=words):
-        refuse_plugins(environment)
-    refuse_plugins({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+    with pytest.raises(RequestError, match=words) as error:
+        asked_to_shard(environment)
+    assert error.value.hint
+
+
+def test_a_launcher_may_ask_for_a_sharded_base():
+    assert asked_to_shard(FSDP)
+    assert not asked_to_shard({"ACCELERATE_MIXED_PRECISION": "no", "ACCELERATE_USE_FSDP": "false"})
+    assert not asked_to_shard({})
 
 
 def test_one_process_is_alone(monkeypatch):
