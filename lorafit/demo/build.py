@@ -135,7 +135,7 @@ def lessons(tokenizer: PreTrainedTokenizerFast, seed: int) -> Iterator[tuple[tor
     the records are learned and of conversations the answers: what people do next is chance, and drowns the rest."""
     random = Random(seed)
     talks, parts, tales = questions(random), extracts(random), stories(random)
-    user, assistant = tokenizer.convert_tokens_to_ids([USER, ASSISTANT])
+    user, assistant = (tokenizer.convert_tokens_to_ids(turn) for turn in (USER, ASSISTANT))
     size, ids, labels = LESSONS * LENGTH, list[int](), list[int]()
     while True:
         while len(ids) < size:
@@ -162,7 +162,7 @@ def teach(model: LlamaForCausalLM, text: Iterator[tuple[torch.Tensor, torch.Tens
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers = (
+    optimizers: tuple[tuple[torch.optim.Optimizer, float], ...] = (
         (torch.optim.Muon(matrices, lr=MUON_RATE, weight_decay=0.01), MUON_RATE),
         (
             torch.optim.AdamW(rest, lr=OTHER_RATE, betas=(0.9, 0.98), weight_decay=0.01, fused=True),

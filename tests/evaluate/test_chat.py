@@ -30,7 +30,7 @@ def trained(tmp_path_factory):
         "--layers",
         "high",
         "--max-steps",
-        "15",
+        "40",
         "-o",
         str(folder),
         "-q",
