@@ -124,7 +124,7 @@ def read_at(file: BinaryIO, part: memoryview, begin: int) -> int:
     """Read from that place of a file as many bytes as there is room for, or fewer; how many. Where the system can,
     processes that share the open file do not disturb one another."""
     if hasattr(os, "preadv"):
-        return os.preadv(file.fileno(), [part], begin)
+        return int(os.preadv(file.fileno(), [part], begin))
     file.seek(begin)
     return int(file.readinto(part))  # type: ignore[attr-defined]  # files that are open for reading have it
 
@@ -132,7 +132,7 @@ def read_at(file: BinaryIO, part: memoryview, begin: int) -> int:
 def write_at(file: BinaryIO, data: memoryview, begin: int) -> int:
     """Write the bytes at that place of a file, or the first of them; how many."""
     if hasattr(os, "pwrite"):
-        return os.pwrite(file.fileno(), data, begin)
+        return int(os.pwrite(file.fileno(), data, begin))
     file.seek(begin)
     return file.write(data)
 

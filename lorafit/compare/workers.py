@@ -33,9 +33,9 @@ def spread(tasks: Sequence[Callable[[Stop], Iterator[Any]]], workers: int, stop:
     told to stop, and the error is raised once they have: Interrupted, or RunError. Raises RunError also when a process is
     killed.
     """
-    context = multiprocessing.get_context("fork")
+    context: Any = multiprocessing.get_context("fork")  # which no type of Windows' has
     turn, signalled = context.Value("i", 0), context.Value("i", 0)
-    ends: dict[Connection, Any] = {}
+    ends: dict[Any, Any] = {}  # its pipe's end -> a process
     for _ in range(min(workers, len(tasks))):
         incoming, writer = context.Pipe(duplex=False)
         process = context.Process(target=_work, args=(tasks, turn, signalled, writer), daemon=True)

@@ -155,13 +155,14 @@ def _write(
 def _copy(source: FileIO, begin: int, size: int, new: FileIO, at: int, tick: Callable[[int], None]) -> int:
     """So many bytes from one file to another, within the system where it can; the place behind them."""
     end = begin + size
-    within = hasattr(os, "copy_file_range")
+    within_system = getattr(os, "copy_file_range", None)
+    within = within_system is not None
     buffer = memoryview(b"")
     while begin < end:
         here = min(end - begin, 64 * PIECE)
-        if within:
+        if within and within_system is not None:
             try:
-                done = os.copy_file_range(source.fileno(), new.fileno(), here, begin, at)
+                done = within_system(source.fileno(), new.fileno(), here, begin, at)
             except OSError as error:
                 if error.errno in FULL:
                     raise

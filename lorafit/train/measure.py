@@ -51,7 +51,7 @@ def peak_memory(device: torch.device) -> int:
     except ImportError:  # Windows has no such module
         return int(getattr(psutil.Process().memory_info(), "peak_wset", 0))
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return int(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * unit  # type: ignore[attr-defined]  # on Windows
 
 
 def load_kernels(device: torch.device, dtype: torch.dtype) -> None:

@@ -143,7 +143,7 @@ def _lock(folder: Path) -> Callable[[], None] | None:
     folder.mkdir(parents=True, exist_ok=True)
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)  # type: ignore[attr-defined]  # on Windows
         # the run that had it may have been finished, and its folder renamed, in between
         if os.fstat(descriptor).st_ino == os.stat(folder).st_ino:
             return partial(os.close, descriptor)
