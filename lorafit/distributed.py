@@ -43,6 +43,12 @@ FSDP_SETTINGS = {
 PATIENCE = timedelta(hours=2)  # that a process waits for the others: one may read data or time the device
 
 
+ENDED = (
+    "another process of the run ended",
+    "what it printed says why; --resume goes on from the last checkpoint",
+)
+
+
 class OtherProcessEnded(RunError):
     """Another process of the run is gone, and what was sent to it was lost."""
 
@@ -199,10 +205,15 @@ def _connected() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        raise OtherProcessEnded(
-            "another process of the run ended",
-            "what it printed says why; --resume goes on from the last checkpoint",
-        ) from error
+        raise OtherProcessEnded(*ENDED) from error
+
+
+def lost(error: RuntimeError) -> OtherProcessEnded | None:
+    """The error to show for one of a pass over a sharded base, where another process is gone; None for any other."""
+    import torch.distributed as dist
+
+    gone = isinstance(error, dist.DistError) or "gloo" in str(error) or "Connection closed" in str(error)
+    return OtherProcessEnded(*ENDED) if gone else None
 
 
 def launched() -> World:

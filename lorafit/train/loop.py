@@ -17,6 +17,7 @@ import torch
 from lorafit.adapter import adapted_names, compare, save_adapter, save_tokenizer
 from lorafit.data import end_tokens, write_generation_config
 from lorafit.digests import check
+from lorafit.distributed import lost
 from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import (
@@ -62,6 +63,8 @@ def run(job: Job) -> Iterator[Event]:
     try:
         yield from _run(job)
     except (RuntimeError, MemoryError) as error:
+        if job.sharded is not None and isinstance(error, RuntimeError) and (ended := lost(error)):
+            raise ended from error
         if not _of_memory(error):
             raise
         raise OutOfMemory(

@@ -220,11 +220,13 @@ def workers_of(launcher):
     return [int(pid) for pid in children]
 
 
-@pytest.mark.parametrize("how", ["a worker is killed", "the launcher is told to end"])
+@pytest.mark.parametrize(
+    "how", ["a worker is killed", "a worker that shares the base is killed", "the launcher is told to end"]
+)
 def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     command = [
         *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "40", "--save-steps", "1",
-        "-o", str(tmp_path / "r"),
+        "-o", str(tmp_path / "r"), *(["--shard"] if "shares" in how else []),
     ]  # fmt: skip
     with (tmp_path / "err").open("w") as errors:
         run = subprocess.Popen(command, env=environment(), stderr=errors, stdout=errors)
@@ -232,19 +234,19 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
         while not list(tmp_path.glob("r.partial/checkpoint-*")):
             assert run.poll() is None and time.monotonic() < deadline, (tmp_path / "err").read_text()
             time.sleep(0.2)
-        if how == "a worker is killed":
+        if "killed" in how:
             os.kill(workers_of(run)[1], signal.SIGKILL)
         else:
             run.send_signal(signal.SIGTERM)
         assert run.wait(timeout=300) != 0
     text = (tmp_path / "err").read_text()
-    if how == "a worker is killed":
+    if "killed" in how:
         assert lines_of(text)[0] == "error: another process of the run ended", text
     else:
         assert re.fullmatch(r"error: interrupted after step \d+ of 40; .*", lines_of(text)[0]), text
     assert len(lines_of(text)) == 2, text
     gone_on = subprocess.run(
-        [sys.executable, *command[len(LAUNCH) :], "--resume"],
+        [sys.executable, *[word for word in command[len(LAUNCH) :] if word != "--shard"], "--resume"],
         capture_output=True, text=True, env=environment(), timeout=600,
     )  # fmt: skip
     assert gone_on.returncode == 0, gone_on.stderr
