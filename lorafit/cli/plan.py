@@ -101,4 +101,4 @@ def plan(
     # the demo's rows are shown by `train`
     look = made.data if made.settings.data else None
     command = train_command(flags, made.settings, config, made.processes)
-    show_plan(screen, made.plan, made.found, made.estimate, made.fit, look, command)
+    show_plan(screen, made.plan, made.found, made.estimate, made.fit, look, command, made.settings)

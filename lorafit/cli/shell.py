@@ -20,6 +20,7 @@ from lorafit.distributed import connect, launched, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OneProcess, RequestError
 from lorafit.operations import ours
 from lorafit.outputs import last_run
+from lorafit.settings import OPTIONS
 
 # Typer may carry its own copy of click: its errors are found by their place in the family.
 _CLICK_ERROR: type[Exception] = next(c for c in typer.BadParameter.__mro__ if c.__name__ == "ClickException")
@@ -113,6 +114,10 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
     )
     if name and (hint := ours(name, known)):
         return RequestError(f"there is no option `{name}`", hint)
+    if known and name in {option.flag for option in OPTIONS.values()} and not {name, f"{name}s"} & {*known}:
+        return RequestError(
+            f"`{name}` is an option of `lorafit train`, not of `{command}`", "leave it out here"
+        )
     if name and getattr(error, "possibilities", None):
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
     if (extra := re.search(r"unexpected extra arguments? ?(?:\(s\))? ?\((.*)\)", message)) is not None:

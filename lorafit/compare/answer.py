@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from lorafit.compare.candidates import Candidate, Impossible
+from lorafit.compare.candidates import Candidate, Impossible, scale_note
 from lorafit.compare.halving import rows_of, weights_of
 from lorafit.compare.hint import Hint
 from lorafit.compare.ranking import Ranked, correlation, difference, front, rank
@@ -86,6 +86,9 @@ class Answer:
     seconds: float = 0.0
     notes: tuple[str, ...] = ()
     hint: Hint | None = None
+    environment: Mapping[str, str] = field(
+        default_factory=dict, hash=False
+    )  # versions, machine, first command, date
     hint_correlation: float | None = None  # of the hint's ranking with the measured one (Spearman)
 
 
@@ -126,7 +129,7 @@ def answer_of(
         tuple(impossible),
         tuple(cuts),
         seconds=sum(o.seconds for o in outcomes.values()),
-        notes=tuple(_notes(choices)),
+        notes=tuple(filter(None, [*_notes(choices), scale_note(candidates)])),
     )
 
 
@@ -210,8 +213,8 @@ def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
     said = []
     if own is not low:
         said.append(
-            f"Take {own.named}: {loss}. {low.named} is {own.loss - low.loss:.4f} lower, but not beyond noise, and takes "
-            f"{_times(low, own)} × the time."
+            f"Take {own.named}: {loss}. {low.named} is {own.loss - low.loss:.4f} lower, but not beyond noise, and "
+            f"{_takes(low, own)}."
         )
     else:
         said.append(f"{own.named} is best: {loss}.")
@@ -219,8 +222,7 @@ def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
         if quick.seconds < own.seconds:
             equal.remove(quick)
             said.append(
-                f"{quick.named} is {quick.delta:.4f} higher, but not beyond noise, and takes {_times(quick, own)} × the "
-                "time."
+                f"{quick.named} is {quick.delta:.4f} higher, but not beyond noise, and {_takes(quick, own)}."
             )
     if worse and len(worse) == len(choices) - 1:
         others = f"All {len(worse)} others are" if len(worse) > 1 else f"{worse[0].named} is"
@@ -236,8 +238,12 @@ def words(choices: Sequence[ChoiceRow], take: str) -> list[str]:
     return said
 
 
-def _times(one: ChoiceRow, other: ChoiceRow) -> str:
-    return figures(one.seconds / other.seconds, 2) if other.seconds else "1"
+def _takes(one: ChoiceRow, other: ChoiceRow) -> str:
+    """What one choice costs against another: its time, where that differs, else its parameters."""
+    time = figures(one.seconds / other.seconds, 2) if other.seconds else "1.0"
+    if time != "1.0" or one.trainable_params == other.trainable_params:
+        return f"takes {time} × the time" if time != "1.0" else "takes as long"
+    return f"trains {figures(one.trainable_params / other.trainable_params, 2)} × the parameters in the same time"
 
 
 def _against_base(own: ChoiceRow) -> str:

@@ -85,15 +85,18 @@ def resolve_all(
 
 
 def _sized(found: ModelMap, config: RunConfig, preset: Preset, wanted: int) -> tuple[RunConfig, Preset]:
-    """Settings and preset with the rank that comes nearest to as many trainable parameters.
+    """Settings and preset with the rank that comes nearest to as many trainable parameters, and unless --alpha is given
+    an alpha that keeps alpha / rank: else large ranks would be scaled down, and small ones up.
 
     Parameters grow by the same number with each rank: rank * (inputs + outputs) in each weight.
     """
 
     def at(rank: int) -> tuple[RunConfig, Preset]:
-        origin = {**config.origin, "rank": "derived: to --trainable"}
-        sized = replace(preset, lora=replace(preset.lora, r=rank))
-        return replace(config, rank=rank, origin=origin), sized
+        origin, alpha = {**config.origin, "rank": "derived: to --trainable"}, preset.lora.alpha
+        if origin.get("alpha") != "flag":
+            origin["alpha"], alpha = "derived: to keep alpha / rank", alpha / preset.lora.r * rank
+        sized = replace(preset, lora=replace(preset.lora, r=rank, alpha=alpha))
+        return replace(config, rank=rank, alpha=alpha, origin=origin), sized
 
     def params(rank: int) -> int:
         return planned(found, at(rank)[1], config).trainable_params
@@ -131,6 +134,17 @@ def parse_count(text: str) -> int:
             f"--trainable is `{text}`: it takes a number of parameters", "e.g. 1M, 500k or 65536"
         )
     return number
+
+
+def scale_note(candidates: Sequence[Candidate]) -> str:
+    """That candidates of several ranks have one alpha, and so several scales; empty where they have not."""
+    scales = {one.plan.lora.r: one.plan.lora.alpha / one.plan.lora.r for one in candidates}
+    alphas = {one.plan.lora.alpha for one in candidates}
+    if len(scales) < 2 or len(alphas) > 1:
+        return ""
+    each = ", ".join(f"{scales[rank]:.3g} at rank {rank}" for rank in sorted(scales)[:4])
+    more = ", …" if len(scales) > 4 else ""
+    return f"alpha is {alphas.pop():g} for all ranks, so adapters are scaled by {each}{more}; a grid file sets both"
 
 
 def sized_note(candidates: Sequence[Candidate], wanted: int) -> str:

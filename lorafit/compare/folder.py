@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from lorafit.compare.results import Cut, Outcome, Scores
 from lorafit.errors import RequestError
 from lorafit.jsonio import jsonable
 from lorafit.outputs import COMPARISON, RUNS, writing
+from lorafit.system import environment
 
 ANSWER, TABLE, PAGE, SCORES = "compare.json", "compare.csv", "compare.html", "scores"
 HALVING = "halving.json"
@@ -37,11 +39,8 @@ class CompareFolder:
         if there and not self.target.is_dir():
             raise RequestError(f"`{self.target}` is a file", "another -o")
         if there and any(self.target.iterdir()):
-            hint = (
-                f"lorafit compare --resume {self.target} goes on with it"
-                if (self.target / COMPARISON).is_file()
-                else "another -o"
-            )
+            goes_on = f"lorafit compare --resume {shlex.quote(str(self.target))} goes on with it; "
+            hint = f"{goes_on if (self.target / COMPARISON).is_file() else ''}another -o compares anew"
             raise RequestError(f"`{self.target}` exists", hint)
         try:
             (self.target / SCORES).mkdir(parents=True, exist_ok=True)
@@ -58,7 +57,12 @@ class CompareFolder:
                 "another -o compares on the data as they are",
             )
         if stored is None:
-            self.write_json(COMPARISON, {**jsonable(request), "rows": list(rows)})
+            begun = {"rows": list(rows), "environment": environment()}
+            self.write_json(COMPARISON, {**jsonable(request), **begun})
+
+    def environment(self) -> dict[str, str]:
+        """Versions, machine, command and date of its beginning."""
+        return dict(self.request().get("environment") or {})
 
     def request(self) -> dict[str, Any]:
         """What was asked for. Raises RequestError when that is damaged."""

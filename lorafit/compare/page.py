@@ -58,8 +58,21 @@ def compare_page(answer: Answer, found: ModelMap, apart: Sequence[RowApart] = ()
         parts += [_table(answer.choices), _heat(answer.choices), _curves(answer), _costs(answer.choices)]
         parts.append(_hint(answer))
         parts += [_forgetting(answer.choices), _rows(apart, answer.choices)]
-    parts.append(_missing(answer))
+    parts += [_missing(answer), _begun(answer)]
     return document(f"{found.model}: strategies and bands", parts)
+
+
+def _begun(answer: Answer) -> Html:
+    """What made the page: the command, versions, machine and date."""
+    if not answer.environment:
+        return Html("")
+    facts = {name: value for name, value in answer.environment.items() if name != "command"}
+    return el(
+        "section",
+        el("h2", "To reproduce"),
+        el("pre", answer.environment.get("command", "")),
+        table(["", ""], [[name, value] for name, value in facts.items()], 2),
+    )
 
 
 def _named(text: str) -> list[str]:

@@ -139,7 +139,8 @@ def full_settings(one: Candidate, common: Mapping[str, Any]) -> dict[str, Any]:
             and config.origin.get(name) == "flag"
         ):
             own[name] = getattr(config, name)
-    if config.origin.get("rank", "").startswith("derived"):
-        own["rank"] = config.rank
+    for name in ("rank", "alpha"):
+        if config.origin.get(name, "").startswith("derived"):
+            own[name] = getattr(config, name)
     left = ("output", "epochs", "max_steps", "template_date", *own)
     return {**{name: value for name, value in common.items() if name not in left}, **own}

@@ -172,7 +172,8 @@ def compare_events(run: Compared, resume: bool, stop: Callable[[], int]) -> Iter
     answer = answer_of(
         of.found.model, str(of.target), candidates, outcomes, base, of.impossible, folder.cuts()
     )
-    answer = with_hint(replace(answer, command=_command(run, answer.take)), hint)
+    command = _command(run, answer.take)
+    answer = with_hint(replace(answer, command=command, environment=folder.environment()), hint)
     write_answer(folder, answer, of.found, outcomes, run.rows.held_out, run.tokenizer)
     yield answer
 

@@ -71,6 +71,8 @@ THEIRS = {
     "--push-to-hub OWNER/NAME": "hub-model-id hub-repo repo-id push-to-hub-model-id",
     "--device": "no-cuda use-cpu gpu device-map",
     "lorafit runs no code from a repository: leave it out": "trust-remote-code",
+    "`timeout -s INT 30m lorafit train …` ends a run after that time: it is saved, and --resume goes on": "budget "
+    "max-minutes max-time time-limit max-hours max-seconds timeout max-duration",
     "torchrun starts several processes: lorafit help distributed": "deepspeed fsdp num-gpus nproc-per-node local-rank",
 }
 LORAFITS = {theirs: ours for ours, names in THEIRS.items() for theirs in names.split()}

@@ -26,10 +26,15 @@ def by_folder(flags: Mapping[str, Any], config: str | None) -> tuple[Mapping[str
     work = target.with_name(target.name + PARTIAL) if target.name else target
     own = next((folder / RUN_FILE for folder in (work, target) if (folder / RUN_FILE).is_file()), None)
     if own is None and "output" not in given:
-        what = f"`{target}` is not a run" if target.name else "--resume needs the run's folder"
+        what = f"there is no run in `{target}` or `{target}{PARTIAL}`"
         last = last_run(unfinished=True)
-        offer = f"lorafit train --resume {shlex.quote(last)}" if last else "lorafit train --resume RUN"
-        raise RequestError(what, f"{offer}, or the whole command: name it with -o DIR")
+        offer = (
+            f"lorafit train --resume {shlex.quote(last)}"
+            if last
+            else "lorafit runs lists those that are there"
+        )
+        what = what if target.name else "--resume needs the run's folder"
+        raise RequestError(what, f"{offer}; where it has not begun, the whole command: name it with -o DIR")
     given["output"] = str(target)
     return given, config or (str(own) if own else None)
 

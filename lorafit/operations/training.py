@@ -93,6 +93,8 @@ def resolve_run(world: World, flags: Mapping[str, Any], config: str | None) -> R
     flags, config = by_folder(flags, config)
     settings, chosen = settle(going_on(flags, config), config)
     settings = settle_shard(settings, world.size, SEVERAL)
+    if not Path(settings.model).expanduser().exists():  # else it may be data
+        find(settings.model, settings.revision)
     find_sources(settings)
     source = find(settings.model, settings.revision)
     check_tokenizer(source.name, Path(source.place))
@@ -242,9 +244,14 @@ def _same_as(settings: RunConfig, target: Path) -> Run:
                 f"to train {now} from the start: another -o, or --overwrite in its place"
             )
         raise RequestError(
-            f"`{target}` is a finished run with other settings: `{name}` was {was!r}, is {now!r}", hint
+            f"`{target}` is a finished run with other settings: {OPTIONS[name].flag} was {_value(was)}, is {_value(now)}",
+            hint,
         )
     return run
+
+
+def _value(value: Any) -> str:
+    return "not given" if value is None else f"`{value}`"
 
 
 @contextmanager

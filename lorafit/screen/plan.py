@@ -20,6 +20,7 @@ from lorafit.units import (
     bytes_text,
     count,
     epochs_text,
+    figures,
     index_ranges,
     layers_text,
     percent,
@@ -36,12 +37,15 @@ def show_plan(
     fit: Fit | None,
     look: DataReport | None,
     command: str,
+    config: RunConfig,
 ) -> None:
     """What would be adapted, its names in PEFT, the data, and the cost; `command` is the command that trains it."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
         screen.line(label, text, answer=True)
+        if label == "adapts":
+            screen.line("LoRA", _lora_text(plan, config), answer=True)
     screen.answer()
     screen.answer(_plan_table(plan))
     screen.answer()
@@ -64,6 +68,16 @@ def show_plan(
         screen.note(note, answer=True)
     if fit is None or fit.fits:
         screen.command("next", command)
+
+
+def _lora_text(plan: Plan, config: RunConfig) -> str:
+    """`rank 16, alpha 32, learning rate 0.0043 (from the hidden size)`."""
+    dropout = f", dropout {plan.lora.dropout:g}" if plan.lora.dropout else ""
+    rate = ""
+    if config.learning_rate is not None:
+        why = config.why("learning_rate")
+        rate = f", learning rate {figures(config.learning_rate, 2)}{f' ({why})' if why else ''}"
+    return f"rank {plan.lora.r}, alpha {plan.lora.alpha:g}{dropout}{rate}"
 
 
 def _title(plan: Plan) -> str:

@@ -125,6 +125,8 @@ class TrainView:
             plan += (
                 f", learning rate {figures(self.settings['learning_rate'], 2)} ({self.settings['scheduler']})"
             )
+            if "rank" in self.settings:
+                plan += f", rank {self.settings['rank']}, alpha {self.settings['alpha']:g}"
         if event.resumed_at:
             plan += f", continued from step {count(event.resumed_at)}"
         if event.processes > 1:

@@ -152,7 +152,7 @@ def _start(
     """What is known before the first step; `damaged` says what was wrong with later checkpoints."""
     yield Started(
         steps=job.steps,
-        epochs=job.epochs,
+        epochs=job.steps / job.steps_per_epoch,
         rows=len(job.rows.train),
         held_out_rows=len(job.rows.held_out),
         held_out_digest=job.rows.held_out.digest,

@@ -25,6 +25,7 @@ def test_the_answer_comes_first_then_the_table_and_the_files(tiny, pairs, tmp_pa
     assert "compares   2 candidates, 8 steps of 8 rows each" in shown.err and "predicted" in shown.err
     assert re.search(r"1/2 +small +held-out loss", shown.err)
     stored = json.loads((out / "compare.json").read_text())
+    assert stored["environment"]["lorafit"] and "To reproduce" in (out / "compare.html").read_text()
     assert [row["choice"] for row in stored["choices"]] and stored["words"][0] in " ".join(shown.out.split())
     assert stored["take"] in stored["command"] or "--preset" in stored["command"]
     lines = list(csv.DictReader(StringIO((out / "compare.csv").read_text())))

@@ -141,5 +141,5 @@ def test_it_is_resumed(first, tiny, pairs, tmp_path):
 
 def test_more_epochs_of_a_finished_run_are_one_of_two_things(first, run):
     done = run("train", "--resume", "a", "--max-steps", 10)
-    assert done.code == 2 and "`max_steps` was 6, is 10" in done.err
+    assert done.code == 2 and "--max-steps was `6`, is `10`" in done.err
     assert "lorafit train --from-adapter a --max-steps 4" in done.err and "10 from the start" in done.err

@@ -100,6 +100,7 @@ KNOWN = {
     "--trust_remote_code": "leave it out",
     "--hub_model_id": "--push-to-hub",
     "--completion_only_loss": "--loss-on",
+    "--max-minutes": "timeout -s INT",
 }
 
 
@@ -321,3 +322,23 @@ def test_a_band_of_two_layers_offers_the_nearest(run, tiny, tmp_path):
     for band, nearest in (("high", "last:1"), ("low", "first:1"), ("mid", "all")):
         done = run("plan", tmp_path / "m", "--layers", band, "--no-estimate")
         assert done.code == 2 and f"--layers {nearest}" in done.err
+
+
+def test_an_option_of_train_alone_is_named_so(run):
+    refused = run("plan", "demo", "--eval-steps", 2)
+    assert refused.code == 2 and "`--eval-steps` is an option of `lorafit train`" in refused.err
+
+
+def test_a_model_that_is_not_there_is_named_before_the_data(run):
+    assert "/nonexistent/model" in (err := run("train", "/nonexistent/model").err) and "needs data" not in err
+
+
+def test_plan_says_rank_alpha_and_rate_and_train_how_much_of_an_epoch(run):
+    shown = run("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe")
+    assert re.search(r"LoRA +rank 16, alpha 32, learning rate 0\.0043 \(from hidden size 128\)", shown.out)
+    trained = run(
+        "train", "--preset", "basic", "--layers", "high", "--max-steps", 2, "-o", "short", "--no-sample"
+    )
+    assert "plan       0.07 epochs, 2 steps of 32 rows" in trained.err and "rank 16" in trained.err, (
+        trained.err
+    )

@@ -1,8 +1,8 @@
 import pytest
 
-from lorafit.compare.candidates import parse_count, resolve_all
+from lorafit.compare.candidates import parse_count, resolve_all, scale_note
 from lorafit.compare.grid import from_file, from_lists, parse_seeds
-from lorafit.compare.request import Request
+from lorafit.compare.request import Request, full_settings
 from lorafit.errors import RequestError
 from lorafit.model.chart import map_of
 
@@ -154,3 +154,18 @@ def test_a_run_file_gives_what_no_list_names(tmp_path):
     assert [one.name for one in Request({}, config=str(tmp_path / "run.yaml")).checked().wanted()[1]] == [
         "candidate"
     ]
+
+
+def test_ranks_of_equal_size_keep_the_scale_and_a_list_of_ranks_says_that_it_changes(demo_map):
+    """alpha / rank: with --trainable it is the preset's for all, with --ranks alpha is."""
+    lists = from_lists(["basic,all"], ["high"], [], [], [])
+    sized, _ = resolve_all(demo_map, lists, {}, None, 50_000)
+    loras = [one.plan.lora for one in sized]
+    assert len({lora.r for lora in loras}) == 2 and {lora.alpha / lora.r for lora in loras} == {2.0}
+    assert full_settings(sized[0], {})["alpha"] == loras[0].alpha and not scale_note(sized)
+    kept, _ = resolve_all(demo_map, lists, {"alpha": 8}, None, 50_000)
+    assert {one.plan.lora.alpha for one in kept} == {8}
+    listed, _ = resolve_all(demo_map, from_lists(["basic"], ["high"], ["4,16"], [], []), {}, None, None)
+    assert {one.plan.lora.alpha for one in listed} == {32} and "8 at rank 4, 2 at rank 16" in scale_note(
+        listed
+    )

@@ -62,7 +62,7 @@ def test_a_prediction_says_that_the_machine_was_busy(capfd, monkeypatch):
     busy = Timing(1e-3, 1e-3, 0.1, 64, "one block timed", spread=0.4).busy
     watched(started(busy=busy))
     told = " ".join(capfd.readouterr().err.split())
-    assert "peak memory 100 MB (the machine is busy: timings differ by 40.0 %, so the" in told
+    assert "peak memory 100 MB (the machine is busy: timings differ by 40 %, so the" in told
     watched(started(busy=Timing(1e-3, 1e-3, 0.1, 64, "one block timed", spread=0.1).busy))
     assert "busy" not in capfd.readouterr().err
 
