@@ -273,7 +273,7 @@ def test_a_finished_run_asked_for_more_is_refused(tiny, pairs, tmp_path, run):
     for more, text in (
         (("--epochs", 3), "`epochs` was 1, is 3"),
         (("--weight-decay", 0.1), "`weight_decay` was 0.0, is 0.1"),
-        (("--max-steps", 2), "`max_steps` was None, is 2"),
+        (("--max-steps", 2), "--max-steps was not given, is `2`"),
         (("--overflow", "drop"), "`overflow` was 'truncate', is 'drop'"),
         (("--optimizer", "sgd"), "`optimizer` was 'adamw', is 'sgd'"),
     ):
