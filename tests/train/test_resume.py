@@ -187,8 +187,8 @@ def test_damaged_checkpoints_are_passed_over(tiny, pairs, tmp_path):
     [
         ({"learning_rate": 1e-3}, "`learning_rate` was"), ({"epochs": 3}, "`epochs` was 2, is 3"), ({"layers": "high"}, "`layers` was"),
         ({"preset": "ffn"}, "`preset` was"), ({"seed": 5}, "`seed` was 0, is 5"), ({"data": None}, "training rows differ"),
-        ({"weight_decay": 0.1}, "`weight_decay` was 0.0, is 0.1"), ({"max_grad_norm": 0.5}, "`max_grad_norm` was"),
-        ({"optimizer": "sgd"}, "`optimizer` was 'adamw', is 'sgd'"), ({"modules": ("q_proj,k_proj",)}, "adapted modules differ"),
+        ({"weight_decay": 0.1}, "--weight-decay was `0.0`, is `0.1`"), ({"max_grad_norm": 0.5}, "`max_grad_norm` was"),
+        ({"optimizer": "sgd"}, "--optimizer was `adamw`, is `sgd`"), ({"modules": ("q_proj,k_proj",)}, "adapted modules differ"),
         ({"rank": 4}, "`rank` was"), ({"loss_on": "all"}, "training rows differ"),
     ],
 )  # fmt: skip
@@ -271,11 +271,11 @@ def test_a_finished_run_asked_for_more_is_refused(tiny, pairs, tmp_path, run):
     assert same.code == 0 and "nothing to resume" in same.err
     assert run(*words, "--resume", "--save-steps", 3).code == 0  # how it is saved may differ
     for more, text in (
-        (("--epochs", 3), "`epochs` was 1, is 3"),
-        (("--weight-decay", 0.1), "`weight_decay` was 0.0, is 0.1"),
+        (("--epochs", 3), "--epochs was `1`, is `3`"),
+        (("--weight-decay", 0.1), "--weight-decay was `0.0`, is `0.1`"),
         (("--max-steps", 2), "--max-steps was not given, is `2`"),
-        (("--overflow", "drop"), "`overflow` was 'truncate', is 'drop'"),
-        (("--optimizer", "sgd"), "`optimizer` was 'adamw', is 'sgd'"),
+        (("--overflow", "drop"), "--overflow was `truncate`, is `drop`"),
+        (("--optimizer", "sgd"), "--optimizer was `adamw`, is `sgd`"),
     ):
         done = run(*words, "--resume", *more)
         assert done.code == 2 and text in " ".join(done.err.split())
