@@ -1,10 +1,12 @@
 import csv
+import shutil
 from io import StringIO
 
 import pytest
 from jobs import events_of, job_for
 
 from lorafit.errors import Interrupted
+from lorafit.train import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +46,27 @@ def test_the_table_marks_what_is_unfinished_and_says_how_to_go_on(place, run):
     (folder / "request.json").unlink()
     only = run("runs", folder / "a")
     assert str(folder / "a") in only.out and "unfinished" not in only.out
+
+
+def test_what_a_process_writes_now_is_not_offered_to_be_resumed(place, run, tmp_path):
+    folder, _, _ = place
+    writer = RunFolder(folder / "c")
+    writer.open(overwrite=False, resume=True)
+    (tmp_path / "d").with_name("d.partial").mkdir()
+    shutil.copy(folder / "c.partial" / "run.yaml", tmp_path / "d.partial")
+    try:
+        shown = run("runs", folder)
+        assert f"{folder / 'c'} running" in shown.out.replace("\n", "")
+        assert "--resume" not in shown.out and "unfinished" not in shown.out
+        both = run("runs", folder, tmp_path)
+        assert f"lorafit train --resume {tmp_path / 'd'}" in both.out  # the one that is not running
+    finally:
+        writer.release()
+    both = run("runs", folder, tmp_path)
+    assert "running" not in both.out and "RUN is any of them" in both.out
+    assert "lorafit train --resume RUN\n" in both.out
+    writer.open(overwrite=False, resume=True)  # asking has not kept the lock
+    writer.release()
 
 
 def test_rows_are_sorted_by_any_column_with_what_is_unknown_last(place, run):
