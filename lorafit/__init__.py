@@ -40,6 +40,11 @@ __all__ = [
 ]
 
 
+def __dir__() -> list[str]:
+    """What is here to be used, also where it is not imported yet: for completion."""
+    return list(__all__)
+
+
 class _Package(ModuleType):
     """`lorafit.train` is the function, also after Python has imported the folder of that name, which it would
     put in the function's place."""

@@ -271,7 +271,7 @@ def compare(
 
 @_takes(*EVALUATES)
 def evaluate(
-    *adapters: Place,
+    *adapters: Place | Sequence[Place],
     by: str | None = None,
     also: Values = None,
     samples: int = 3,
@@ -287,16 +287,17 @@ def evaluate(
     **options: Any,
 ) -> EvalReport:
     """Base and adapters over the same rows: those of `data`, or the ones that the run held out. A model, alone, is
-    scored.
+    scored. Several adapters may be a list.
 
     As on the command line, the page of the first adapter's run is written again. Raises RequestError.
     """
     from lorafit.operations import evaluate_adapters
 
-    if not adapters:
+    names = [name for each in adapters for name in _texts(each)]
+    if not names:
         raise RequestError("evaluate needs an adapter or a model", 'lorafit.evaluate("runs/…")')
     return evaluate_adapters(
-        [str(adapter) for adapter in adapters],
+        names,
         options,
         by=_text(by),
         also=_texts(also),

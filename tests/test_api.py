@@ -57,6 +57,11 @@ def test_to_import_lorafit_imports_nothing_else_of_it():
     assert fresh(code).stdout.split() == ["lorafit", "lorafit.lazy"]
 
 
+def test_completion_finds_the_functions_before_they_are_used():
+    shown = fresh("import lorafit; print(*dir(lorafit))").stdout.split()
+    assert shown == sorted([*FUNCTIONS, "Comparison", "LorafitError", "Run", "__version__"])
+
+
 def test_the_functions_keep_their_names_beside_the_folders():
     for name in ("compare", "evaluate", "merge", "train"):
         assert import_module(f"lorafit.{name}") is not getattr(lorafit, name)
@@ -118,6 +123,7 @@ def test_train_is_the_command(run, tiny, pairs, tmp_path, trained):
 def test_evaluate_and_merge_give_what_the_commands_print(run, tmp_path, trained):
     output, _ = trained
     same(run("eval", output, "--json").document, lorafit.evaluate(output))
+    same(run("eval", output, output, "--json").document, lorafit.evaluate([output, str(output)]))
     prompted = lorafit.evaluate(output, prompt="hello", max_new_tokens=2)
     assert [s.prompt for s in prompted.samples] == ["hello"] and not prompted.adapters
     merged = lorafit.merge(output, output=tmp_path / "a")
@@ -185,6 +191,8 @@ def test_compare_is_the_command_and_goes_on(run, tiny, pairs, tmp_path):
         (lambda: lorafit.merge("x", verify="no"), "`verify` is 'no': it takes True or False", ""),
         (lambda: lorafit.plan(fit=24), "--fit", ""),
         (lambda: lorafit.evaluate(), "needs an adapter", ""),
+        (lambda: lorafit.evaluate([]), "needs an adapter", ""),
+        (lambda: lorafit.evaluate(["nowhere/a", "nowhere/b"]), "`nowhere/a`", ""),
         (lambda: lorafit.merge(), "merge needs an adapter", ""),
         (lambda: lorafit.inspect("nowhere/at-all"), "nowhere/at-all", ""),
     ],

@@ -134,6 +134,7 @@ PRINTED = [
     "4 17280",
     "['basic-high', 'ffn-high']",
     "there is no option `lr`",
+    "runs/",
 ]  # first lines
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
@@ -84,7 +84,8 @@ def chat(
 
     screen = Screen(json, quiet)
     view = ChatView(screen)
-    talk, about, notes = _opened(given, name, model, system or "", (temperature, seed, max_new_tokens), plain)
+    drawn = (temperature, seed, max_new_tokens)
+    talk, about, notes = _opened(given, name, model, system or "", drawn, plain, view.loading)
     view.start(about)
     for text in notes:
         screen.note(text)
@@ -100,8 +101,12 @@ def _opened(
     system: str,
     drawn: tuple[float, int, int],
     plain: bool | None,
+    loading: Callable[[str], None] = lambda name: None,
 ) -> tuple[Chat, str, list[str]]:
-    """(the conversation, what it is with, notes). Raises RequestError for what cannot be talked to."""
+    """(the conversation, what it is with, notes); `loading` is told the name before that takes its time.
+
+    Raises RequestError for what cannot be talked to.
+    """
     from lorafit.adapter import common_base, is_model, locate, tokenizer_place
     from lorafit.model import chart_of, find
     from lorafit.operations import quantisation
@@ -110,6 +115,7 @@ def _opened(
 
     alone = model is None and is_model(name)
     adapters = [] if alone else [locate(name)]
+    loading(name)
     if alone:
         source = find(name)
         found = chart_of(source)

@@ -45,7 +45,7 @@ def runs(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List finished and unfinished runs: settings, losses, speed, date."""
+    """List finished, running and unfinished runs: settings, losses, speed, date."""
     from lorafit.report import find_runs, runs_text, sorted_by
     from lorafit.screen import Screen, show_runs
 
@@ -63,4 +63,7 @@ def runs(
     elif csv:
         sys.stdout.write(runs_text(rows))
     else:
-        show_runs(Screen(), rows)
+        from lorafit.train import is_written
+
+        running = {row.run for row in rows if not row.finished and is_written(Path(row.run))}
+        show_runs(Screen(), rows, running)

@@ -39,6 +39,8 @@ class Boundary(TyperGroup):
             connect()
             only_train(args)
             code = super().main(args, standalone_mode=False, **extra)
+            if code == INTERRUPTED:  # what typer makes of Ctrl-C, without a word
+                raise KeyboardInterrupt
         except LorafitError as error:
             code = _report(error)
         except _CLICK_ERROR as error:

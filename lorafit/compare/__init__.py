@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafit.compare.grid import from_file as from_file
     from lorafit.compare.grid import from_lists as from_lists
     from lorafit.compare.hint import Hint as Hint
+    from lorafit.compare.page import VERDICTS as VERDICTS
     from lorafit.compare.ranking import rank as rank
     from lorafit.compare.request import Request as Request
     from lorafit.compare.request import full_settings as full_settings
@@ -46,6 +47,7 @@ __getattr__ = door(
         "files": "table_text write_answer",
         "grid": "from_file from_lists",
         "hint": "Hint",
+        "page": "VERDICTS",
         "ranking": "rank",
         "request": "Request full_settings",
         "results": "Began Cut Ended",

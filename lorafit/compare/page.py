@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from lorafit import __version__
-from lorafit.compare.answer import Answer, ChoiceRow
+from lorafit.compare.answer import EQUAL, Answer, ChoiceRow
 from lorafit.compare.results import Outcome
 from lorafit.model import ModelMap
 from lorafit.report import (
@@ -29,6 +29,7 @@ from lorafit.units import bytes_text, count, figures, rows_text, seconds_text, s
 
 MOST_ROWS = 6  # held-out rows that are shown
 DRAWN = 280  # height of a chart
+VERDICTS = {EQUAL: "same"}  # the words of the table, where they are not those of the answer
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,9 +86,9 @@ def _table(choices: Sequence[ChoiceRow]) -> Html:
     head = [
         "choice",
         "loss",
-        *(["spread over seeds"] if several else []),
         "verdict",
         "to the lowest",
+        *(["spread"] if several else []),
         "accuracy",
         "trained",
         "time",
@@ -100,9 +101,9 @@ def _table(choices: Sequence[ChoiceRow]) -> Html:
             [
                 c.choice,
                 f"{c.loss:.4f}",
-                *([f"{c.spread:.4f}" if c.spread is not None else ""] if several else []),
-                c.verdict,
+                VERDICTS.get(c.verdict, c.verdict),
                 f"{c.delta:+.4f} ± {c.error:.4f}" if c is not choices[0] else "",
+                *([f"{c.spread:.4f}" if c.spread is not None else ""] if several else []),
                 f"{c.accuracy:.1%}",
                 short(c.trainable_params),
                 seconds_text(c.seconds),
@@ -116,10 +117,11 @@ def _table(choices: Sequence[ChoiceRow]) -> Html:
             ]
         )
     about = (
-        f"By held-out loss. ± is the standard error of the difference, over rows (paired){' and seeds' * several}; p is "
+        f"By held-out loss{'; spread is its standard deviation over seeds' * several}; same is what is not distinguishable from the lowest. "
+        f"± is the standard error of the difference, over rows (paired){' and seeds' * several}; p is "
         "corrected for the number of comparisons (Holm). Time is that of training steps; memory is what the process grew by."
     )
-    return el("section", el("h2", "Choices"), table(head, rows), el("p", el("small", about)))
+    return el("section", el("h2", "Choices"), table(head, rows, whole=True), el("p", el("small", about)))
 
 
 def _heat(choices: Sequence[ChoiceRow]) -> Html:
@@ -160,8 +162,10 @@ def _heat(choices: Sequence[ChoiceRow]) -> Html:
             )
         rows.append(el("tr", el("th", preset), cells))
     head = el("tr", el("th"), [el("th", band) for band in bands])
+    one = ", the lowest loss of its candidates" if len(best) < len(choices) else ""
     about = (
-        "Held-out loss of each strategy in each band, greener is lower; ● is not beyond noise of the lowest."
+        f"Held-out loss of each strategy in each band{one}; greener is lower, "
+        "● is not beyond noise of the lowest."
     )
     return el(
         "section", el("h2", "Strategy × band"), el("div", el("table", head, rows, cls="heat"), cls="wide"),

@@ -36,6 +36,9 @@ table { margin: .6rem 0; border-collapse: collapse; font-variant-numeric: tabula
 th, td { text-align: left; padding: .3rem .8rem .3rem 0; border-bottom: 1px solid var(--line); vertical-align: top; }
 th { color: var(--soft); font-weight: 600; white-space: nowrap; } td.n, th.n { text-align: right; white-space: nowrap; }
 td.name { min-width: 9rem; }
+.whole { width: max-content; min-width: 100%; max-width: calc(100vw - 3rem); position: relative; left: 50%; transform: translateX(-50%);
+  font-size: 14px; }
+@media (max-width: 40rem) { .whole { font-size: 13px; } .whole th, .whole td { padding-right: .5rem; } .whole td.name { min-width: 5.5rem; } }
 .map th, .map td { padding: 0 1px; border: 0; text-align: center; font-size: 11px; line-height: 1.3; }
 .map th.role { text-align: right; padding-right: .5rem; font-size: 13px; font-weight: 400; color: var(--ink); }
 .heat td { text-align: center; padding: .45rem .7rem; border: 2px solid var(--back); white-space: nowrap; }

@@ -21,8 +21,11 @@ def el(name: str, *inside: str | Iterable[str], **attributes: object) -> Html:
     return Html(f"<{name}{shown}>{_inner(inside)}</{name}>")
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1) -> Html:
-    """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int = 1, whole: bool = False
+) -> Html:
+    """A table in a frame that scrolls; the columns from `figures_from` on are right-aligned. One that may use the
+    `whole` width of the window reaches beyond the text."""
 
     def cells(kind: str, row: Sequence[str]) -> Html:
         return el(
@@ -33,7 +36,7 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]], figures_from: int 
     return el(
         "div",
         el("table", el("thead", cells("th", head)), el("tbody", [cells("td", row) for row in rows])),
-        cls="wide",
+        cls="wide whole" if whole else "wide",
     )
 
 

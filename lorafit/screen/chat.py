@@ -25,6 +25,11 @@ class ChatView:
         # closed by the caller, `<&-`, it is None
         self.typed = sys.stdin is not None and sys.stdin.isatty() and sys.stdout.isatty()  # by a person
 
+    def loading(self, name: str) -> None:
+        """What a person waits for."""
+        if self.typed and not self.screen.as_json:
+            self.screen.command("loading", name, answer=False)
+
     def start(self, about: str) -> None:
         self.screen.line("chat", about)
         if self.typed:

@@ -11,14 +11,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 from lorafit import __version__
-from lorafit.compare import Ahead, Answer, Began, ChoiceRow, Cut, Ended, Hint, Impossible
+from lorafit.compare import VERDICTS, Ahead, Answer, Began, ChoiceRow, Cut, Ended, Hint, Impossible
 from lorafit.events import DataReport, Filling, Stepped
 from lorafit.model import ModelMap
 from lorafit.screen.console import Screen, Table, table_of
 from lorafit.screen.data import show_data
 from lorafit.units import bytes_text, count, index_ranges, layers_text, rows_text, seconds_text, short
 
-VERDICTS = {"not distinguishable": "same"}  # shorter, for the table
 FEW = 30  # held-out rows below which a note says that they are few
 WIDE = 96  # columns from which on the table has all its columns
 

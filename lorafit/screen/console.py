@@ -154,11 +154,22 @@ class Table:
         texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in cells]
         self.rows.append([*texts, *(Text() for _ in self.names[len(texts) :])])
 
+    @property
+    def width(self) -> int:
+        """The columns of the screen that it takes where nothing wraps."""
+        return sum(self._widths) + GAP * (len(self.names) - 1)
+
+    @property
+    def _head(self) -> list[Text]:
+        return [Text(f"  {name}" if number == 0 else name, "bold") for number, name in enumerate(self.names)]
+
+    @property
+    def _widths(self) -> list[int]:
+        return [max(row[c].cell_len for row in (self._head, *self.rows)) for c in range(len(self.names))]
+
     def lines(self, console: Console) -> Iterator[Text]:
         """What is printed, in lines that fit the console."""
-        head = [Text(f"  {name}" if number == 0 else name, "bold") for number, name in enumerate(self.names)]
-        every = [head, *self.rows]
-        widths = [max(row[c].cell_len for row in every) for c in range(len(self.names))]
+        every, widths = [self._head, *self.rows], self._widths
         room = console.width - GAP * (len(widths) - 1)
         if 0 <= self.fold < len(widths) and sum(widths) > room:
             widths[self.fold] = max(NARROWEST, room - sum(widths) + widths[self.fold])

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from lorafit.train.measure import peak_memory as peak_memory
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
+    from lorafit.train.run_folder import is_written as is_written
     from lorafit.train.trackers import trackers_of as trackers_of
 
 __getattr__ = door(
@@ -34,7 +35,7 @@ __getattr__ = door(
         "loggers": "Listener recorded records",
         "loop": "run",
         "measure": "memory_before peak_memory",
-        "run_folder": "RunFolder claim",
+        "run_folder": "RunFolder claim is_written",
         "trackers": "trackers_of",
     },
 )

@@ -180,6 +180,30 @@ def _lock_beside(folder: Path) -> Callable[[], None] | None:
     return give_back
 
 
+def is_written(target: Path) -> bool:
+    """Whether a process is writing the run of that name now. Its lock is asked for, and not kept."""
+    work = RunFolder(target).work
+    if fcntl is None:
+        beside = work.with_name(f"{work.name}.lock")
+        free = _lock_beside(work) if work.is_dir() and beside.is_file() else lambda: None
+        if free is not None:
+            free()
+        return free is None
+    try:
+        descriptor = os.open(work, os.O_RDONLY)
+    except OSError:
+        return False
+    try:  # a shared lock: two that ask at once do not take one another for a run
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)  # type: ignore[attr-defined]  # on Windows
+    except BlockingIOError:
+        return True
+    except OSError:  # a file system without locks
+        return False
+    finally:
+        os.close(descriptor)
+    return False
+
+
 def claim(stem: str) -> RunFolder:
     """`runs/STEM-1` opened, or the first number that neither a run nor an unfinished one has."""
     number = 1

@@ -1,10 +1,12 @@
+import re
 from dataclasses import replace
 
 import pytest
 
-from lorafit.compare.answer import EQUAL, LOWEST, WORSE, ChoiceRow, taken, words
+from lorafit.compare.answer import EQUAL, LOWEST, WORSE, Answer, ChoiceRow, taken, words
 from lorafit.compare.files import COLUMNS, table_text
 from lorafit.compare.page import compare_page
+from lorafit.model.chart import map_of
 
 
 def row(preset, layers, delta=0.0, error=0.0, verdict=LOWEST, seconds=10.0, gain=-0.5):
@@ -59,11 +61,28 @@ def test_a_choice_that_is_no_better_than_the_base_is_said():
     assert words([], "") == ["No candidate finished."]
 
 
+def test_the_table_of_the_page_has_the_verdict_beside_the_loss_and_the_picture_says_what_its_cells_are():
+    cells = [("ffn", "high"), ("ffn", "low"), ("basic", "high"), ("basic", "low")]
+    choices = [row(*cell, 0.01 * n, 0.01, (LOWEST, EQUAL, WORSE, WORSE)[n]) for n, cell in enumerate(cells)]
+    page = page_of(choices)
+    head, first, second, third = (re.findall("<t[hd].*?>(.*?)</t[hd]>", r) for r in page.split("<tr>")[1:5])
+    assert head[:4] == ["choice", "loss", "verdict", "to the lowest"]
+    assert [shown[2] for shown in (first, second, third)] == ["lowest", "same", "worse"]
+    assert second[3] == "+0.0100 ± 0.0100" and EQUAL not in page.partition("By held-out loss")[0]
+    assert "each strategy in each band; greener" in page
+    higher = replace(choices[0], choice="ffn-high-r8", loss=1.2)
+    page = page_of([*choices, higher])
+    assert "each strategy in each band, the lowest loss of its candidates; greener" in page
+    assert ">1.000 ●</td>" in page and ">1.200</td>" not in page
+
+
+def page_of(choices):
+    answer = Answer("demo", "nowhere", 9, 99, 1.5, tuple(choices), "ffn-high", (), (), ())
+    return compare_page(answer, map_of("demo"))
+
+
 @pytest.mark.parametrize("name", ["<b>x</b>", "a&b"])
 def test_names_are_escaped_on_the_page(name):
-    from lorafit.compare.answer import Answer
-    from lorafit.model.chart import map_of
-
     choices = (replace(LOW, choice=name, runs=(name,)), row("ffn", "high", 0.1, 0.01, WORSE))
     answer = Answer("demo", "nowhere", 9, 99, 1.5, choices, name, ("`ffn` on `high` is best.",), (), ())
     page = compare_page(answer, map_of("demo"))

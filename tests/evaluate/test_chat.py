@@ -203,36 +203,67 @@ def endless(without_template):
     return without_template
 
 
-def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(endless):
-    master, slave = pty.openpty()
-    words = [sys.executable, "-m", "lorafit", "chat", str(endless), "--max-new-tokens", "900000"]
-    process = subprocess.Popen(words, stdin=slave, stdout=slave, stderr=slave, start_new_session=True)
-    os.close(slave)
-    seen = b""
+class Typed:
+    """`lorafit chat …` on a terminal of its own."""
 
-    def read_until(pattern, seconds=90.0):
-        nonlocal seen
+    def __init__(self, *words):
+        self.master, slave = pty.openpty()
+        command = [sys.executable, "-m", "lorafit", "chat", *map(str, words)]
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
+        )
+        os.close(slave)
+        self.seen = b""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *raised):
+        self.process.kill()
+        self.process.wait()
+        os.close(self.master)
+
+    def read_until(self, pattern, seconds=90.0):
         end = time.monotonic() + seconds
-        while not re.search(pattern, seen):
-            assert time.monotonic() < end and process.poll() is None, seen
-            if select.select([master], [], [], 0.2)[0]:
-                seen += os.read(master, 4096)
+        while not re.search(pattern, self.seen):
+            assert time.monotonic() < end and self.process.poll() is None, self.seen
+            if select.select([self.master], [], [], 0.2)[0]:
+                self.seen += os.read(self.master, 4096)
 
-    try:
-        read_until(rb"> ")
-        os.write(master, b"Anton runs.\n")
-        read_until(rb"runs\.\r?\n")
-        time.sleep(1)  # it speaks now
-        process.send_signal(signal.SIGINT)
-        read_until(rb"stopped(.|\n)*> ")
-        for _ in range(
-            15
-        ):  # one that comes between the prompt and the wait for a key is not seen by readline
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(2)
+    def read_to_the_end(self):
+        code = self.process.wait(30)
+        while select.select([self.master], [], [], 0.2)[0]:
+            try:
+                self.seen += os.read(self.master, 4096)
+            except OSError:  # the other side is closed
                 break
-        assert process.wait(1) == 0 and b"Traceback" not in seen and b"error" not in seen
-    finally:
-        process.kill()
-        os.close(master)
+        return code
+
+
+def test_ctrl_c_stops_an_answer_and_at_the_prompt_the_chat(endless):
+    with Typed(endless, "--max-new-tokens", "900000") as chat:
+        chat.read_until(rb"> ")
+        os.write(chat.master, b"Anton runs.\n")
+        chat.read_until(rb"runs\.\r?\n")
+        time.sleep(1)  # it speaks now
+        chat.process.send_signal(signal.SIGINT)
+        chat.read_until(rb"stopped(.|\n)*> ")
+        for _ in range(15):  # one between the prompt and the wait for a key is not seen by readline
+            chat.process.send_signal(signal.SIGINT)
+            with suppress(subprocess.TimeoutExpired):
+                chat.process.wait(2)
+                break
+        assert chat.process.wait(1) == 0 and b"Traceback" not in chat.seen and b"error" not in chat.seen
+
+
+def test_what_is_loaded_is_said_on_a_terminal_and_ctrl_c_ends_it_with_a_word(trained, talk):
+    with Typed(trained) as chat:
+        chat.read_until(rb"loading .*run\r?\n")  # before torch is imported, which takes more than a second
+        assert b"/reset" not in chat.seen
+        chat.process.send_signal(signal.SIGINT)
+        assert chat.read_to_the_end() == 130
+        assert b"interrupted" in chat.seen and b"Traceback" not in chat.seen, chat.seen
+    assert "loading" not in talk([ASKED], trained, "--max-new-tokens", "1").err
+    with Typed(trained, "--json") as chat:
+        chat.read_until(rb"> ")
+        assert b"/reset" in chat.seen and b"loading" not in chat.seen

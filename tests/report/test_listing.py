@@ -1,10 +1,15 @@
 import csv
+import shutil
+from dataclasses import replace
 from io import StringIO
 
 import pytest
 from jobs import events_of, job_for
 
 from lorafit.errors import Interrupted
+from lorafit.report import RunRow
+from lorafit.screen import Screen, show_runs
+from lorafit.train import RunFolder
 
 
 @pytest.fixture(scope="module")
@@ -37,13 +42,66 @@ def test_every_run_is_a_row_with_its_settings_and_results(place, run, tiny):
 def test_the_table_marks_what_is_unfinished_and_says_how_to_go_on(place, run):
     folder, _, _ = place
     shown = run("runs", folder)
-    assert f"{folder / 'c'} *" in shown.out.replace("\n", "") and "* is unfinished" in shown.out
+    assert "  c *" in shown.out and f"folder     {folder}\n" in shown.out and "* is unfinished" in shown.out
     assert f"lorafit train --resume {folder / 'c'}" in shown.out
     (folder / "request.json").write_text("{}")  # as in the folder of a comparison
     assert f"lorafit compare --resume {folder}" in run("runs", folder).out
     (folder / "request.json").unlink()
     only = run("runs", folder / "a")
     assert str(folder / "a") in only.out and "unfinished" not in only.out
+
+
+def test_what_a_process_writes_now_is_not_offered_to_be_resumed(place, run, tmp_path):
+    folder, _, _ = place
+    writer = RunFolder(folder / "c")
+    writer.open(overwrite=False, resume=True)
+    (tmp_path / "d").with_name("d.partial").mkdir()
+    shutil.copy(folder / "c.partial" / "run.yaml", tmp_path / "d.partial")
+    try:
+        shown = run("runs", folder)
+        assert "  c running" in shown.out
+        assert "--resume" not in shown.out and "unfinished" not in shown.out
+        both = run("runs", folder, tmp_path)
+        assert f"lorafit train --resume {tmp_path / 'd'}" in both.out  # the one that is not running
+    finally:
+        writer.release()
+    both = run("runs", folder, tmp_path)
+    assert "running" not in both.out and "RUN is any of them" in both.out
+    assert "lorafit train --resume RUN\n" in both.out
+    writer.open(overwrite=False, resume=True)  # asking has not kept the lock
+    writer.release()
+
+
+def test_sixteen_runs_are_sixteen_lines_of_eighty_columns(monkeypatch, capsys):
+    blank = RunRow(
+        "", True, "org/SmolLM2-135M", "train.jsonl", "", "", 8, 0.0, 0, 87, 1.1989, 0.5, 9.0, 9, 16.0,
+        "2026-11-27T09:48:50+00:00", "0.1", "2",
+    )  # fmt: skip
+    rows = [
+        replace(blank, run=f"runs/compare-1/{preset}-{band}-lr{rate}", preset=preset, layers=band, learning_rate=rate)
+        for preset in ("attention", "extended")
+        for band in ("low", "mid", "high", "all")
+        for rate in (0.001, 0.0043)
+    ]  # fmt: skip
+    rows[3] = replace(rows[3], date="2026-11-28", seed=1)
+    shown = {}
+    for width in (80, 120):
+        monkeypatch.setenv("COLUMNS", str(width))
+        show_runs(Screen(), rows)
+        lines = shown[width] = capsys.readouterr().out.splitlines()
+        assert max(map(len, lines)) <= width
+        assert sum("-lr0.00" in line and "0.500" in line for line in lines) == 16
+    narrow, wide = (" ".join("\n".join(shown[width]).split()) for width in (80, 120))
+    for said_once in ("model SmolLM2-135M", "data train.jsonl", "rank 8", "before 1.199"):
+        assert narrow.count(said_once) == wide.count(said_once) == 1
+    assert narrow.count("SmolLM2-135M") == narrow.count("1.199") == 1
+    (head,) = (line for line in shown[80] if line.startswith("  run "))
+    (wider,) = (line for line in shown[120] if line.startswith("  run "))
+    assert head.split() == ["run", "preset", "layers", "rate", "after", "steps", "date"]
+    assert wider.split() == ["run", "preset", "layers", "rate", "seed", "after", "steps", "time", "date"]
+    assert "a wider terminal shows time, seed too" in narrow and "wider" not in wide
+    assert " attention-low-lr0.001 " in narrow and "folder runs/compare-1" in narrow
+    assert " runs/compare-1/attention-low-lr0.001 " in wide
 
 
 def test_rows_are_sorted_by_any_column_with_what_is_unknown_last(place, run):
