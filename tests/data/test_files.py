@@ -202,6 +202,36 @@ def test_a_row_with_an_empty_answer_is_a_bad_row(tmp_path, shape):
     assert any("skipped 1 bad row, e.g." in note and "the answer is empty" in note for note in look.notes)
 
 
+def test_a_role_that_nobody_knows_is_a_bad_row(tmp_path):
+    """Misspelt in a question or an answer; a role is known by its usual names, or by the chat template's."""
+    chatml, _ = shaped("chatml")
+    good = {"messages": CHATS["one"]}
+    spelt = {"messages": [turn("System", "Be kind."), turn(" user ", "a"), turn("Assistant ", "b"), turn("developer", "c"),
+                          turn("ipython", "2"), turn("model", "d")]}  # fmt: skip
+    wrong = {"messages": [turn("usr", "a"), turn("assistant", "b")]}
+    path = write(tmp_path, "d.jsonl", good, spelt, wrong, good, good)
+    with pytest.raises(RequestError, match=r"d\.jsonl:3`: role `usr` is not known") as error:
+        rows_of(path, chatml)
+    assert error.value.hint == "did you mean `user`?"
+    look = rows_of(path, chatml, on_bad_row="skip").look
+    assert (look.bad, look.rows + look.held_out_rows) == (1, 4)
+
+    with pytest.raises(RequestError, match="no assistant message") as error:
+        rows_of(write(tmp_path, "e.jsonl", {"messages": [turn("user", "a"), turn("asistant", "b")]}), chatml)
+    assert error.value.hint == "role `asistant`: did you mean `assistant`?"
+
+    path = write(tmp_path, "c.jsonl", *[{"messages": [turn("critic", "Be brief."), *CHATS["one"]]}] * 3)
+    with pytest.raises(RequestError, match=r"3 rows cannot be used.*role `critic` is not known") as error:
+        rows_of(path, chatml)
+    assert "the chat template names" in error.value.hint
+    head = "{% for m in messages %}{% if m.role == 'critic' %}{{ m.content }}{% endif %}{% endfor %}"
+    named, _ = shaped("chatml")
+    named.chat_template = head + named.chat_template
+    assert rows_of(path, named).look.bad == 0
+    named.chat_template = {"default": named.chat_template + '{{ "" }}'}  # as a tokenizer with several has it
+    assert rows_of(path, named).look.bad == 0
+
+
 def test_rows_are_held_out_among_those_that_survive(tmp_path):
     long = {"prompt": "word " * 400, "completion": "x"}
     made = rows_of(write(tmp_path, "d.jsonl", *[long] * 30, *PAIR[:2]))
