@@ -13,7 +13,7 @@ from lorafit.model import HUB_ID, ModelMap, ModelSource, chart_of, find, hub_rea
 
 def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[ModelSource, ModelMap]:
     """The base that all of these adapters were trained on, and its map; `model` names it where it is not
-    the one they name.
+    the one they name; None or an empty text is no name.
 
     Raises RequestError when they name different bases, or the base is missing or has other weights.
     """
@@ -23,13 +23,13 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
     try:
         source = find(name)
     except RequestError as error:
-        if model is not None:
+        if model:
             raise
         raise RequestError(
             f"the base of `{first}` was not found: {error.message}", "name it with --model"
         ) from None
     for other in adapters[1:]:
-        if model is None and base_of(other) != base_of(first):
+        if not model and base_of(other) != base_of(first):
             raise RequestError(
                 f"`{other}` has another base than `{first}`", "take them one by one, or name it with --model"
             )

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from lorafit.data.ends import write_generation_config as write_generation_config
     from lorafit.data.files import find_files as find_files
     from lorafit.data.files import find_sources as find_sources
+    from lorafit.data.last_turn import last_user_turn as last_user_turn
     from lorafit.data.report import rendered as rendered
     from lorafit.data.rows import IGNORED as IGNORED
     from lorafit.data.rows import Row as Row
@@ -48,6 +49,7 @@ __getattr__ = door(
         "dataset": "Rows chat_template_of files_of labelled load prepare read_eval_rows",
         "ends": "end_tokens write_generation_config",
         "files": "find_files find_sources",
+        "last_turn": "last_user_turn",
         "report": "rendered",
         "rows": "IGNORED Row RowSet read_rows save_rows",
         "template": "ChatTemplate",

@@ -294,11 +294,11 @@ def _string(row: Message, key: str, where: str) -> str:
     return value
 
 
-def _learned_string(row: Message, key: str, where: str) -> str:
-    """A text that is learned: a row without one is blank."""
+def _answer(row: Message, key: str, where: str) -> str:
+    """An answer that is learned. Raises RequestError for an empty one."""
     value = _string(row, key, where)
     if not value.strip():
-        raise _Blank
+        raise RequestError(f"`{where}`: the answer is empty")
     return value
 
 
@@ -316,21 +316,21 @@ def _example(
     asked = 0
     match format:
         case "messages":
-            turns = messages_of(_filled(row, "messages"), "messages", where, kept_nulls=kept_nulls)
+            turns = messages_of(_filled(row, "messages", where), "messages", where, kept_nulls=kept_nulls)
         case "conversations":
             key = "conversations" if "conversations" in row else "conversation"
-            turns = messages_of(_filled(row, key), key, where, kept_nulls=kept_nulls)
+            turns = messages_of(_filled(row, key, where), key, where, kept_nulls=kept_nulls)
         case "instruction":
             turns = _instruction(row, where)
         case "prompt-completion" if isinstance(row.get("prompt"), (list, dict)):
             before = messages_of(row["prompt"], "prompt", where, ends=False, kept_nulls=kept_nulls)
             completion = row.get("completion")
             if isinstance(completion, str):
-                completion = [{"role": "assistant", "content": _learned_string(row, "completion", where)}]
+                completion = [{"role": "assistant", "content": _answer(row, "completion", where)}]
             turns = before + messages_of(completion, "completion", where, kept_nulls=kept_nulls)
             asked = len(before)
         case "prompt-completion":
-            completion = _learned_string(row, "completion", where)
+            completion = _answer(row, "completion", where)
             prompt = _string(row, "prompt", where)
             if not reading.as_chat:
                 return Example(where, prompt=prompt, completion=completion, number=number, group=group)
@@ -339,7 +339,10 @@ def _example(
             ids, labels, each = _tokens(row, where)
             return Example(where, ids=ids, labels=labels, each=each, number=number, group=group)
         case _:
-            return Example(where, text=_learned_string(row, "text", where), number=number, group=group)
+            text = _string(row, "text", where)
+            if not text.strip():
+                raise _Blank
+            return Example(where, text=text, number=number, group=group)
     if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
         turns = (_turn("system", row["system"]), *turns)
         asked += bool(asked)
@@ -350,10 +353,11 @@ def _turn(role: str, content: str) -> Message:
     return {"role": role, "content": content}
 
 
-def _filled(row: Message, key: str) -> Any:
+def _filled(row: Message, key: str, where: str) -> Any:
+    """The messages of a row. Raises RequestError where there are none."""
     value = row.get(key)
     if key in row and value in (None, "", []):
-        raise _Blank
+        raise RequestError(f"`{where}`: the answer is empty: there are no messages in `{key}`")
     return value
 
 
@@ -385,7 +389,7 @@ def _conversation(
             weights[n] = weight
             counts.weigh(weight)
     if empty == len(answers):
-        raise _Blank
+        raise RequestError(f"`{where}`: the answer is empty")
     if empty:
         counts.note("empty answers within conversations are not learned")
     for turn in turns:
@@ -438,4 +442,4 @@ def _instruction(row: Message, where: str) -> tuple[Message, ...]:
             raise RequestError(f"`{where}`: `history` is not a list of pairs")
         turns += [_turn("user", pair[0]), _turn("assistant", pair[1])]
     question = "\n\n".join(text for text in (asked, more) if text)
-    return (*turns, _turn("user", question), _turn("assistant", _learned_string(row, "output", where)))
+    return (*turns, _turn("user", question), _turn("assistant", _answer(row, "output", where)))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -19,6 +20,10 @@ SPEAKERS = {
     "tool_response": "tool", "function": "tool", "ipython": "tool", "function_call": "function_call",
     "tool_call": "function_call",
 }  # fmt: skip
+
+# Roles that people write for any chat template, which may write them as they are.
+ROLES = frozenset({*SPEAKERS, "developer", "environment", "document", "context"})
+KNOWN_ROLES = "roles are `system`, `user`, `assistant`, `tool`, and those that the chat template names"
 
 WEIGHTS = (
     "weight",
@@ -79,8 +84,21 @@ def messages_of(
         raise RequestError(f"`{where}`: `{key}` is not a list of messages")
     found = [_message(turn, key, where, kept_nulls) for turn in value]
     if ends and not any(turn["role"] == "assistant" for turn in found):
-        raise RequestError(f"`{where}`: no assistant message in `{key}`: there is nothing to learn")
+        strange = next((turn["role"] for turn in found if turn["role"] not in ROLES), None)
+        raise RequestError(
+            f"`{where}`: no assistant message in `{key}`: there is nothing to learn",
+            f"role `{strange}`: {closest(strange, ROLES, KNOWN_ROLES)}" if strange else "",
+        )
     return tuple(found)
+
+
+def check_roles(messages: Iterable[Message], template: str, where: str) -> None:
+    """Raises RequestError for a role that is none of the usual ones and that the chat template, whose text this
+    is, does not name: a misspelt one, which a template would write as it is."""
+    for role in dict.fromkeys(turn["role"] for turn in messages if turn["role"] not in ROLES):
+        if re.search(rf"""["']{re.escape(role)}\\?["']""", template, re.IGNORECASE):
+            continue
+        raise RequestError(f"`{where}`: role `{role}` is not known", closest(role, ROLES, KNOWN_ROLES))
 
 
 def _in_rows(value: Any) -> Any:

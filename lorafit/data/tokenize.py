@@ -18,7 +18,7 @@ from lorafit.data.counts import Counts
 from lorafit.data.encode import Encoded, Encoder, Text
 from lorafit.data.example import Example
 from lorafit.data.left_out import LeftOut, fit_arguments
-from lorafit.data.messages import REASONING
+from lorafit.data.messages import REASONING, check_roles
 from lorafit.data.rows import CUT, IGNORED, NO_END, Row
 from lorafit.data.source import Fault, refuse
 from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate
@@ -161,6 +161,7 @@ class Tokens:
             return example.ids, example.labels
         if example.kind == "prompt-completion":
             return example.prompt, example.completion
+        check_roles(example.messages, str(self.tokenizer.chat_template), example.where)
         *before, last = example.messages
         if last["role"] != "assistant":
             raise RequestError(f"`{example.where}`: the last message is not the assistant's")
@@ -180,6 +181,7 @@ class Tokens:
         token behind them."""
         where, tools = example.where, list(example.tools)
         template = self.left_out.template
+        check_roles(example.messages, str(self.tokenizer.chat_template), where)
         messages = fit_arguments(template, [dict(turn) for turn in example.messages], tools)
         whole = template.render_row(messages, tools, where)
         answers = [

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.data import IGNORED, ChatTemplate, Row, collate_rows, end_tokens
+from lorafit.data import IGNORED, ChatTemplate, Row, collate_rows, end_tokens, last_user_turn
 from lorafit.errors import RequestError
 from lorafit.evaluate.score import Evaluator, mask_id
 from lorafit.forward import Forward, base_of
@@ -23,7 +23,7 @@ MOST, OWN = 256, 128  # new tokens at most: of a row's prompt, of one's own
 
 @dataclass(frozen=True, slots=True)
 class Prompt:
-    """A prompt, as ids and as text, what is wanted (empty where nobody said), and how many tokens an
+    """A prompt, as ids and as a text to show, what is wanted (empty where nobody said), and how many tokens an
     answer may have. Of a masked model's `labels` those that are not IGNORED are to be filled."""
 
     ids: tuple[int, ...]
@@ -57,7 +57,8 @@ class Generator:
 
     @torch.no_grad()
     def completions(self, model: Any, prompts: Sequence[Prompt]) -> list[str]:
-        """What a model says to each prompt; a masked model fills its masks."""
+        """What a model says to each prompt, with `…` behind an answer that was cut; a masked model fills its
+        masks."""
         model.eval()
         if self.forward.task == "masked":
             return [self._filled(model, prompt) for prompt in prompts]
@@ -66,7 +67,14 @@ class Generator:
     def _completed(self, model: Any, prompt: Prompt, number: int) -> str:
         out = self.generate(model, prompt.ids, prompt.room, number)
         new = out if self.forward.task == "seq2seq" else out[len(prompt.ids) :]
-        return str(self.tokenizer.decode(new, skip_special_tokens=True))
+        text = str(self.tokenizer.decode(new, skip_special_tokens=True))
+        return text if len(new) and int(new[-1]) in self._ends(model) else f"{text}…"
+
+    def _ends(self, model: Any) -> list[int]:
+        """The tokens that end an answer: the tokenizer's, and those that the model's settings name."""
+        stated = getattr(base_of(model).generation_config, "eos_token_id", None)  # one, several, or none
+        ends = [*end_tokens(self.tokenizer), *(stated if isinstance(stated, list) else [stated])]
+        return sorted({end for end in ends if isinstance(end, int)})
 
     @torch.no_grad()
     def generate(self, model: Any, ids: Sequence[int], room: int, number: int, **more: Any) -> torch.Tensor:
@@ -75,8 +83,6 @@ class Generator:
         from transformers import GenerationConfig
 
         tokenizer, settled = self.tokenizer, base_of(model).generation_config
-        stated = getattr(settled, "eos_token_id", None)  # one, several, or none
-        ends = [*end_tokens(tokenizer), *(stated if isinstance(stated, list) else [stated])]
         room = self.sampling.max_new_tokens or room
         if self.positions and self.forward.task != "seq2seq":
             room = max(1, min(room, self.positions - len(ids)))
@@ -87,7 +93,7 @@ class Generator:
             max_time=self.sampling.max_seconds,
             do_sample=bool(drawn),
             pad_token_id=tokenizer.pad_token_id,
-            eos_token_id=sorted({end for end in ends if isinstance(end, int)}) or None,
+            eos_token_id=self._ends(model) or None,
             decoder_start_token_id=getattr(settled, "decoder_start_token_id", None),
             bos_token_id=tokenizer.bos_token_id,
             **drawn,
@@ -107,8 +113,9 @@ class Generator:
 
 
 def row_prompts(evaluator: Evaluator, count: int) -> list[Prompt]:
-    """The prompts of the first rows, and what is wanted there."""
+    """The prompts of the first rows, and what is wanted there. Of a conversation the last user turn is shown."""
     read, prompts = evaluator.tokenizer.decode, []
+    template = ChatTemplate(evaluator.tokenizer) if evaluator.tokenizer.chat_template else None
     for number, row in enumerate(evaluator.rows[:count]):
         if evaluator.forward.task == "masked":
             row = evaluator.masked(number)
@@ -116,7 +123,8 @@ def row_prompts(evaluator: Evaluator, count: int) -> list[Prompt]:
             prompts.append(Prompt(row.ids, str(read(list(row.ids))), wanted, 0, row.labels))
             continue
         asked, reference = _split(row, evaluator.forward.task)
-        text = str(read(asked, skip_special_tokens=True))
+        said = last_user_turn(str(read(asked)), template) if template and row.prompt > 1 else ""
+        text = said or str(read(asked, skip_special_tokens=True))
         wanted = str(read(reference, skip_special_tokens=True))
         prompts.append(Prompt(tuple(asked), text, wanted, min(MOST, len(reference) + 24)))
     return prompts

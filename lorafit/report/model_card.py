@@ -86,12 +86,15 @@ def adapter_card(plan: Plan, run: Run, family: str, task: str) -> str:
 def _elsewhere(plan: Plan, run: Run, family: str, task: str, name: str) -> str:
     """The lines for other tools, and why others are not there."""
     revision = str(run.settings.get("revision") or split_revision(str(run.settings.get("model", "")))[1])
-    uses = uses_of_adapter(plan, family, task, name, _public_name(plan.model), revision)
+    base = _public_name(plan.model)
+    uses = uses_of_adapter(plan, family, task, name, base, revision)
+    stated = f"In these lines {_code(base)} is the folder or the hub id of the base."
+    stands_for = [] if OWNED.fullmatch(base) else [stated, ""]
     reasons = {"vLLM": why_not_vllm(plan, family, task), "llama.cpp": why_not_gguf(plan, family, task)}
     notes = [
         f"{tool} cannot take the adapter: {why}. Merge it first." for tool, why in reasons.items() if why
     ]
-    return "\n".join([*_uses(uses, task, "from peft import PeftModel"), *notes, ""])
+    return "\n".join([*stands_for, *_uses(uses, task, "from peft import PeftModel"), *notes, ""])
 
 
 def _uses(uses: Sequence[Use], task: str, *imports: str) -> list[str]:

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -441,6 +442,24 @@ def test_an_adapter_of_another_base(trained, tiny, run, pairs):
     assert result.code == 2 and "was not trained on" in result.err
     result = run("eval", output, "--model", "./gone", "--data", pairs)
     assert result.code == 2 and "no model at" in result.err
+
+
+def test_an_adapter_whose_base_is_gone(trained, run, pairs, tmp_path):
+    """`eval` and `chat` say the same, and `eval` tells adapters of two bases apart without --model."""
+    output, _ = trained
+    moved = tmp_path / "moved"
+    shutil.copytree(output, moved, ignore=shutil.ignore_patterns("digests.json"))
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(
+        json.dumps({**config, "base_model_name_or_path": str(tmp_path / "gone")})
+    )
+    for command in (("eval", moved), ("eval", moved, "--data", pairs), ("chat", moved)):
+        result = run(*command)
+        said = "".join(result.err.split())  # the lines break where the terminal ends
+        assert result.code == 2 and "hint: name it with --model" in result.err
+        assert "".join(f"the base of `{moved}` was not found: there is no model at".split()) in said
+    result = run("eval", output, moved)
+    assert result.code == 2 and "hasanotherbasethan" in "".join(result.err.split())
 
 
 @pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])

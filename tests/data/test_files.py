@@ -173,10 +173,63 @@ def test_blank_rows_are_skipped_and_counted(tmp_path):
         write(tmp_path, "d.jsonl", *blank, *({"text": f"Ada has {n} lamps."} for n in range(4)), *blank)
     )
     assert (made.look.blank, made.look.rows + made.look.held_out_rows) == (6, 4)
-    for shape in ({"prompt": "a", "completion": ""}, {"instruction": "a", "output": " "}, {"messages": []},
-                  {"messages": [turn("user", "a"), turn("assistant", "")]}):  # fmt: skip
-        good = {k: ("b" if isinstance(v, str) else CHATS["one"]) for k, v in shape.items()}
-        assert rows_of(write(tmp_path, "s.jsonl", good, shape, good, good)).look.blank == 1
+    wide = [{"text": "", "id": 1}, *({"text": f"Ada has {n} lamps.", "id": n} for n in range(4))]
+    assert rows_of(write(tmp_path, "w.jsonl", *wide)).look.blank == 1
+
+
+NO_ANSWER = {
+    "completion": {"prompt": "a", "completion": ""},
+    "output": {"instruction": "a", "output": " "},
+    "messages": {"messages": []},
+    "text": {"messages": [turn("user", "a"), turn("assistant", "")]},
+    "null": {"messages": [turn("user", "a"), turn("assistant", None)]},
+    "ShareGPT": {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": ""}]},
+    "turns": {"prompt": [turn("user", "a")], "completion": [turn("assistant", "")]},
+}
+
+
+@pytest.mark.parametrize("shape", NO_ANSWER.values(), ids=NO_ANSWER)
+def test_a_row_with_an_empty_answer_is_a_bad_row(tmp_path, shape):
+    good = {k: ("b" if isinstance(v, str) else CHATS["one"]) for k, v in shape.items()}
+    if "conversations" in shape:
+        good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
+    empty_cells = dict.fromkeys(shape)
+    path = write(tmp_path, "s.jsonl", good, shape, good, good, empty_cells)
+    with pytest.raises(RequestError, match=r"s\.jsonl:2`: the answer is empty"):
+        rows_of(path)
+    look = rows_of(path, on_bad_row="skip").look
+    assert (look.bad, look.blank, look.rows + look.held_out_rows) == (1, 1, 3)
+    assert any("skipped 1 bad row, e.g." in note and "the answer is empty" in note for note in look.notes)
+
+
+def test_a_role_that_nobody_knows_is_a_bad_row(tmp_path):
+    """Misspelt in a question or an answer; a role is known by its usual names, or by the chat template's."""
+    chatml, _ = shaped("chatml")
+    good = {"messages": CHATS["one"]}
+    spelt = {"messages": [turn("System", "Be kind."), turn(" user ", "a"), turn("Assistant ", "b"), turn("developer", "c"),
+                          turn("ipython", "2"), turn("model", "d")]}  # fmt: skip
+    wrong = {"messages": [turn("usr", "a"), turn("assistant", "b")]}
+    path = write(tmp_path, "d.jsonl", good, spelt, wrong, good, good)
+    with pytest.raises(RequestError, match=r"d\.jsonl:3`: role `usr` is not known") as error:
+        rows_of(path, chatml)
+    assert error.value.hint == "did you mean `user`?"
+    look = rows_of(path, chatml, on_bad_row="skip").look
+    assert (look.bad, look.rows + look.held_out_rows) == (1, 4)
+
+    with pytest.raises(RequestError, match="no assistant message") as error:
+        rows_of(write(tmp_path, "e.jsonl", {"messages": [turn("user", "a"), turn("asistant", "b")]}), chatml)
+    assert error.value.hint == "role `asistant`: did you mean `assistant`?"
+
+    path = write(tmp_path, "c.jsonl", *[{"messages": [turn("critic", "Be brief."), *CHATS["one"]]}] * 3)
+    with pytest.raises(RequestError, match=r"3 rows cannot be used.*role `critic` is not known") as error:
+        rows_of(path, chatml)
+    assert "the chat template names" in error.value.hint
+    head = "{% for m in messages %}{% if m.role == 'critic' %}{{ m.content }}{% endif %}{% endfor %}"
+    named, _ = shaped("chatml")
+    named.chat_template = head + named.chat_template
+    assert rows_of(path, named).look.bad == 0
+    named.chat_template = {"default": named.chat_template + '{{ "" }}'}  # as a tokenizer with several has it
+    assert rows_of(path, named).look.bad == 0
 
 
 def test_rows_are_held_out_among_those_that_survive(tmp_path):
@@ -513,11 +566,6 @@ def test_an_answer_is_learned_where_it_is_one_token_with_the_whole_prompt(tmp_pa
     rows = [{"prompt": merged[0], "completion": merged[1]}] * 3
     made = rows_of(write(tmp_path, "d.jsonl", *rows), tokenizer)
     assert spans(tokenizer, made.train[0]) == [merged[1] + "<|endoftext|>"]
-
-
-def test_an_empty_answer_that_is_null_is_blank(tmp_path):
-    rows = [{"messages": [turn("user", "a"), turn("assistant", None)]}, *[{"messages": CHATS["one"]}] * 3]
-    assert rows_of(write(tmp_path, "d.jsonl", *rows)).look.blank == 1
 
 
 def test_keys_that_the_template_reads_are_not_listed(tmp_path):

@@ -164,7 +164,7 @@ def test_columns_under_other_names(tmp_path):
         ("a.jsonl", b'{"chosen": "a", "rejected": "b"}', "holds preferences"),
         ("a.jsonl", b'{"messages": [{"role": "user", "content": [{"type": "image"}]}]}', "`image`: only text is learned here"),
         ("a.jsonl", b'{"conversations": [{"from": "narrator", "value": "a"}]}', "unknown speaker `narrator`"),
-        ("a.jsonl", b'{"instruction": "a", "output": ""}', "is empty: nothing to learn"),
+        ("a.jsonl", b'{"instruction": "a", "output": ""}', ":1`: the answer is empty"),
         ("a.jsonl", b'{"instruction": "a", "output": "b", "history": "a"}', "`history` is not valid JSON"),
         ("a.jsonl", b'{"messages": "not json"}', "`messages` is not valid JSON"),
         ("a.json", b'{"a": 1}', "not a list of examples"), ("a.json", b"[1, 2]", "not a JSON object but a number"),

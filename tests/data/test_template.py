@@ -12,8 +12,9 @@ from templates import CHATML, CHATS, SHAPES, bpe, shaped, spans, turn
 
 from lorafit.data.ends import end_tokens, write_generation_config
 from lorafit.data.formats import Example
+from lorafit.data.last_turn import last_user_turn
 from lorafit.data.rows import IGNORED
-from lorafit.data.template import ChatTemplate, parse_args
+from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate, parse_args
 from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError
 
@@ -308,3 +309,16 @@ def test_a_template_in_a_file_may_have_the_tags_of_transformers(tmp_path):
     )
     (tmp_path / "t.jinja").write_text(text)
     assert read_template(str(tmp_path / "t.jinja")) == text
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, "default"])
+def test_the_last_user_turn_of_a_prompt(shape):
+    tokenizer, _ = shaped("chatml" if shape == "default" else shape)
+    if shape == "default":
+        tokenizer.chat_template = DEFAULT_TEMPLATE
+    template = ChatTemplate(tokenizer, moment=WHEN)
+    for chat in CHATS.values():
+        rendered = template.render(chat[:-1], opened=True)
+        prompt = tokenizer.decode(tokenizer(rendered, add_special_tokens=False)["input_ids"])
+        assert last_user_turn(prompt, template) == chat[-2]["content"]
+    assert last_user_turn("Where is the user? In the barn.", template) == ""

@@ -4,6 +4,7 @@ import re
 import shlex
 import shutil
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,6 +12,8 @@ import torch
 from lorafit.adapter.plan import resolve
 from lorafit.model.chart import map_of
 from lorafit.report.elsewhere import GGUF, VLLM, uses_of_adapter, uses_of_merged, why_not_gguf, why_not_vllm
+from lorafit.report.model_card import _elsewhere
+from lorafit.report.run import Run
 from lorafit.settings.preset import load_preset
 
 
@@ -99,6 +102,14 @@ def test_a_merged_model(plan):
     assert [use.tool for use in uses_of_merged("t5", "seq2seq", "m", "x")] == ["transformers"]
 
 
+def test_a_hub_id_needs_no_explanation_in_the_card(plan):
+    run = Run(Path("a"), {}, ())
+    for model, explained in (("ada/base", False), ("/models/base", True), ("base", True)):
+        lines = _elsewhere(replace(plan, model=model), run, "llama", "causal", "a")
+        assert ("is the folder or the hub id" in lines) is ("`base` is the folder" in lines) is explained
+        assert "/models" not in lines
+
+
 def test_the_python_of_the_cards_runs(run, tiny, pairs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     shutil.copytree(tiny("llama"), "base")
@@ -108,6 +119,8 @@ def test_the_python_of_the_cards_runs(run, tiny, pairs, tmp_path, monkeypatch):
     assert any(line.startswith("vLLM") and line.endswith("--lora-modules a=a") for line in shown), done.out
     done = run("merge", "a", "-o", "m")
     assert "ollama create m" in done.out
+    stands_for = "is the folder or the hub id of the base."
+    assert f"In these lines `base` {stands_for}\n\n```python" in (tmp_path / "a" / "README.md").read_text()
     ids, logits = torch.arange(3, 30)[None], []
     for name in ("a", "m"):
         (code,) = re.findall(r"```python\n(.*?)```", (tmp_path / name / "README.md").read_text(), re.DOTALL)

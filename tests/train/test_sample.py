@@ -1,5 +1,7 @@
 """What the model says to a held-out row before training and after."""
 
+import json
+
 import pytest
 from jobs import events_of, job_for, losses
 
@@ -17,6 +19,22 @@ def test_every_task_has_a_sample(tiny, pairs, tmp_path, family):
     assert "A held-out row, before and after" in page
 
 
+def test_of_a_conversation_the_last_user_turn_is_shown(tiny, tmp_path, run):
+    """Not the system prompt, earlier turns or the template's words."""
+    said = [("user", "Hello there."), ("assistant", "Good day."), ("user", "What do you like?")]
+    turns = [
+        {"role": "system", "content": "Be kind."},
+        *({"role": r, "content": c, "weight": 0} for r, c in said),
+    ]
+    row = {"messages": [*turns, {"role": "assistant", "content": "I like to read."}]}
+    (tmp_path / "d.jsonl").write_text(json.dumps(row) + "\n" + json.dumps(row) + "\n")
+    words = ("train", tiny("llama"), "--data", tmp_path / "d.jsonl", "--max-steps", 1, "-o", tmp_path / "r")
+    sample = run(*words, "--holdout", "0.5", "--json", "-q").document["sample"]
+    assert (sample["prompt"], sample["reference"]) == ("What do you like?", "I like to read.")
+    page = (tmp_path / "r" / "report.html").read_text()
+    assert "<strong>What do you like?</strong>" in page
+
+
 def test_the_base_says_it_before(tiny, pairs, tmp_path, run):
     """The same words as `eval` shows for the base, as far as they go."""
     output = tmp_path / "r"
@@ -25,7 +43,10 @@ def test_the_base_says_it_before(tiny, pairs, tmp_path, run):
     said = done.document["sample"]
     (shown,) = run("eval", output, "--samples", 1, "--json").document["samples"]
     assert (shown["prompt"], shown["reference"]) == (said["prompt"], said["reference"])
-    assert shown["base"].startswith(said["before"]) and shown["adapters"][0].startswith(said["after"])
+    before, after = (
+        said[when].removesuffix("…") for when in ("before", "after")
+    )  # shorter answers than those of `eval`
+    assert shown["base"].startswith(before) and shown["adapters"][0].startswith(after)
     again = run(*words, "--no-sample", "--overwrite", "--json", "-q")
     assert again.document["sample"] is None
 
