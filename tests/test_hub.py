@@ -8,8 +8,11 @@ import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
+
+import lorafit
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -131,7 +134,10 @@ def test_an_adapter_and_its_merged_model_are_sent(said, hub, tmp_path):
     kept = {"adapter_model.safetensors", "adapter_config.json", "README.md", "tokenizer.json", "base.json"}
     assert kept <= set(hub.files)
     assert hub.files["adapter_model.safetensors"] == (run / "adapter_model.safetensors").read_bytes()
-    assert not {"events.jsonl", "run.yaml", "report.html"} & set(hub.files)  # they hold data and places
+    private = {"events.jsonl", "run.yaml", "report.html", "held-out.safetensors"}  # they hold data and places
+    assert not private & set(hub.files) and all((run / name).is_file() for name in private)
+    told = (Path(lorafit.__file__).parent / "docs" / "merge.md").read_text(encoding="utf-8")
+    assert all(f"`{name}`" in told for name in private | set(hub.files))
     assert not any("checkpoint" in name for name in hub.files) and list(run.glob("checkpoint-*"))
     assert all(str(tmp_path).encode() not in content for content in hub.files.values())
 
