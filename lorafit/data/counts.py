@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -109,8 +110,10 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
     """What a person should know of these sources, a sentence each; alike ones are summed."""
     yield from dict.fromkeys(note for c in counts for note in c.notes)
     if bad := sum(c.bad for c in counts):
-        first = next(c.bad_first[0][0] for c in counts if c.bad_first)
-        yield f"skipped {bad:,} bad {_rows(bad)}, e.g. {first}"
+        firsts: dict[str, str] = {}  # the first row of each reason, among those that were kept
+        for message in (message for c in counts for message, _ in c.bad_first):
+            firsts.setdefault(re.sub(r"^`[^`]*`", "", message), message)
+        yield f"skipped {bad:,} bad {_rows(bad)}, e.g. {'; '.join(list(firsts.values())[:SHOWN])}"
     if blank := sum(c.blank for c in counts):
         at = next(c.blank_at for c in counts if c.blank_at)
         yield f"skipped {blank:,} blank {_rows(blank)}, e.g. {at}"

@@ -202,6 +202,15 @@ def test_a_row_with_an_empty_answer_is_a_bad_row(tmp_path, shape):
     assert any("skipped 1 bad row, e.g." in note and "the answer is empty" in note for note in look.notes)
 
 
+def test_skipped_rows_are_named_once_for_each_reason(tmp_path):
+    empty, wrong = {"prompt": "a", "completion": ""}, {"prompt": 3, "completion": "b"}
+    look = rows_of(write(tmp_path, "d.jsonl", PAIR[0], empty, empty, wrong, *PAIR), on_bad_row="skip").look
+    (said,) = (note for note in look.notes if "bad rows" in note)
+    first, second = "d.jsonl:2`: the answer is empty; `", "d.jsonl:4`: `prompt` is a number, not a string"
+    assert said.startswith("skipped 3 bad rows, e.g. `") and said.endswith(second)
+    assert said.count("the answer is empty") == 1 and first in said
+
+
 def test_a_role_that_nobody_knows_is_a_bad_row(tmp_path):
     """Misspelt in a question or an answer; a role is known by its usual names, or by the chat template's."""
     chatml, _ = shaped("chatml")
