@@ -30,6 +30,7 @@ CELLS: Mapping[str, Callable[[RunRow], str]] = {
     "date": lambda row: row.date[:10],
 }
 LEFT = ("model", "data", "preset", "layers")  # words; the other columns are figures
+UNKNOWN = "–"  # a loss that was not measured
 RESULTS = ("after", "steps", "time")  # columns also where all runs have the same
 LEAST = ("time", "data", "model", "seed")  # left out of a table that is too wide, in this order
 NAMED = ("preset", "layers")  # and then these, where the runs' names say them
@@ -73,7 +74,7 @@ def _shared(rows: Sequence[RunRow]) -> Callable[[str], tuple[str, str]]:
 
     def shared(name: str) -> tuple[str, str]:
         texts = {CELLS[name](row) for row in rows}
-        return name, texts.pop() if len(texts) == 1 else ""
+        return name, texts.pop() if len(texts) == 1 and texts != {UNKNOWN} else ""
 
     return shared
 
@@ -102,7 +103,7 @@ def _table(rows: Sequence[RunRow], running: Collection[str], columns: Sequence[s
 
 
 def _loss(value: float | None) -> str:
-    return "–" if value is None else f"{value:.3f}"
+    return UNKNOWN if value is None else f"{value:.3f}"
 
 
 def _mark(row: RunRow, running: Collection[str]) -> str:

@@ -1,6 +1,7 @@
 import csv
 import shutil
 from dataclasses import replace
+from importlib import import_module
 from io import StringIO
 
 import pytest
@@ -51,7 +52,10 @@ def test_the_table_marks_what_is_unfinished_and_says_how_to_go_on(place, run):
     assert str(folder / "a") in only.out and "unfinished" not in only.out
 
 
-def test_what_a_process_writes_now_is_not_offered_to_be_resumed(place, run, tmp_path):
+@pytest.mark.parametrize("lock", ["folder", "file"])
+def test_what_a_process_writes_now_is_not_offered_to_be_resumed(place, run, tmp_path, monkeypatch, lock):
+    if lock == "file":  # as on Windows
+        monkeypatch.setattr(import_module("lorafit.train.run_folder"), "fcntl", None)
     folder, _, _ = place
     writer = RunFolder(folder / "c")
     writer.open(overwrite=False, resume=True)
@@ -68,6 +72,7 @@ def test_what_a_process_writes_now_is_not_offered_to_be_resumed(place, run, tmp_
     both = run("runs", folder, tmp_path)
     assert "running" not in both.out and "RUN is any of them" in both.out
     assert "lorafit train --resume RUN\n" in both.out
+    assert "before –" not in run("runs", tmp_path).out
     writer.open(overwrite=False, resume=True)  # asking has not kept the lock
     writer.release()
 
