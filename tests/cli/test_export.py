@@ -7,9 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import gguf
 import pytest
-
-gguf = pytest.importorskip("gguf", reason="the package gguf reads GGUF files: pip install gguf")
 
 # The converter's command line and its file, without its models: two matrices of each module, with the adapter's alpha.
 # `WRONG` is what it does otherwise. With LLAMA_CPP the tests run llama.cpp's own as well.
