@@ -202,7 +202,7 @@ def test_a_layer_is_freed_with_its_model():
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8"])
-@pytest.mark.parametrize(("family", "dtype", "off"), [("llama", torch.float32, 1e-6), ("gpt2", torch.float32, 1e-6),
+@pytest.mark.parametrize(("family", "dtype", "off"), [("llama", torch.float32, 1e-6), ("gpt2", torch.float32, 2e-6),
                                                       ("llama", torch.bfloat16, 0.1)])  # fmt: skip
 def test_over_a_quantised_weight_it_is_what_peft_computes(kind, family, dtype, off, tiny):
     base = load_model(find(str(tiny(family))), dtype, torch.device("cpu"), kind)

@@ -187,8 +187,8 @@ def test_damaged_checkpoints_are_passed_over(tiny, pairs, tmp_path):
     [
         ({"learning_rate": 1e-3}, "`learning_rate` was"), ({"epochs": 3}, "`epochs` was 2, is 3"), ({"layers": "high"}, "`layers` was"),
         ({"preset": "ffn"}, "`preset` was"), ({"seed": 5}, "`seed` was 0, is 5"), ({"data": None}, "training rows differ"),
-        ({"weight_decay": 0.1}, "--weight-decay was `0.0`, is `0.1`"), ({"max_grad_norm": 0.5}, "`max_grad_norm` was"),
-        ({"optimizer": "sgd"}, "--optimizer was `adamw`, is `sgd`"), ({"modules": ("q_proj,k_proj",)}, "adapted modules differ"),
+        ({"weight_decay": 0.1}, "`weight_decay` was 0.0, is 0.1"), ({"max_grad_norm": 0.5}, "`max_grad_norm` was"),
+        ({"optimizer": "sgd"}, "`optimizer` was 'adamw', is 'sgd'"), ({"modules": ("q_proj,k_proj",)}, "adapted modules differ"),
         ({"rank": 4}, "`rank` was"), ({"loss_on": "all"}, "training rows differ"),
     ],
 )  # fmt: skip
