@@ -215,7 +215,7 @@ def test_plan_counts_a_process_and_what_it_receives(models, pairs):
     assert whole.memory.weights == 4 * found.total_params == 4 * (4 * block + 2 * table + 32)
     assert part.memory.weights == 4 * (block + table // 4 + table + 32)
     assert part.memory.gathered == 2 * 4 * block
-    alone = whole.memory.peak - whole.memory.heap  # the heap's overhead is this machine's, and not counted in several
+    alone = whole.memory.peak - whole.memory.heap  # which is of one machine, and not counted in several
     assert part.memory.peak - alone == 4 * (2 * block - 3 * block - table * 3 // 4)
     received = 4 * 3 / 4 * (table + 4 * block + 2 * block)
     micro_batches = whole.steps / whole.epochs
