@@ -40,7 +40,9 @@ class CompareFolder:
             raise RequestError(f"`{self.target}` is a file", "another -o")
         if there and any(self.target.iterdir()):
             goes_on = f"lorafit compare --resume {shlex.quote(str(self.target))} goes on with it; "
-            hint = f"{goes_on if (self.target / COMPARISON).is_file() else ''}another -o compares anew"
+            hint = (
+                f"{goes_on if (self.target / COMPARISON).is_file() else ''}another -o starts a new comparison"
+            )
             raise RequestError(f"`{self.target}` exists", hint)
         try:
             (self.target / SCORES).mkdir(parents=True, exist_ok=True)

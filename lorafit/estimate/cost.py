@@ -129,7 +129,7 @@ def estimate(
 
 
 def _assumed(profile: Profile, shape: Shape, rate: float) -> Timing:
-    """The timing at so many FLOPs a second."""
+    """The timing at `rate` FLOPs a second."""
     flops = profile.forward + profile.backward
     return Timing(flops / rate, (flops - profile.prefix) / rate, 0.0, shape.length, "")
 

@@ -27,7 +27,7 @@ class Divided:
 
 
 def divided(found: ModelMap, plan: Plan, shape: Shape, profile: Profile, processes: int) -> Divided:
-    """The base of a run, divided among so many processes."""
+    """The bytes of a base that `processes` share: what one holds, gathers and receives."""
     item = ITEMSIZE.get(shape.dtype, 4)
     blocks = {stack.path: layer_params(found, stack.path) for stack in found.text_stacks}
     tables = [
@@ -59,7 +59,7 @@ def on_each(
     processes: int,
     link: float,
 ) -> tuple[Memory, Timing]:
-    """The memory of one process, and the timing with what the gathering adds to a token, at so many bytes a
+    """The memory of one process, and the timing with what the gathering adds to a token, at `link` bytes a
     second. A large tensor is given back to the system once it is freed, so there is no overhead of the heap."""
     tokens = float(shape.tokens)
     if work is not None:

@@ -102,7 +102,8 @@ def load_sharded(
             fully_shard(root, mesh=mesh, reshard_after_forward=True, ignored_params=set(root.parameters()))
     except RunError as error:
         raise RequestError(f"the weights of `{source.name}`: {error.message}", error.hint) from None
-    except (ValueError, AssertionError, NotImplementedError) as error:  # what FSDP2 does not take
+    except (ValueError, AssertionError, NotImplementedError) as error:
+        # torch's fully_shard raises these for layouts that it does not take; the error is shown, with what to do
         raise RequestError(
             f"`{source.name}` cannot be sharded: {first_line(error)}", "leave out --shard"
         ) from error
@@ -115,7 +116,8 @@ def _units(model: Any, stacks: Sequence[str]) -> dict[str, torch.nn.Module]:
         f"{path}.{n}": block for path in stacks for n, block in model.get_submodule(path).named_children()
     }
     embedding: Any = None
-    with suppress(NotImplementedError):  # a class that names none
+    # transformers raises it where a class names no input embedding: then each process holds all of it
+    with suppress(NotImplementedError):
         embedding = model.get_input_embeddings()
     weight = getattr(embedding, "weight", None)
     users = [name for name, p in model.named_parameters(remove_duplicate=False) if p is weight]

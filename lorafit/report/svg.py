@@ -14,7 +14,7 @@ from lorafit.units import count, figures
 POINTS = 400  # points of a curve that are drawn: each the mean of a stretch of steps
 SIDE = 1000  # of the square that a chart is drawn in
 LARGE, SMALL = 260, 150  # heights in pixels
-ACROSS = 5  # values below a chart, at most: so many have room on a phone
+ACROSS = 5  # values below a chart, at most: more do not fit on a phone
 LETTER, LINE = 15, 60  # of a name in a chart: about its width and height, in the square
 COLOURS = 6
 

@@ -47,7 +47,7 @@ def make_model(folder: Path) -> Path:
     return folder
 
 
-def make_rows(path: Path) -> Path:
+def make_rows(path: Path, rows: int = ROWS) -> Path:
     """Rows of at least LENGTH tokens of the demo's language."""
     from random import Random
 
@@ -55,7 +55,7 @@ def make_rows(path: Path) -> Path:
 
     made = records(Random(11))
     with path.open("w") as file:
-        for _ in range(ROWS):
+        for _ in range(rows):
             texts = [message["content"] for _ in range(60) for message in next(made)["messages"]]
             file.write(json.dumps({"text": " ".join(texts)}) + "\n")
     return path

@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from residency import make_rows
+
 LAYERS, HIDDEN, INNER, HEADS, VOCABULARY = 32, 1152, 3072, 18, 16000
 ROWS, LENGTH, STEPS, BATCH = 24, 128, 2, 4
 
@@ -42,20 +44,6 @@ def make_model(folder: Path) -> Path:
         LlamaForCausalLM(config).save_pretrained(folder, max_shard_size="500MB")
         load_tokenizer(str(MODEL), "demo").save_pretrained(folder)
     return folder
-
-
-def make_rows(path: Path) -> Path:
-    """Rows of at least LENGTH tokens of the demo's language."""
-    from random import Random
-
-    from lorafit.demo.world import records
-
-    made = records(Random(11))
-    with path.open("w") as file:
-        for _ in range(ROWS):
-            texts = [message["content"] for _ in range(60) for message in next(made)["messages"]]
-            file.write(json.dumps({"text": " ".join(texts)}) + "\n")
-    return path
 
 
 def measure(folder: Path, dtype: str, band: str, shard: bool) -> None:
@@ -130,7 +118,7 @@ def main() -> None:
     path = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); from pathlib import Path; import sharding; "
     make = f"sharding.make_model(Path({str(asked.folder / 'model')!r}))"
     subprocess.run([sys.executable, "-c", path + make], check=True)
-    make_rows(asked.folder / "rows.jsonl")
+    make_rows(asked.folder / "rows.jsonl", ROWS)
     for dtype in asked.dtypes:
         began = time.perf_counter()
         (alone,) = measured(asked.folder, 1, dtype, asked.band)
