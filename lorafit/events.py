@@ -197,6 +197,20 @@ class Filling:
 
 
 @dataclass(frozen=True, slots=True)
+class Compiling:
+    """The adapted blocks, that many, are being compiled. Only the second one is recorded, when they are: after how
+    many `seconds`, and how far `off` their gradient is from that of the plain blocks, as a share of its length."""
+
+    blocks: int
+    seconds: float = 0.0
+    off: float = 0.0
+
+    @property
+    def done(self) -> bool:
+        return self.seconds > 0
+
+
+@dataclass(frozen=True, slots=True)
 class Evaluated:
     """The held-out loss, in nats per supervised token, after `step` optimizer steps; step 0 is before training.
     `best` says that it is the lowest so far."""

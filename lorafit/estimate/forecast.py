@@ -373,6 +373,10 @@ def prepare(
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
         work = Work(look.tokens, steps, config.steps(steps), look.held_out_tokens)
         longest, typical, supervised = look.lengths["max"], look.typical, look.share
+    if config.compile:
+        notes.append(
+            "--compile: time and memory are those of blocks that are not compiled; compiling comes on top"
+        )
     if found.task == "masked":
         supervised *= MASKED_SHARE  # the share of these tokens that is masked, and so in the loss
     shape = Shape(

@@ -9,6 +9,8 @@ from lorafit.lazy import door
 if TYPE_CHECKING:
     from lorafit.forward.activations import base_of as base_of
     from lorafit.forward.activations import checkpoint_activations as checkpoint_activations
+    from lorafit.forward.compiling import PLAIN as PLAIN
+    from lorafit.forward.compiling import CompiledBlocks as CompiledBlocks
     from lorafit.forward.head import Forward as Forward
     from lorafit.forward.head import routes_for_loss as routes_for_loss
     from lorafit.forward.loss import chunk_for as chunk_for
@@ -40,6 +42,7 @@ __getattr__ = door(
     __name__,
     {
         "activations": "base_of checkpoint_activations",
+        "compiling": "PLAIN CompiledBlocks",
         "prefix_fill": "Sweep fill",
         "head": "Forward routes_for_loss",
         "loss": "chunk_for",

@@ -70,6 +70,7 @@ if TYPE_CHECKING:
     from lorafit.model.source import HUB_ID as HUB_ID
     from lorafit.model.source import ModelSource as ModelSource
     from lorafit.model.source import find as find
+    from lorafit.model.source import first_line as first_line
     from lorafit.model.source import not_downloaded as not_downloaded
     from lorafit.model.source import split_revision as split_revision
     from lorafit.model.streamed import Streamed as Streamed
@@ -93,6 +94,6 @@ __getattr__ = door(
         "sharded": "Sharded load_sharded local",
         "streamed": "Streamed let_go load_streamed",
         "network": "hub_reached why_offline",
-        "source": "HUB_ID ModelSource find not_downloaded split_revision",
+        "source": "HUB_ID ModelSource find first_line not_downloaded split_revision",
     },
 )

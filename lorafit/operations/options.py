@@ -17,7 +17,7 @@ TRAINS: tuple[str, ...] = tuple(OPTIONS)
 
 NOT_COMPARED = (
     "preset", "layers", "modules", "rank", "learning_rate", "seed", "from_adapter", "overwrite", "resume", "sample",
-    "track", "track_project", "track_name", "shard",
+    "track", "track_project", "track_name", "shard", "compile",
 )  # fmt: skip
 COMPARES: tuple[str, ...] = tuple(name for name in OPTIONS if name not in NOT_COMPARED)
 

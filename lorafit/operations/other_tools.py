@@ -45,6 +45,7 @@ THEIRS = {
     "--quantize int8": "load-in-8bit use-8bit 8bit",
     "--attention": "attn-implementation flash-attn flash-attention use-flash-attention-2",
     "--gradient-checkpointing": "grad-checkpoint activation-checkpointing use-gradient-checkpointing",
+    "--compile": "torch-compile torch-compile-backend torch-compile-mode",
     "--rank": "r lora-r lora-rank lora-dim",
     "--alpha": "lora-alpha",
     "--dropout": "lora-dropout",

@@ -13,6 +13,7 @@ from lorafit.data import find_sources
 from lorafit.errors import RequestError
 from lorafit.estimate import free_on, parse_room, prepare
 from lorafit.model import chart_of, check_tokenizer, find
+from lorafit.operations.compiling import check_compile
 from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
 from lorafit.operations.sharding import check_shard, settle_shard
@@ -86,6 +87,7 @@ def plan_run(
     asked = _asked(flags, config, fit, processes)
     made = planned(asked.found, asked.chosen, asked.settings)
     check_shard(asked.settings, made, asked.found, asked.source.place)
+    check_compile(asked.settings, asked.found)
     if asked.settings.from_adapter:
         check_continues(made, locate(asked.settings.from_adapter), asked.source.place)
     if not estimate:

@@ -17,6 +17,7 @@ from lorafit.distributed import World, asked_to_shard
 from lorafit.errors import OutOfMemory, RequestError
 from lorafit.estimate import TOO_MUCH, free_on, predicted, prepare
 from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer, pick_device
+from lorafit.operations.compiling import check_compile
 from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
 from lorafit.operations.resume import by_folder
@@ -109,6 +110,7 @@ def resolve_run(world: World, flags: Mapping[str, Any], config: str | None) -> R
     settings = dated(settings, world.told(dated(settings).template_date or ""))
     made = planned(found, chosen, settings)
     check_shard(settings, made, found, source.place)
+    check_compile(settings, found)
     if settings.from_adapter:
         check_continues(made, locate(settings.from_adapter), source.place)
     return Resolved(settings, source, found, chosen, made, target, reads)

@@ -14,11 +14,13 @@ from rich.progress import (
     MofNCompleteColumn,
     Progress,
     ProgressColumn,
+    SpinnerColumn,
     TextColumn,
     TimeRemainingColumn,
 )
 
 from lorafit.events import (
+    Compiling,
     DataReport,
     EpochDone,
     Evaluated,
@@ -95,6 +97,11 @@ class TrainView:
                         self._open()
             case Filling():
                 self._filling(event)
+            case Compiling(done=False) if self.screen.live:
+                self._show(TextColumn(f"compiling {event.blocks} blocks"), SpinnerColumn())
+            case Compiling(done=True):
+                self.close()
+                self.screen.line("compiled", _compiled_text(event))
             case Evaluated(step=0):
                 loss = Loss(event.loss, event.tokens)
                 self.screen.line(
@@ -294,6 +301,11 @@ def _cache_text(event: PrefixCache) -> str:
         f"{layers} once per row; every epoch reads the result from {event.where} "
         f"({bytes_text(event.bytes)}; {event.reason})"
     )
+
+
+def _compiled_text(event: Compiling) -> str:
+    blocks = "1 adapted block" if event.blocks == 1 else f"{event.blocks} adapted blocks"
+    return f"{blocks} in {seconds_text(event.seconds)}; gradient off by {event.off:.1e} of its length"
 
 
 def show_train_report(screen: Screen, report: TrainReport, uses: Sequence[Use] = ()) -> None:

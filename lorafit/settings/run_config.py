@@ -290,6 +290,10 @@ class RunConfig:
         TRAINING,
         training=True,
     )
+    compile: bool = option(
+        False, FLAG, "Run the adapted blocks through torch.compile in training, once their gradient is checked.",
+        TRAINING, training=True,
+    )  # fmt: skip
     attention: str = option(
         "auto",
         one_of(*ATTENTIONS),

@@ -10,8 +10,8 @@ from lorafit.settings.run_config import OPTIONS, RunConfig
 
 # Options that may differ when a run is resumed: how it is run, saved and watched. The rows have a digest.
 MAY_CHANGE = {
-    "device", "shard", "gradient_checkpointing", "prefix_cache", "prefix_residency", "head_chunk", "save_steps", "save_minutes", "keep",
-    "eval_steps", "patience", "min_delta", "keep_last", "sample", "output", "overwrite", "resume", "track",
+    "device", "shard", "gradient_checkpointing", "compile", "prefix_cache", "prefix_residency", "head_chunk", "save_steps", "save_minutes",
+    "keep", "eval_steps", "patience", "min_delta", "keep_last", "sample", "output", "overwrite", "resume", "track",
     "track_project", "track_name",
 }  # fmt: skip
 # What the digests of rows and modules stand for.

@@ -13,7 +13,7 @@ import yaml
 
 from lorafit.adapter import write_base
 from lorafit.data import save_rows
-from lorafit.events import Event, Filling, Note, Started, TrainReport, record
+from lorafit.events import Compiling, Event, Filling, Note, Started, TrainReport, record
 from lorafit.outputs import CARD, EVENTS, HELD_OUT, PAGE, RUN_FILE, writing
 from lorafit.report import adapter_card, make_page, read_back
 from lorafit.train.job import Job
@@ -47,6 +47,8 @@ class EventLog:
 
     def on(self, event: Event) -> None:
         if isinstance(event, Filling) and event.done < event.tokens:
+            return
+        if isinstance(event, Compiling) and not event.done:
             return
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record(event)) + "\n")

@@ -43,6 +43,7 @@ from lorafit.train.checkpoint import (
     save_checkpoint,
     state_of,
 )
+from lorafit.train.compiled import compile_blocks
 from lorafit.train.divergence import Divergence
 from lorafit.train.frozen import fill_prefix, first_look, prepare
 from lorafit.train.job import Job
@@ -120,6 +121,8 @@ def _run(job: Job) -> Iterator[Event]:
         yield from _start(job, state, forward, caching, tuple(damaged))
         if prefix.cut:
             caching = yield from fill_prefix(job, state, forward, held_out, frozen)
+        if config.compile:
+            yield from compile_blocks(job, stepper)
         yield from _steps(job, state, stepper, held_out, prefix, caching)
 
 

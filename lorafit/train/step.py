@@ -10,6 +10,8 @@ import torch
 
 from lorafit.data import Batch
 from lorafit.distributed import ALONE, World
+from lorafit.errors import RunError
+from lorafit.forward import PLAIN, CompiledBlocks
 from lorafit.train.objective import Objective
 
 
@@ -50,6 +52,7 @@ class Stepper:
     check: Callable[[float, bool, int, float], None] = unchecked
     world: World = ALONE
     stop: Callable[[], int] = lambda: 0
+    blocks: CompiledBlocks = PLAIN
 
     def __call__(self, batches: Sequence[Batch], number: int, rate: float) -> StepResult:
         """Step `number`, with learning rate `rate`, over this process's micro-batches, which need not be on the
@@ -66,10 +69,8 @@ class Stepper:
         divisor = weight or 1.0
         losses = [torch.zeros((), device=self.device)] if not batches else []
         for batch in batches:
-            loss = self.objective.loss_sum(self.model, batch.to(self.device))
-            mean_loss = loss / divisor
-            self.scaler.scale(mean_loss).backward()
-            losses.append((mean_loss if self.world.alone else loss).detach())
+            loss = self.backward(batch, divisor, self.blocks)
+            losses.append(loss / divisor if self.world.alone else loss)
         total = torch.stack(losses).sum()
         tokens, supervised = sum(b.tokens for b in batches), sum(b.supervised for b in batches)
         counts = [weight, float(tokens), float(supervised), 0.0]
@@ -86,6 +87,16 @@ class Stepper:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=True)
         return StepResult(mean, length, tokens, supervised, weight, stop)
+
+    def backward(self, batch: Batch, divisor: float, blocks: CompiledBlocks) -> torch.Tensor:
+        """The summed loss of a micro-batch; the gradient of it over `divisor`, scaled, is added to the parameters'.
+        The blocks are those that run compiled. Raises RunError where one cannot be compiled, or gives no gradient."""
+        with blocks.around():
+            loss = self.objective.loss_sum(self.model, batch.to(self.device))
+            if not loss.requires_grad:
+                raise RunError("no gradient reaches what is trained")
+            self.scaler.scale(loss / divisor).backward()
+        return loss.detach()
 
     def _reduced(
         self, loss: torch.Tensor, counts: list[float], divisor: float
