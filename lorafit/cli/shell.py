@@ -155,6 +155,11 @@ def _bad_number(parameter: Any, arguments: list[str]) -> LorafitError | None:
 def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
     """An argument too many, and what it was probably meant as."""
     first = extra.split()[0]
+    last = arguments[arguments.index(first) - 1] if first in arguments else ""
+    if last.startswith("--") and first.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
+        option = OPTIONS.get(last[2:].replace("-", "_"))
+        other = f" or --no-{last[2:]}" if option is not None and option.training else ""
+        return RequestError(f"{last} takes no value, and `{first}` follows it", f"write {last}{other}")
     before = next((word for word in arguments[1:] if not word.startswith("-") and word != first), "RUN")
     hint = f"see `{command} --help`"
     if command == "lorafit merge":

@@ -291,8 +291,10 @@ def load_base(
         model = streamed.model
     else:
         model = load_model(source, dtype, device, config.quantize, config.attention)
-    if held is not None:
-        memory_before(device)  # the peak is counted from here: loading went through pages of files alone
+    if held is not None or (device.type == "cpu" and streamed is sharded is None):
+        # the peak is counted from here: above the weights, loading held pages of mapped files, which the system takes
+        # back where it needs them
+        memory_before(device)
     return Base(model, found, device, fingerprint(source.place), before, streamed, sharded)
 
 
