@@ -9,6 +9,7 @@ from lorafit.lazy import door
 if TYPE_CHECKING:
     from lorafit.adapter.base import common_base as common_base
     from lorafit.adapter.base import is_model as is_model
+    from lorafit.adapter.base import named_alone as named_alone
     from lorafit.adapter.base import tokenizer_place as tokenizer_place
     from lorafit.adapter.continued import check_continues as check_continues
     from lorafit.adapter.continued import modules_of as modules_of
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "base": "common_base is_model tokenizer_place",
+        "base": "common_base is_model named_alone tokenizer_place",
         "continued": "check_continues modules_of put_in settings_of",
         "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base locate read_config recorded_quantize run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",

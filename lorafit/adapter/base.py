@@ -39,6 +39,15 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
     return source, chart_of(source)
 
 
+def named_alone(name: str, base: str | None) -> bool:
+    """Whether a person named a model where an adapter may stand. Raises RequestError when they named a `base` too."""
+    if base and is_model(name):
+        raise RequestError(
+            f"`{name}` is a model, and --model `{base}` is the base of an adapter", "leave out --model"
+        )
+    return is_model(name)
+
+
 def is_model(name: str) -> bool:
     """Whether a person named a model where an adapter may stand: `demo`, a model's folder or its hub id."""
     path = Path(name).expanduser()

@@ -107,13 +107,13 @@ def _opened(
 
     Raises RequestError for what cannot be talked to.
     """
-    from lorafit.adapter import common_base, is_model, locate, tokenizer_place
+    from lorafit.adapter import common_base, locate, named_alone, tokenizer_place
     from lorafit.model import chart_of, find
     from lorafit.operations import quantisation
     from lorafit.settings import settle
     from lorafit.system import without_collecting
 
-    alone = model is None and is_model(name)
+    alone = named_alone(name, model)
     adapters = [] if alone else [locate(name)]
     loading(name)
     if alone:

@@ -9,7 +9,15 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lorafit.adapter import CONFIG, common_base, is_model, locate, recorded_quantize, run_of, tokenizer_place
+from lorafit.adapter import (
+    CONFIG,
+    common_base,
+    locate,
+    named_alone,
+    recorded_quantize,
+    run_of,
+    tokenizer_place,
+)
 from lorafit.data import find_files
 from lorafit.errors import RequestError
 from lorafit.evaluate import check_holds_out
@@ -59,7 +67,7 @@ def evaluate_adapters(
         check_file(Path(report).expanduser(), "--report", PAGE_MARK)
     _check(given, also, by, prompt, tasks)
     find_files((*given.get("data", ()), *(also or ())))
-    alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks))
+    alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks), model)
     adapters = [] if alone else [locate(adapter) for adapter in adapters]
     if adapters and not (given.get("data") or prompt or tasks) and (Path(adapters[0]) / CONFIG).is_file():
         check_holds_out(adapters[0])
@@ -103,12 +111,13 @@ def evaluate_adapters(
     return replace(found_out, page=written, notes=tuple(notes))
 
 
-def _model_alone(names: Sequence[str], rows: bool) -> str:
+def _model_alone(names: Sequence[str], rows: bool, base: str | None) -> str:
     """The model that is named in an adapter's place, to be scored alone; empty where adapters are named.
 
-    Raises RequestError where other models or adapters stand beside it, and where there are no `rows` to score it on.
+    Raises RequestError where other models or adapters stand beside it, or a `base` is named, and where there are no
+    `rows` to score it on.
     """
-    found = next((name for name in names if is_model(name)), "")
+    found = next((name for name in names if named_alone(name, base)), "")
     if found and len(names) > 1:
         raise RequestError(
             f"`{found}` is a model, and models are scored one by one",

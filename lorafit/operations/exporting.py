@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.adapter import common_base, is_model, locate, modules_of, read_config
+from lorafit.adapter import common_base, locate, modules_of, named_alone, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.operations.options import GGUF_TYPES
 from lorafit.report import Adapted, why_not_gguf, why_not_merged_gguf
@@ -75,7 +75,7 @@ def prepare_export(
     if outtype is not None and outtype not in GGUF_TYPES:
         raise RequestError(f"--outtype is `{outtype}`: it takes one of {', '.join(GGUF_TYPES)}")
     adapted: Adapted | None = None
-    if is_model(place):
+    if named_alone(place, model):
         from lorafit.model import chart_of, find
 
         source = find(place)
