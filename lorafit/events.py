@@ -102,11 +102,11 @@ class DataReport:
         """What a person should know of the data before training on them."""
         yield from self.notes
         if self.cut:
-            yield f"{count(self.cut)} examples are longer than a row and cut; --overflow split keeps all of them"
+            yield f"{count(self.cut)} examples are longer than --max-length and lose their end; a higher one or --overflow split keeps it"
         if self.split:
-            yield f"{count(self.split)} examples are longer than a row and split into several"
+            yield f"{count(self.split)} examples are longer than --max-length and split into several"
         if self.too_long:
-            yield f"{count(self.too_long)} examples are longer than a row and dropped"
+            yield f"{count(self.too_long)} examples are longer than --max-length and dropped"
         if self.unsupervised:
             yield f"{count(self.unsupervised)} examples hold nothing to learn and are dropped, as {self.unsupervised_at}"
         if self.cut_away:

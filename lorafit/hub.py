@@ -40,9 +40,12 @@ def push(folder: Path, name: str) -> str:
     from lorafit.train import STATE_FILES
 
     if not folder.is_dir():
-        raise RequestError(f"there is no folder `{folder}`")
+        raise RequestError(f"there is no folder `{folder}`", "lorafit runs lists the runs that are here")
     if not any((folder / file).is_file() for file in ("adapter_config.json", "config.json")):
-        raise RequestError(f"`{folder}` is neither an adapter nor a model: nothing is sent")
+        raise RequestError(
+            f"`{folder}` is neither an adapter nor a model: nothing is sent",
+            "name a run's or a merged model's folder",
+        )
     check(name)
     kept_back = list(KEPT_BACK)
     if all((folder / file).is_file() for file in STATE_FILES):  # a checkpoint: its adapter alone

@@ -39,31 +39,34 @@ def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> N
     if target.name in ("", ".."):
         raise RequestError(f"`{target}` is not a name for a new folder", "-o DIR names one")
     if target.is_symlink() and not target.exists():
-        raise RequestError(f"`{target}` is a link whose target is missing", "another -o")
+        raise RequestError(f"`{target}` is a link whose target is missing", "choose another -o")
     if not target.exists():
         return
     if not target.is_dir():
-        raise RequestError(f"`{target}` is a file", "another -o")
+        raise RequestError(f"`{target}` is a file", "choose another -o")
     if not overwrite:
-        raise RequestError(f"`{target}` exists", "another -o, or --overwrite to replace it")
+        raise RequestError(f"`{target}` exists", "choose another -o, or --overwrite to replace it")
     place = target.resolve()
     if Path.cwd().resolve().is_relative_to(place):
-        raise RequestError(f"`{target}` holds the working directory: it is not replaced", "another -o")
+        raise RequestError(f"`{target}` holds the working directory: it is not replaced", "choose another -o")
     for path in reads:
         other = path.expanduser().resolve()
         if other == place:
-            raise RequestError(f"`{target}` is read by this command: it is not replaced", "another -o")
+            raise RequestError(f"`{target}` is read by this command: it is not replaced", "choose another -o")
         if other.is_relative_to(place):
             raise RequestError(
-                f"`{target}` holds `{path}`, which this command reads: it is not replaced", "another -o"
+                f"`{target}` holds `{path}`, which this command reads: it is not replaced",
+                "choose another -o",
             )
         if place.is_relative_to(other):
             raise RequestError(
-                f"`{target}` lies in `{path}`, which this command reads: it is not replaced", "another -o"
+                f"`{target}` lies in `{path}`, which this command reads: it is not replaced",
+                "choose another -o",
             )
     if found := not_ours(target, EDITABLE):
         raise RequestError(
-            f"`{target}` holds {found}: it is not replaced", "another -o, or remove the folder yourself"
+            f"`{target}` holds {found}: it is not replaced",
+            "choose another -o, or remove the folder yourself",
         )
 
 

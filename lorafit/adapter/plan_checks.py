@@ -176,7 +176,7 @@ def check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> No
 
 
 def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[str]:
-    """What a quantised base holds in few bits, and what it does not; nothing for a plain one.
+    """What a quantised base quantises, and what it does not; nothing for a plain one.
 
     Raises RequestError where it cannot be trained so.
     """
@@ -201,7 +201,7 @@ def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[
     ]
     if whole:
         raise RequestError(
-            f"{what} does not go with modules_to_save `{whole[0]}`: what is in few bits cannot be trained whole",
+            f"{what} does not go with modules_to_save `{whole[0]}`: what is quantised cannot be trained whole",
             "adapt it, or leave it out of modules_to_save",
         )
     few, every = quantised_params(model_map), model_map.total_params
@@ -210,5 +210,5 @@ def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[
     if experts:
         rest += f", among them {short(experts)} of experts, whose tensors bitsandbytes does not take"
     return [
-        f"{held.kind}: {short(few)} of {short(every)} parameters are in few bits ({percent(few, every)}); {rest}"
+        f"{held.kind}: {short(few)} of {short(every)} parameters are quantised ({percent(few, every)}); {rest}"
     ]

@@ -143,9 +143,15 @@ def _opened(
     template = None
     if tokenizer.chat_template is not None and not (_trained_plain(adapters) if plain is None else plain):
         template = chat_template_of(tokenizer, settings)
-    if system and template is None:
+    if template is None and (system or plain is False):
+        needs = "--system needs" if system else "--no-plain needs"
+        if tokenizer.chat_template is None:
+            raise RequestError(
+                f"{needs} a chat template, and `{name}` has none",
+                "leave it out: each line is continued as it is",
+            )
         raise RequestError(
-            "--system needs a chat template, and lines are continued as plain text", "--no-plain"
+            f"{needs} a chat template, and lines are continued as plain text", "add --no-plain"
         )
     loaded: Any = load_model(source, pick_dtype(given.get("dtype", "auto"), device), device, quantize)
     forward = Forward.of(loaded, found.task)

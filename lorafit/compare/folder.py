@@ -37,7 +37,7 @@ class CompareFolder:
                 )
             return
         if there and not self.target.is_dir():
-            raise RequestError(f"`{self.target}` is a file", "another -o")
+            raise RequestError(f"`{self.target}` is a file", "choose another -o")
         if there and any(self.target.iterdir()):
             goes_on = f"lorafit compare --resume {shlex.quote(str(self.target))} goes on with it; "
             hint = (
@@ -47,7 +47,9 @@ class CompareFolder:
         try:
             (self.target / SCORES).mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"cannot write `{self.target}`: {error.strerror}", "another -o") from None
+            raise RequestError(
+                f"cannot write `{self.target}`: {error.strerror}", "choose another -o"
+            ) from None
 
     def begin(self, request: Any, rows: Sequence[str]) -> None:
         """Write what was asked for, with the digests of the rows. Raises RequestError where a comparison that goes

@@ -90,7 +90,7 @@ def _table(choices: Sequence[ChoiceRow]) -> Html:
         "to the lowest",
         *(["spread"] if several else []),
         "accuracy",
-        "trained",
+        "trainable",
         "time",
         "memory",
     ]

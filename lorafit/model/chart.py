@@ -206,7 +206,7 @@ def chart(model: PreTrainedModel, config: PreTrainedConfig, name: str) -> ModelM
 
 
 def _quantisable(tree: ModuleTree, config: PreTrainedConfig, slots: Sequence[Slot] | None) -> Iterator[str]:
-    """The linear layers that are held in few bits: the text's weights that play a role in `slots`, or
+    """The linear layers that are quantised: the text's weights that play a role in `slots`, or
     without them all that transformers takes for a checkpoint that is quantised already."""
     import torch
     from transformers.pytorch_utils import Conv1D

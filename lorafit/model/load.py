@@ -57,7 +57,7 @@ def load_model(
     attention: str = "auto",
 ) -> PreTrainedModel:
     """The model with its weights, all of them frozen, in `eval` mode. `attention` is the implementation, by
-    transformers' name; the linear layers are held in few bits where `quantize` or the checkpoint says so.
+    transformers' name; the linear layers are quantised where `quantize` or the checkpoint says so.
 
     Raises RequestError when there are no weights, they do not fill the model or it has no such attention,
     RunError when memory does not suffice.

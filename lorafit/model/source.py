@@ -118,7 +118,9 @@ def _hub_config(model: str, revision: str) -> dict[str, Any]:
         named = f"{model}@{revision}" if revision else model
         raise RequestError(
             f"`{named}` is not a folder here, and {not_downloaded(error)}",
-            "check the name and the network; a model is a folder, a hub id as `owner/name`, or `demo`",
+            "accept its terms on its Hub page, then `hf auth login` or set HF_TOKEN"
+            if type(error).__name__ == "GatedRepoError"
+            else "check the name and the network; a model is a folder, a hub id as `owner/name`, or `demo`",
         ) from None
     return _read_config(Path(path), model)
 

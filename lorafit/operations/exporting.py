@@ -128,10 +128,10 @@ def _check_target(target: Path, overwrite: bool) -> None:
     if not target.exists():
         return
     if not overwrite:
-        raise RequestError(f"`{target}` exists", "another -o, or --overwrite to replace it")
+        raise RequestError(f"`{target}` exists", "choose another -o, or --overwrite to replace it")
     with target.open("rb") as file:
         if file.read(4) != b"GGUF":
-            raise RequestError(f"`{target}` is not a GGUF file: it is not replaced", "another -o")
+            raise RequestError(f"`{target}` is not a GGUF file: it is not replaced", "choose another -o")
 
 
 def _program(name: str, folder: str | None) -> Path | None:
@@ -168,7 +168,7 @@ def export(conversion: Conversion) -> ExportReport:
         size = beside.stat().st_size
         beside.replace(target)
     except OSError as error:
-        raise RunError(f"`{target}` cannot be written: {error.strerror}", "another -o") from None
+        raise RunError(f"`{target}` cannot be written: {error.strerror}", "choose another -o") from None
     finally:
         beside.unlink(missing_ok=True)
     return ExportReport(conversion.place, str(target), bool(conversion.adapted), len(names), size, alpha)

@@ -234,7 +234,9 @@ def _same_as(settings: RunConfig, target: Path) -> Run:
     a run."""
     run = read_back(target)
     if not run.settings:
-        raise RequestError(f"`{target}` is not a run: there is no run.yaml to resume from", "another -o")
+        raise RequestError(
+            f"`{target}` is not a run: there is no run.yaml to resume from", "choose another -o"
+        )
     for name, was, now in changed_settings(settings, run.settings):
         hint = "another -o trains a new run with these settings, --overwrite trains it again in its place"
         if name in ("epochs", "max_steps"):

@@ -68,7 +68,7 @@ def show_ahead(
 
 def show_candidates(screen: Screen, ahead: Ahead) -> None:
     """What each candidate will cost."""
-    table = table_of("candidate", "layers", "rank", "trained", "steps", "peak", "time", right=6, fold=0)
+    table = table_of("candidate", "layers", "rank", "trainable", "steps", "peak", "time", right=6, fold=0)
     for one in ahead.candidates:
         cost = ahead.costs[one.name]
         table.add_row(
@@ -213,7 +213,7 @@ def _table(screen: Screen, choices: Sequence[ChoiceRow]) -> Table:
     """One line per choice, the lowest loss first."""
     several = any(c.spread is not None for c in choices)
     wide = screen.out.width >= WIDE
-    columns = ["choice", "loss", *(["seeds ±"] if several else []), "to the lowest", "", "trained", "time"]
+    columns = ["choice", "loss", *(["seeds ±"] if several else []), "to the lowest", "", "trainable", "time"]
     columns += ["tok/s", "memory", "adapter"] if wide else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
     for c in choices:

@@ -201,15 +201,15 @@ class RunConfig:
         "truncate", one_of(*OVERFLOWS), "What to do with a row longer than --max-length", DATA, training=True
     )
     data_seed: int | None = option(
-        None, whole(0), "Seed of the held-out split and the batches.", DATA, training=True, derived="--seed"
-    )
+        None, whole(0), "Seed of the held-out rows and of which rows share a batch.", DATA, training=True, derived="--seed"
+    )  # fmt: skip
     max_length: int | None = option(
         None,
         whole(2),
         "Maximum row length, in tokens.",
         DATA,
         training=True,
-        derived="the model's positions",
+        derived="the model's positions, at most 1,024",
         depends_on=SHAPE,
     )
     epochs: float | None = option(
@@ -227,7 +227,7 @@ class RunConfig:
     batch_size: int | None = option(
         None,
         whole(1),
-        "Micro-batch size, in rows.",
+        "Rows of a micro-batch, of all processes together.",
         TRAINING,
         training=True,
         derived="the row length",
@@ -261,7 +261,7 @@ class RunConfig:
         1.0, number(0, 1e9, above=True), "Clip gradients to this norm.", TRAINING, training=True
     )
     seed: int = option(
-        0, whole(0), "Seed of the order of the batches, the initial adapters and, without --data-seed, the data.",
+        0, whole(0), "Seed of the batches' order, the adapter's start and, without --data-seed, the held-out rows and batches.",
         TRAINING, training=True,
     )  # fmt: skip
     dtype: str = option(
@@ -332,7 +332,7 @@ class RunConfig:
     keep: int | None = option(
         None,
         whole(1),
-        "Checkpoints to keep beside the best, also in the finished run; without it, one until the run is finished.",
+        "Keep the last N checkpoints beside the best, also after the run; without it, the last one until then.",
         TRAINING,
         training=True,
     )

@@ -62,16 +62,20 @@ class RunFolder:
         """
         check_target(self.target, overwrite, reads)
         if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
-            raise RequestError(f"`{self.work}` is not a folder", "another -o")
+            raise RequestError(f"`{self.work}` is not a folder", "choose another -o")
         there = self.work.is_dir()
         if there and (odd := _not_a_run(self.work)):
-            raise RequestError(f"`{self.work}` holds `{odd}`, which is not part of a run", "another -o")
+            raise RequestError(
+                f"`{self.work}` holds `{odd}`, which is not part of a run", "choose another -o"
+            )
         try:
             self.lock = _lock(self.work) if fcntl is not None else _lock_beside(self.work)
         except OSError as error:
-            raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "another -o") from None
+            raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "choose another -o") from None
         if self.lock is None:
-            raise RequestError(f"another run is writing `{self.work}`", "another -o, or wait for its end")
+            raise RequestError(
+                f"another run is writing `{self.work}`", "choose another -o, or wait for its end"
+            )
         if there and not resume and not overwrite:
             self.release()
             raise RequestError(

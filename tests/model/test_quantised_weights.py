@@ -192,7 +192,7 @@ def test_inspect_and_plan_say_it(run, tiny, stored):
     )
     assert found.code == 0, found.err
     note = next(n for n in found.document["notes"] if n.startswith("nf4: "))
-    assert "in few bits" in note and "of experts" in note
+    assert "are quantised" in note and "of experts" in note
     source = chart_of(find(str(tiny("qwen3_moe"))))
     wanted = weight_bytes(source, 4, held_as(source, "nf4"))
     assert found.document["estimate"]["memory"]["weights"] == wanted < 4 * source.total_params

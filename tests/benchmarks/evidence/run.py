@@ -2,10 +2,11 @@
 with forgetting measured on the others.
 
     python tests/benchmarks/evidence/run.py --model MODEL --work DIR \\
-        --task gsm8k=gsm8k_train.jsonl --task stories=stories.jsonl --task records=demo
+        --task gsm8k=gsm8k_train.jsonl --task stories=text:stories.jsonl --task records=demo
     python tests/benchmarks/evidence/run.py --model demo --work DIR --task demo=demo
 
-`records=demo` is the demo's task, a sentence to a JSON record. Of each task --rows rows are trained on, and --held-out
+`records=demo` is the demo's task, a sentence to a JSON record; `text:` before a file takes its answers alone, as plain
+text. Rows of at most --longest characters are used where there are enough of them. Of each task --rows rows are trained on, and --held-out
 others are scored; the first --also of these are the other tasks' text that should not change. Each comparison leaves a
 file of rows in ../results/evidence/, a line a run, and is skipped where that file is there; one that was stopped goes on.
 `--plan` says how long all of it takes. tables.py makes the tables of the docs' page from these files.
@@ -37,15 +38,29 @@ def lorafit(*words: str) -> Any:
     return json.loads(done.stdout)
 
 
-def rows_of(source: str) -> list[str]:
-    """The rows of a task as lines of JSON, in a seeded order."""
+def rows_of(source: str, longest: int, wanted: int) -> list[str]:
+    """The rows of a task as lines of JSON, in a seeded order, the short ones where they are enough."""
+    kind, _, path = source.rpartition(":")
     if source == "demo":
         from lorafit.demo.world import records
 
         return [json.dumps(row) for row in islice(records(Random(SEED)), 5000)]
-    lines = Path(source).read_text(encoding="utf-8").splitlines()
+    lines = [
+        json.dumps(row_of(json.loads(line), kind == "text"), ensure_ascii=False)
+        for line in Path(path).read_text(encoding="utf-8").split("\n")
+        if line
+    ]
+    short = [line for line in lines if len(line) <= longest]
+    lines = short if len(short) >= wanted else lines
     Random(SEED).shuffle(lines)
     return lines
+
+
+def row_of(row: Any, as_text: bool) -> Any:
+    """A row as it is, with a line break after a prompt, or its answer alone as text."""
+    if as_text:
+        return {"text": row["messages"][-1]["content"]}
+    return {**row, "prompt": row["prompt"] + "\n"} if "prompt" in row else row
 
 
 def equal_time(plan: Any, steps: int, path: Path) -> None:
@@ -115,14 +130,16 @@ def main() -> None:
     parser.add_argument("--model", required=True)
     parser.add_argument("--task", action="append", required=True, metavar="NAME=FILE")
     parser.add_argument("--work", required=True, type=Path, help="folder of the runs")
-    parser.add_argument("--rows", type=int, default=400)
-    parser.add_argument("--held-out", type=int, default=64)
-    parser.add_argument("--also", type=int, default=32)
-    parser.add_argument("--steps", type=int, default=16, help="of all candidates; at equal time of all × all")
-    parser.add_argument("--batch-size", default="8")
+    parser.add_argument("--rows", type=int, default=160)
+    parser.add_argument("--held-out", type=int, default=40)
+    parser.add_argument("--also", type=int, default=12)
+    parser.add_argument("--longest", type=int, default=300, help="characters of a row")
+    parser.add_argument("--steps", type=int, default=20, help="of all candidates; at equal time of all × all")
+    parser.add_argument("--batch-size", default="4")
     parser.add_argument("--trainable", default="500k")
-    parser.add_argument("--seeds", default="3")
-    parser.add_argument("--max-length", default="192")
+    parser.add_argument("--seeds", default="3", help="at equal parameters")
+    parser.add_argument("--seeds-in-time", default="2", help="at equal time")
+    parser.add_argument("--max-length", default="128")
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--workers", default="1")
     parser.add_argument("--part", choices=("parameters", "time", "both"), default="both")
@@ -132,7 +149,7 @@ def main() -> None:
     tasks = dict(text.split("=", 1) for text in asked.task)
     asked.work.mkdir(parents=True, exist_ok=True)
     for name, source in tasks.items():
-        rows = rows_of(source)
+        rows = rows_of(source, asked.longest, asked.rows + asked.held_out)
         held_out = rows[asked.rows : asked.rows + asked.held_out]
         parts = {"train": rows[: asked.rows], "held-out": held_out, "also": held_out[: asked.also]}
         for part, chosen in parts.items():
@@ -152,15 +169,19 @@ def main() -> None:
         hours = plan["seconds"] * int(asked.seeds) / 3600
         print(f"{name}: about {hours:.1f} h at equal parameters, longer at equal time", file=sys.stderr)
         equal_time(plan, asked.steps, grid)
-        for part, words in (("parameters", equal), ("time", [*common, "--grid", str(grid)])):
+        in_time = [*common, "--grid", str(grid)]
+        for part, words, seeds in (
+            ("parameters", equal, asked.seeds),
+            ("time", in_time, asked.seeds_in_time),
+        ):
             path, folder = RESULTS / f"{name}-{part}.jsonl", asked.work / f"{name}-{part}"
             if asked.plan or path.is_file() or asked.part not in (part, "both"):
                 continue
-            answer = compared([*words, "--seeds", asked.seeds], folder)
+            answer = compared([*words, "--seeds", seeds], folder)
             about = {
                 "task": name, "equal": part, "model": Path(asked.model).name, "steps": asked.steps, "rows": asked.rows,
                 "batch_size": int(asked.batch_size), "max_length": int(asked.max_length), "dtype": asked.dtype,
-                "command": f"lorafit compare {' '.join(Path(w).name if '/' in w else w for w in words)} --seeds {asked.seeds}",
+                "command": f"lorafit compare {' '.join(Path(w).name if '/' in w else w for w in words)} --seeds {seeds}",
                 "environment": lorafit("env"),
             }  # fmt: skip
             kept(folder, answer, about, path)

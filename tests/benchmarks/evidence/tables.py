@@ -36,7 +36,7 @@ class Part:
 
     @property
     def title(self) -> str:
-        return f"{NAMES[self.about['task']]}, equal {self.about['equal']}"
+        return NAMES[self.about["task"]]
 
 
 def read(path: Path) -> Part:
@@ -115,47 +115,54 @@ def contrast(part: Part, one: Sequence[str], other: Sequence[str]) -> tuple[floa
 
 
 def contrast_table(found: Sequence[Part]) -> str:
-    """The contrasts, a column a part: difference ± standard error; below zero the first has the lower loss."""
-    lines = ["| held-out loss of | " + " | ".join(part.title for part in found) + " |"]
-    lines.append("|---" * (len(found) + 1) + "|")
+    """The contrasts, a column a task: difference ± standard error; below zero the first has the lower loss."""
+    lines = [_head("held-out loss of", found)]
     for name, (one, other) in contrasts().items():
         cells = []
         for part in found:
-            first, second = one, other
-            if "best third" in name:
-                by_band = {b: [c for c in other if c.endswith(f"-{b}")] for b in ("low", "mid", "high")}
-                second = min(
-                    by_band.values(),
-                    key=lambda cs: np.mean([part.rows[c].sum() for c in cs if c in part.rows]),
-                )
-            delta, error = contrast(part, first, second)
+            second = _best_band(part, other) if "best third" in name else other
+            delta, error = contrast(part, one, second)
             cells.append(f"{delta:+.3f} ± {error:.3f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
+def _best_band(part: Part, choices: Sequence[str]) -> list[str]:
+    """Of the choices those of the band with the lowest loss."""
+    by_band = [[c for c in choices if c.endswith(f"-{band}")] for band in BANDS[:-1]]
+    return min(by_band, key=lambda group: np.mean([part.rows[c].sum() for c in group]))
+
+
+def _head(what: str, found: Sequence[Part]) -> str:
+    names = [NAMES[part.about["task"]] for part in found]
+    return f"| {what} | " + " | ".join(names) + " |\n" + "|---" * (len(names) + 1) + "|"
+
+
 def forgetting_table(found: Sequence[Part]) -> str:
     """By strategy and by band, how much the loss on the other tasks' text rose, mean over the texts."""
-    with_text = [part for part in found if part.also]
-    lines = ["| loss on the other tasks | " + " | ".join(part.title for part in with_text) + " |"]
-    lines.append("|---" * (len(with_text) + 1) + "|")
-    for group in (*STRATEGIES[:-1], "all roles", *BANDS[:-1], "all layers"):
-        at, name = (1, group.split()[0]) if group in (*BANDS, "all layers") else (0, group.split()[0])
-        cells = []
-        for part in with_text:
-            values = [
-                value for text in part.also.values() for c, value in text.items() if c.split("-")[at] == name
-            ]
-            cells.append(f"{np.mean(values):+.3f}")
-        lines.append(f"| `{name}`{' layers' if group == 'all layers' else ''} | " + " | ".join(cells) + " |")
+    found = [part for part in found if part.also]
+    lines = [_head("trained on", found)]
+    groups = {f"`{name}`": (0, name) for name in STRATEGIES}
+    groups |= {f"`{name}` layers": (1, name) for name in BANDS}
+    for shown, (at, name) in groups.items():
+        means = []
+        for part in found:
+            changes = (text.items() for text in part.also.values())
+            means.append(np.mean([v for text in changes for c, v in text if c.split("-")[at] == name]))
+        lines.append(f"| {shown} | " + " | ".join(f"{mean:+.3f}" for mean in means) + " |")
     return "\n".join(lines)
 
 
-def tables() -> list[str]:
-    """All tables of the page, in its order."""
-    found = parts()
-    return [*map(grid, found), contrast_table(found), forgetting_table(found)]
+def tables() -> dict[str, list[str]]:
+    """The tables of the page, by what is equal."""
+    found: dict[str, list[Part]] = {"parameters": [], "time": []}
+    for part in parts():
+        found[part.about["equal"]].append(part)
+    return {
+        equal: [*map(grid, of), contrast_table(of), forgetting_table(of)] for equal, of in found.items() if of
+    }
 
 
 if __name__ == "__main__":
-    print("\n\n".join(tables()))
+    for made in tables().values():
+        print("\n\n".join(made) + "\n")
