@@ -25,7 +25,8 @@ def comparison_of(
     tokenizer = load_tokenizer(source.place, source.name)
     rows = load(config, tokenizer, found.task, found.vocab_size)
     ahead = look_ahead(source, found, candidates, rows.look)
-    folder.begin(asked, [rows.train.digest, rows.held_out.digest])
+    digests = {one.name: one.digest for one in ahead.candidates}
+    folder.begin(asked, [rows.train.digest, rows.held_out.digest], digests)
     config, lowest = ahead.candidates[0].config, ahead.lowest.plan
     shared = SharedBase(lambda: loader(source, found, config, lowest))
     return Comparison(ahead, shared, rows, tokenizer, folder, also or {}, halving, stop=stop)

@@ -12,6 +12,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Quiet, Verbose, run_options
 from lorafit.cli.shell import stopping
+from lorafit.errors import RequestError
 from lorafit.operations import COMPARES, bounds
 from lorafit.settings import DATA, OUTPUT, TRAINING, WHAT
 
@@ -129,6 +130,11 @@ def compare(
 
     Base, rows and frozen layers are shared. Each candidate is a run folder of its own.
     """
+    if csv and (json or dry):
+        other = "--json" if json else "--plan"
+        raise RequestError(
+            f"--csv prints the table of the results, and {other} prints another", "leave one of them out"
+        )
     from lorafit.compare import Request, table_text
     from lorafit.operations import resolve_comparison
     from lorafit.screen import Screen, show_answer, show_candidates

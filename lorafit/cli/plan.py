@@ -9,6 +9,7 @@ import typer
 
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, run_options
+from lorafit.errors import RequestError
 from lorafit.operations import PLANS, bounds
 from lorafit.settings import OUTPUT
 
@@ -86,6 +87,9 @@ def plan(
     from lorafit.screen import Screen, show_matrix, show_plan
 
     screen = Screen(json)
+    if not estimate and (matrix or fit):
+        other = "--matrix" if matrix else "--fit"
+        raise RequestError(f"{other} is an estimate, and --no-estimate makes none", "leave one of them out")
     how: dict[str, Any] = {"fit": fit, "processes": processes, "probe": probe, "fresh": fresh}
     if matrix:
         every = plan_matrix(flags, config, **how, bar=screen.bar)

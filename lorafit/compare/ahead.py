@@ -97,9 +97,10 @@ def look_ahead(
     budget: float | None = None,
     tick: Tick = lambda done, total: None,
     workers: int = 1,
+    most: int | None = None,
 ) -> Ahead:
     """The forecast of all candidates, as `plan` makes it, with one timing for all; within `budget` seconds, where one
-    is set: all take as many steps as then fit.
+    is set: all take as many steps as then fit. `most` is what that came to when the comparison began.
 
     Raises RequestError where fewer than FEWEST steps do.
     """
@@ -113,9 +114,20 @@ def look_ahead(
         made = replace(made, candidates=candidates, workers=workers)
     else:
         made = replace(_forecast(source, found, candidates, look, tick, made.timing), workers=workers)
-    if budget is None:
-        return made
     steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
+    if budget is not None:
+        most = _fitting(made, budget)
+    if most is None or most >= max(steps.values()):
+        return made
+    cut = [replace(one, config=_limited(one, most)) for one in made.candidates]
+    return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
+
+
+def _fitting(made: Ahead, budget: float) -> int:
+    """The steps that each candidate may take for all of it to fit into `budget` seconds. Raises RequestError where
+    these are fewer than FEWEST."""
+    steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
+    workers, candidates = made.workers, made.candidates
     beside = made.fill + EACH * len(candidates) / workers
     each = sum((made.seconds[name] - EACH) / steps[name] for name in steps) / workers
     fit = int((budget - beside) / each) if each else max(steps.values())
@@ -126,10 +138,7 @@ def look_ahead(
             f"{FEWEST} is the least",
             f"--budget {round(least) + 1}s, or fewer candidates",
         )
-    if fit >= max(steps.values()):
-        return made
-    cut = [replace(one, config=_limited(one, fit)) for one in candidates]
-    return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
+    return fit
 
 
 def _residency(found: ModelMap, made: Ahead) -> tuple[str, str]:

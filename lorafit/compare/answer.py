@@ -150,7 +150,8 @@ def _row(
     rows: np.ndarray,
     weights: np.ndarray,
 ) -> ChoiceRow:
-    own = [c for c in candidates if c.choice == one.choice and c.name in outcomes]
+    finished = {name for name, outcome in outcomes.items() if outcome.status == FINISHED}
+    own = [c for c in candidates if c.choice == one.choice and c.name in finished]
     first, results = own[0], [outcomes[c.name] for c in own]
     scores = [o.scores for o in results if o.scores is not None]
     gain, gain_error = difference(rows, _losses([base.rows]), weights)
@@ -260,6 +261,6 @@ def _notes(choices: Sequence[ChoiceRow]) -> list[str]:
         )
     if choices and choices[0].gain > 0:
         notes.append(
-            f"no candidate is below the base: fewer steps or a lower rate may suit this data ({percent(choices[0].gain, choices[0].loss)} above it)"
+            f"no candidate is below the base: fewer steps or a lower rate may suit this data ({percent(choices[0].gain, choices[0].loss - choices[0].gain)} above it)"
         )
     return notes

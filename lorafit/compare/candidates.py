@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -11,11 +13,13 @@ from lorafit.adapter import Plan, planned
 from lorafit.compare.grid import VARIED, Wanted
 from lorafit.errors import RequestError
 from lorafit.forward import not_streamed, refused_by_map
+from lorafit.jsonio import jsonable
 from lorafit.model import ModelMap
-from lorafit.settings import OPTIONS, Preset, RunConfig, derive_from_model, settle
+from lorafit.settings import MAY_CHANGE, OPTIONS, Preset, RunConfig, derive_from_model, settle
 from lorafit.units import count
 
 OWN = (*VARIED, "output", "overwrite", "resume")  # options in which candidates may differ
+OF_ONE_RUN = ("from_adapter", "compile", "track")  # options that mean nothing for candidates
 MAX_RANK = 4096
 
 
@@ -33,6 +37,13 @@ class Candidate:
     def streams(self) -> bool:
         """Whether the layers below the lowest band of all candidates are read as they run, and not held."""
         return self.config.prefix_residency == "stream"
+
+    @property
+    def digest(self) -> str:
+        """Of all that decides its result but the base's weights and the rows."""
+        settings = {name: getattr(self.config, name) for name in OPTIONS if name not in MAY_CHANGE}
+        decides = [jsonable(settings), jsonable(self.plan.lora), self.plan.modules]
+        return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
     def cut(self) -> tuple[tuple[str, int], ...]:
@@ -67,6 +78,11 @@ def resolve_all(
         config, preset = settle({**common, **one.settings}, file)
         config = derive_from_model(config, found).derived("data_seed", 0, "one split for all candidates")
         config = replace(config, sample=False)
+        if own := next((name for name in OF_ONE_RUN if getattr(config, name)), ""):
+            raise RequestError(
+                f"{OPTIONS[own].flag} is for one run, not for candidates",
+                "take it out of the run file or the grid",
+            )
         if one.times is not None:
             rate = (config.learning_rate or 0.0) * one.times
             config = replace(config, learning_rate=rate, origin={**config.origin, "learning_rate": "flag"})

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,17 +51,40 @@ class CompareFolder:
                 f"cannot write `{self.target}`: {error.strerror}", "choose another -o"
             ) from None
 
-    def begin(self, request: Any, rows: Sequence[str]) -> None:
-        """Write what was asked for, with the digests of the rows. Raises RequestError where a comparison that goes
-        on had other rows."""
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """While here, no other process writes the comparison. Raises RequestError where one does; the lock ends with
+        its process."""
+        from lorafit.train import lock_folder
+
+        give_back = lock_folder(self.target)
+        if give_back is None:
+            raise RequestError(
+                f"another process is writing `{self.target}`", "choose another -o, or wait for its end"
+            )
+        try:
+            yield
+        finally:
+            give_back()
+
+    def begin(self, request: Any, rows: Sequence[str], candidates: Mapping[str, str]) -> None:
+        """Write what was asked for, with the digests of the rows and of each candidate. Raises RequestError where a
+        comparison that goes on had others."""
         stored = self.request() if (self.target / COMPARISON).is_file() else None
         if stored is not None and stored.get("rows") != list(rows):
             raise RequestError(
                 f"the rows are not those that `{self.target}` began with: the data has changed",
                 "another -o compares on the data as they are",
             )
+        known = {} if stored is None else stored.get("candidates", {})
+        if other := next((name for name in known if known[name] != candidates.get(name)), ""):
+            raise RequestError(
+                f"`{other}` is not the candidate that `{self.target}` began with: the grid, the run file, a preset or "
+                "the model has changed",
+                "choose another -o for what is asked for now",
+            )
         if stored is None:
-            begun = {"rows": list(rows), "environment": environment()}
+            begun = {"rows": list(rows), "candidates": dict(candidates), "environment": environment()}
             self.write_json(COMPARISON, {**jsonable(request), **begun})
 
     def environment(self) -> dict[str, str]:

@@ -116,7 +116,7 @@ def with_seeds(chosen: Sequence[Wanted], seeds: Sequence[int]) -> list[Wanted]:
             raise RequestError(f"two candidates are named `{one.name}`", "give each a name of its own")
         seen.add(one.name.lower())
     if len(found) > MOST:
-        raise RequestError(f"these are {len(found):,} candidates, more than {MOST:,}", "shorter lists")
+        raise RequestError(f"these are {len(found):,} candidates, more than {MOST:,}", "give shorter lists")
     return found
 
 
@@ -128,6 +128,11 @@ def parse_seeds(texts: Sequence[str]) -> list[int]:
     if len(numbers) != len([part for part in parts if part]) or (not several and numbers == [0]):
         raise RequestError(
             f"--seeds is `{','.join(texts)}`: it takes a number of seeds or a list", "e.g. --seeds 3, or 1,5"
+        )
+    if not several and numbers and numbers[0] > MOST:
+        raise RequestError(
+            f"--seeds {numbers[0]} is that many seeds of each candidate",
+            f"--seeds {numbers[0]}, with a comma is that one seed",
         )
     if not several and numbers:
         return list(range(numbers[0]))

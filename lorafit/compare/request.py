@@ -12,7 +12,7 @@ from lorafit.compare.ahead import parse_duration
 from lorafit.compare.candidates import Candidate, parse_count
 from lorafit.compare.grid import VARIED, Wanted, from_file, from_lists
 from lorafit.errors import RequestError
-from lorafit.settings import BANDS, lasting, preset_names, read_yaml
+from lorafit.settings import BANDS, lasting, lasting_data, preset_names, read_yaml
 
 PATHS = ("model", "chat_template")  # options that may name a file or a folder
 MANY_PATHS = ("data", "eval_data")
@@ -61,9 +61,11 @@ class Request:
         flags |= {name: lasting(flags[name]) for name in PATHS if flags.get(name)}
         flags |= {name: [lasting(spec) for spec in flags[name]] for name in MANY_PATHS if flags.get(name)}
         flags.setdefault("template_date", datetime.now().isoformat(timespec="minutes"))
+        presets = (",".join(map(lasting_data, text.split(","))) for text in self.presets)
         return replace(
             self,
             flags=flags,
+            presets=tuple(presets),
             grid=lasting(self.grid),
             config=lasting(self.config),
             also=tuple(str(lasting(spec)) for spec in self.also),
@@ -81,10 +83,7 @@ class Request:
             )
             layers = self.layers or (() if "layers" in file else (",".join(BANDS),))
             found = from_lists(presets, layers, self.ranks, self.learning_rates, self.seeds)
-        common = {**base, **self.flags}
-        if self.steps is not None:
-            common["max_steps"] = self.steps
-        return common, found
+        return {**base, **self.flags}, found
 
     def differs(self, other: Request) -> str:
         """The first option in which another request differs; empty where they are the same."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,10 +52,12 @@ class Comparison:
     hints: bool = False
     workers: int = 1
     stop: Callable[[], int] = lambda: 0
+    again: set[str] = field(default_factory=set)  # candidates that failed before, and are tried again
 
     def run(self) -> Iterator[Happening]:
         """Train what is missing. Raises Interrupted, with what goes on, when `stop` asks for an end; RunError when
         the folder cannot be written."""
+        self.again = {name for name, outcome in self.outcomes().items() if outcome.status == FAILED}
         base, streams = self.folder.base(), self.ahead.candidates[0].streams
         if base is None and not streams:
             base = self._base_scores()
@@ -74,9 +76,10 @@ class Comparison:
             left = [one for one in alive if not self._is_there(one, share)]
             if self.workers > 1 and len(left) > 1:
                 yield from self._spread(left, alive, share, summed(base.rows).loss)
-                left = []
-            for one in left:
-                yield from self._one(one, alive, share, summed(base.rows).loss)
+            else:
+                for one in left:
+                    yield from self._one(one, alive, share, summed(base.rows).loss)
+            self.again -= {one.name for one in left}
             if share < 1:
                 cut = self._halve(alive, share)
                 alive = [one for one in alive if one.choice in cut.kept]
@@ -112,6 +115,8 @@ class Comparison:
 
         order = sorted(left, key=lambda one: -self.ahead.seconds[one.name])
         yield from spread([task(one) for one in order], self.workers, self.stop)
+        if (number := self.stop()) and not all(self._is_there(one, share) for one in left):
+            raise self._interrupted(Interrupted("interrupted between two candidates", "", number))
 
     def outcomes(self) -> dict[str, Outcome]:
         """What became of each candidate so far, in their order."""
@@ -123,6 +128,8 @@ class Comparison:
         outcome = self.folder.outcome(one.name)
         if outcome is None:
             return False
+        if outcome.status == FAILED and one.name in self.again:
+            return any(cut.share == share for cut in self.folder.cuts())  # that round is decided without it
         done = outcome.status in (FINISHED, FAILED, DROPPED)
         return done or outcome.step >= _until(one, self.ahead, share)
 
@@ -157,7 +164,9 @@ class Comparison:
                     if self.stop():
                         raise self._interrupted(error) from None
                 prefix = self._prefix(job.model, one.plan.cut) if seen.replays else None
-                outcome = seen.outcome(outcome, self._scores(job.model, job.config, prefix), job)
+                before = self.folder.outcome(one.name)  # of an earlier round, or session
+                seconds = before.seconds if before is not None and before.status == PAUSED else 0.0
+                outcome = seen.outcome(outcome, self._scores(job.model, job.config, prefix), job, seconds)
         except (RunError, RequestError) as error:
             if isinstance(error.__cause__, OSError):  # the disk: no candidate could be written
                 raise
@@ -263,7 +272,13 @@ class Comparison:
         finally:
             self.shared.drop()
         blank = Outcome(
-            one.name, one.choice, FINISHED, "", 0, self.ahead.costs[one.name].steps or 0, scores=scores
+            one.name,
+            one.choice,
+            FINISHED,
+            "",
+            0,
+            int(report.get("adapter_step") or report["steps"]),
+            scores=scores,
         )
         return replace(
             blank,
@@ -298,13 +313,14 @@ class _Seen:
         elif isinstance(event, TrainReport):
             self.report = event
 
-    def outcome(self, blank: Outcome, scores: Scores, job: Job) -> Outcome:
-        """What became of the candidate: finished where there is a report, else paused."""
+    def outcome(self, blank: Outcome, scores: Scores, job: Job, before: float) -> Outcome:
+        """What became of the candidate: finished where there is a report, else paused. It ran for `before` seconds in
+        earlier rounds."""
         found = replace(
             blank,
             status=PAUSED,
             step=self.step,
-            seconds=self.seconds,
+            seconds=before + self.seconds,
             tokens_per_second=self.tokens / max(1e-9, self.seconds),
             peak=peak_memory(job.device),
             growth=peak_memory(job.device) - job.memory_before,
@@ -315,6 +331,7 @@ class _Seen:
         return replace(
             found,
             status=FINISHED,
+            steps=self.report.adapter_step,
             seconds=self.report.seconds,
             tokens_per_second=self.report.tokens_per_second,
         )

@@ -257,6 +257,13 @@ def _as_told(source: DataSource, config: RunConfig) -> DataSource:
     return replace(source, delimiter=delimiter, quote="" if config.csv_quote == "none" else config.csv_quote)
 
 
+def _not_kept(source: DataSource, error: OSError) -> RunError:
+    return RunError(
+        f"the rows of `{source.name}` cannot be kept below `{folder('rows')}`: {error.strerror}",
+        "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
+    )
+
+
 def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable[[int], None]) -> ReadFile:
     """The rows of a source: from the cache where a large one was read before, else made, and then kept."""
     by_line = source.where(0).endswith(":0")
@@ -274,7 +281,10 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         config.format, parse_map(config.map), config.group_by or "", config.as_chat, counts, counts.fault
     )
     format, examples = read(source, tick=tick, reading=reading)
-    writer = Writer(filling(entry) if entry else None)
+    try:
+        writer = Writer(filling(entry) if entry else None)
+    except OSError as error:
+        raise _not_kept(source, error) from None
     try:
         for row in maker.rows(examples, format):
             writer.add(row)
@@ -286,10 +296,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
             shutil.rmtree(writer.folder, ignore_errors=True)
         if not isinstance(error, OSError):
             raise
-        raise RunError(
-            f"the rows of `{source.name}` cannot be kept below `{folder('rows')}`: {error.strerror}",
-            "lorafit cache --remove all makes room; XDG_CACHE_HOME names another place",
-        ) from None
+        raise _not_kept(source, error) from None
     if entry is None:
         return ReadFile(RowStore(source.name, by_line, made), format, counts)  # type: ignore[arg-type]
     tokens = writer.at["ids"]

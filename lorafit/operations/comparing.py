@@ -106,13 +106,16 @@ def prepare_comparison(of: Candidates, workers: int = 1, bar: Bar = no_bar) -> C
     with bar("reading", bytes_text) as tick:
         rows = load(config, tokenizer, found.task, found.vocab_size, tick)
     plain = replace(config, format="auto", map=None)
+    names = [Path(spec).name for spec in asked.also]
     also = {
-        Path(spec).name: read_eval_rows([spec], plain, tokenizer, found.task, found.vocab_size)
-        for spec in asked.also
+        name if names.count(name) == 1 else spec: read_eval_rows(
+            [spec], plain, tokenizer, found.task, found.vocab_size
+        )
+        for name, spec in zip(names, asked.also, strict=True)
     }
     budget = parse_duration(asked.budget) if asked.budget and asked.steps is None else None
     with bar("planning") as tick:
-        ahead = look_ahead(of.source, found, of.candidates, rows.look, budget, tick, workers)
+        ahead = look_ahead(of.source, found, of.candidates, rows.look, budget, tick, workers, asked.steps)
     if budget is not None:
         asked = replace(asked, steps=max(cost.steps or 1 for cost in ahead.costs.values()))
     return Compared(asked, of, ahead, rows, also, tokenizer, threads)
@@ -138,15 +141,22 @@ def compare_events(run: Compared, resume: bool, stop: Callable[[], int]) -> Iter
 
     `stop` returns the number of the signal that asks for an end, or 0. Raises Interrupted then.
     """
+    folder = CompareFolder(run.of.target)
+    folder.open(resume)
+    with folder.locked():
+        digests = [run.rows.train.digest, run.rows.held_out.digest]
+        folder.begin(run.asked, digests, {one.name: one.digest for one in run.ahead.candidates})
+        yield from _trained(run, folder, stop)
+
+
+def _trained(run: Compared, folder: CompareFolder, stop: Callable[[], int]) -> Iterator[Happening | Answer]:
+    """The candidates, trained in a folder that is this process's own."""
     import torch
 
     from lorafit.compare import Comparison, Hint, SharedBase, answer_of, with_hint, write_answer
     from lorafit.train import load_base
 
-    of, candidates = run.of, run.ahead.candidates
-    folder, hint = CompareFolder(of.target), None
-    folder.open(resume)
-    folder.begin(run.asked, [run.rows.train.digest, run.rows.held_out.digest])
+    of, candidates, hint = run.of, run.ahead.candidates, None
     shared = SharedBase(lambda: load_base(of.source, of.found, candidates[0].config, run.ahead.lowest.plan))
     with closing(shared):
         comparison = Comparison(

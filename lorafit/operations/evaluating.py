@@ -21,6 +21,7 @@ from lorafit.adapter import (
 from lorafit.data import find_files
 from lorafit.errors import RequestError
 from lorafit.evaluate import check_holds_out
+from lorafit.forward import not_streamed
 from lorafit.model import chart_of, find, held_as
 from lorafit.operations.options import ABOUT_DATA, SHAPE
 from lorafit.operations.progress import Bar, no_bar
@@ -65,12 +66,16 @@ def evaluate_adapters(
 
     if report is not None:
         check_file(Path(report).expanduser(), "--report", PAGE_MARK)
-    _check(given, also, by, prompt, tasks)
+    _check(given, also, by, prompt, tasks, limit)
     find_files((*given.get("data", ()), *(also or ())))
     alone = _model_alone(adapters, bool(given.get("data") or also or prompt or tasks), model)
     adapters = [] if alone else [locate(adapter) for adapter in adapters]
     if adapters and not (given.get("data") or prompt or tasks) and (Path(adapters[0]) / CONFIG).is_file():
         check_holds_out(adapters[0])
+    if alone and given.get("prefix_residency") == "stream":
+        raise not_streamed("a model alone has no band, and all of its layers are held")
+    if by and not (given.get("data") or adapters):
+        raise RequestError("--by groups rows of --data, and there are none", "name a file with --data")
     source, found = _base(adapters, model or alone)
 
     with without_collecting():
@@ -107,7 +112,8 @@ def evaluate_adapters(
             request, source, found, adapters, tokenizer, dtype, sampling, device, tick, quantize, residency
         )
     written, why = _write_page(report, adapters, found, adapted, found_out)
-    notes = [*found_out.notes, *said, *([why] if why else []), *_steps_kept(adapters)]
+    seen = () if given.get("data") or scored is None else _others_rows(adapters)
+    notes = [*found_out.notes, *said, *([why] if why else []), *_steps_kept(adapters), *seen]
     return replace(found_out, page=written, notes=tuple(notes))
 
 
@@ -139,6 +145,17 @@ def _base(adapters: Sequence[str], model: str | None) -> tuple[ModelSource, Mode
     return source, chart_of(source)
 
 
+def _others_rows(adapters: Sequence[str]) -> Iterator[str]:
+    """A note for each run that held out other rows than the first, whose rows are scored."""
+    digests = [read_back(run_of(path)).held_out_digest for path in adapters]
+    for path, digest in zip(adapters, digests, strict=True):
+        if digest and digests[0] and digest != digests[0]:
+            yield (
+                f"`{path}` held out other rows than `{adapters[0]}`, and may have been trained on these: --data FILE "
+                "with rows that neither saw compares them fairly"
+            )
+
+
 def _steps_kept(adapters: Sequence[str]) -> Iterator[str]:
     """A note for each run whose folder holds the best adapter, and not that of its last step."""
     for path in adapters:
@@ -147,11 +164,15 @@ def _steps_kept(adapters: Sequence[str]) -> Iterator[str]:
             yield f"`{path}` is the adapter of {steps_text(report)}"
 
 
-def _check(given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tasks: str | None) -> None:
+def _check(
+    given: Mapping[str, Any], also: Any, by: str | None, prompt: Any, tasks: str | None, limit: int
+) -> None:
     """Raises RequestError for options that mean nothing together: before anything is loaded."""
     about_data = [name for name in ABOUT_DATA if name in given]
     if about_data and not (given.get("data") or also):
         raise RequestError(f"{OPTIONS[about_data[0]].flag} needs --data", "name a file with --data")
+    if limit and not tasks:
+        raise RequestError("--limit is for --tasks", "name benchmarks with --tasks, e.g. --tasks hellaswag")
     if by and not given.get("data") and (prompt or tasks):
         raise RequestError(
             "--by groups rows, and with --prompt or --tasks there are no rows without --data",

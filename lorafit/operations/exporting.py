@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.adapter import common_base, locate, modules_of, named_alone, read_config
 from lorafit.errors import RequestError, RunError
+from lorafit.model import local_folder
 from lorafit.operations.options import GGUF_TYPES
 from lorafit.report import Adapted, why_not_gguf, why_not_merged_gguf
 from lorafit.results import ExportReport
@@ -76,17 +77,21 @@ def prepare_export(
         raise RequestError(f"--outtype is `{outtype}`: it takes one of {', '.join(GGUF_TYPES)}")
     adapted: Adapted | None = None
     if named_alone(place, model):
+        from lorafit.merge import base_folder
         from lorafit.model import chart_of, find
 
         source = find(place)
         found = chart_of(source)
         arguments = [source.place]
+        if not source.local and not why_not_merged_gguf(found.family, found.task):
+            arguments = [str(base_folder(source))]  # the converter reads a folder
     else:
         folder = locate(place)
         source, found = common_base([folder], model)
         adapted = adapted_of(folder, found)
-        local = Path(source.place).is_dir()
-        arguments = [str(Path(folder).expanduser()), "--base" if local else "--base-model-id", source.place]
+        base = local_folder(source.place)  # also of a hub model, of which it reads the config alone
+        named = ["--base", str(base)] if base is not None else ["--base-model-id", source.place]
+        arguments = [str(Path(folder).expanduser()), *named]
     why = (
         why_not_gguf(adapted, found.family, found.task)
         if adapted

@@ -14,7 +14,7 @@ PROMPT = ("chat_template", "template_args", "end_token", "as_chat")  # how a pro
 
 def going_on(flags: Mapping[str, Any], config: str | None) -> Mapping[str, Any]:
     """The flags, and what none of them says from the adapter: its model, modules, rank, alpha and dropout; of a
-    run also its data, or with --data how it writes prompts. Training options are those of any run.
+    run also its data and held-out rows, or with --data how it writes prompts. Training options are those of any run.
 
     With a run file all of that is in the file. Raises RequestError when the adapter cannot be read.
     """
@@ -36,6 +36,8 @@ def going_on(flags: Mapping[str, Any], config: str | None) -> Mapping[str, Any]:
         taken |= {
             name: getattr(recorded, name) for name in names if getattr(recorded, name) not in (None, ())
         }
+        if "data" not in flags:  # the rows that it held out, also where its --seed chose them
+            taken["data_seed"] = recorded.seed_of_data
     else:
         taken["model"] = base_of(folder)
     if any(name in flags for name in WHICH):

@@ -110,7 +110,12 @@ def plan_matrix(
     bar: Bar = no_bar,
 ) -> dict[str, Any]:
     """Every strategy in every band, with this run's rank, alpha and dropout: `model`, `free` bytes, `cells`."""
-    ahead, settings, free = _forecast(_asked(flags, config, fit, processes), probe, fresh, bar)
+    asked = _asked(flags, config, fit, processes)
+    check_shard(
+        asked.settings, planned(asked.found, asked.chosen, asked.settings), asked.found, asked.source.place
+    )
+    check_compile(asked.settings, asked.found)
+    ahead, settings, free = _forecast(asked, probe, fresh, bar)
     assert settings.rank is not None and settings.alpha is not None and settings.dropout is not None
     every = [load_preset(name) for name in preset_names()]
     every = [

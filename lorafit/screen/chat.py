@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import closing, suppress
 
+from lorafit.errors import RequestError
 from lorafit.screen.console import CONTROLS, Screen
 
 PROMPT = "> "
@@ -44,9 +45,17 @@ class ChatView:
         if self.typed:
             with suppress(ImportError):
                 import readline  # noqa: F401  # input() takes its line editing and history
+        number = 0
         with suppress(KeyboardInterrupt, EOFError):
             while sys.stdin is not None:
-                line = input(PROMPT) if self.typed else sys.stdin.readline()
+                number += 1
+                try:
+                    line = input(PROMPT) if self.typed else sys.stdin.readline()
+                except UnicodeDecodeError as error:
+                    raise RequestError(
+                        f"line {number} of the input or one soon after it is not {error.encoding}",
+                        "convert it first, e.g. with iconv -t utf-8",
+                    ) from None
                 if not line and not self.typed:
                     return
                 if line.strip():

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lorafit.settings.options import WHAT as WHAT
     from lorafit.settings.options import Option as Option
     from lorafit.settings.places import lasting as lasting
+    from lorafit.settings.places import lasting_data as lasting_data
     from lorafit.settings.places import weighted as weighted
     from lorafit.settings.precedence import as_recorded as as_recorded
     from lorafit.settings.precedence import dated as dated
@@ -44,7 +45,7 @@ __getattr__ = door(
         "bands": "BANDS LayerChoice TILED_FROM",
         "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
         "options": "DATA OUTPUT Option TRAINING WHAT",
-        "places": "lasting weighted",
+        "places": "lasting lasting_data weighted",
         "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
         "preset": "Lora Preset load_preset preset_names read_yaml takes_from_base",
         "run_config": "OPTIONS RunConfig",

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from lorafit.train.run_folder import RunFolder as RunFolder
     from lorafit.train.run_folder import claim as claim
     from lorafit.train.run_folder import is_written as is_written
+    from lorafit.train.run_folder import lock_folder as lock_folder
     from lorafit.train.trackers import trackers_of as trackers_of
 
 __getattr__ = door(
@@ -35,7 +36,7 @@ __getattr__ = door(
         "loggers": "Listener recorded records",
         "loop": "run",
         "measure": "memory_before peak_memory",
-        "run_folder": "RunFolder claim is_written",
+        "run_folder": "RunFolder claim is_written lock_folder",
         "trackers": "trackers_of",
     },
 )

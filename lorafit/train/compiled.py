@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
 
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Compiling, Event
@@ -31,9 +34,14 @@ def compile_blocks(job: Job, step: Stepper) -> Iterator[Event]:
         if batch is not None:  # of several processes one may have no row
             job.model.train()
             divisor = step.objective.weight(batch)
+            # in float16 a scale at which nothing overflows: that of the first steps may
+            scaler = torch.amp.GradScaler(
+                job.device.type, init_scale=2.0**8, enabled=step.scaler.is_enabled()
+            )
+            trial = replace(step, scaler=scaler)
             try:
                 reason, off = blocks.differs(
-                    trainable(job.model), lambda used: step.backward(batch, divisor, used)
+                    trainable(job.model), lambda used: trial.backward(batch, divisor, used)
                 )
             except RunError as error:
                 raise RequestError(f"--compile: {error.message}", WITHOUT) from error

@@ -13,7 +13,7 @@ from signal import SIGTERM
 import torch
 
 from lorafit.data import Batch
-from lorafit.errors import Interrupted, RequestError, RunError
+from lorafit.errors import Interrupted, OneProcess, RequestError, RunError
 from lorafit.evaluate import Evaluator
 from lorafit.events import Event, Filling, PrefixCache
 from lorafit.forward import (
@@ -132,7 +132,16 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     elif choice.where == "disk":
         layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
         about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
-        prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        try:
+            prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        except OSError as error:
+            why = f"its file cannot be written: {error.strerror}"
+            if asked == "auto" and job.world.alone and job.streamed is None:
+                return Frozen(caching=PrefixCache("off", why))
+            raise OneProcess(
+                f"the frozen-layer cache below `{states_folder()}`: {why}",
+                "XDG_CACHE_HOME names another place",
+            ) from None
     if first is not None and job.streamed is None:
         prefix.store.put(first.key, state)
     sweep = _sweep(job, held_out, choice, row_bytes)

@@ -69,7 +69,7 @@ class RunFolder:
                 f"`{self.work}` holds `{odd}`, which is not part of a run", "choose another -o"
             )
         try:
-            self.lock = _lock(self.work) if fcntl is not None else _lock_beside(self.work)
+            self.lock = lock_folder(self.work)
         except OSError as error:
             raise RequestError(f"cannot write `{self.work}`: {error.strerror}", "choose another -o") from None
         if self.lock is None:
@@ -140,6 +140,12 @@ def _checkpoints(folder: Path) -> list[Path]:
         if re.fullmatch(r"checkpoint-[0-9]+", p.name) and (p / SEAL).is_file()
     ]
     return sorted(found, key=lambda p: int(p.name.rpartition("-")[2]))
+
+
+def lock_folder(folder: Path) -> Callable[[], None] | None:
+    """Make a folder and take its lock, which dies with the process and its children: what gives it back; None when
+    another process has it. Raises OSError."""
+    return _lock(folder) if fcntl is not None else _lock_beside(folder)
 
 
 def _lock(folder: Path) -> Callable[[], None] | None:

@@ -35,6 +35,21 @@ def test_it_begins_where_the_adapter_ended(first, run):
     assert again.document["eval"] == more["eval"], "its run file repeats it"
 
 
+def test_the_rows_that_the_run_held_out_stay_held_out(first, tiny, pairs, run, tmp_path):
+    """Also where its --seed chose them: with another one most of them would be rows that it was trained on."""
+    words = ("--layers", "last:2", "--max-steps", 1, "--seed", 5, "--holdout", 0.2)
+    assert run("train", tiny("llama"), "--data", pairs, *words, "-o", "s", "-q").code == 0
+    assert run("train", "--from-adapter", "s", "--max-steps", 1, "-o", "t", "-q").code == 0
+    started = [(tmp_path / name / "events.jsonl").read_text().splitlines()[0] for name in "st"]
+    one, two = map(json.loads, started)
+    assert one["held_out_digest"] == two["held_out_digest"] != ""
+    scored = run("eval", "s", "t", "--samples", 0, "--json").document
+    assert not any("held out other rows" in note for note in scored["notes"])
+    assert run("train", "--from-adapter", "s", "--data-seed", 9, "--max-steps", 1, "-o", "u", "-q").code == 0
+    scored = run("eval", "s", "u", "--samples", 0, "--json").document
+    assert any("`u` held out other rows than `s`" in note for note in scored["notes"])
+
+
 def test_other_data_are_read_by_their_own_settings(first, run, tmp_path):
     (tmp_path / "other.csv").write_text("q,a\n" + "".join(f"how many {n}?,{n} of them\n" for n in range(40)))
     words = ("--data", "other.csv", "--map", "prompt=q,completion=a")

@@ -159,6 +159,17 @@ TAKEN = [
     ("eval m --model bare --data d.jsonl", "--model `bare` is the base of an adapter", "leave out --model"),
     ("chat m --model bare", "--model `bare` is the base of an adapter", "leave out --model"),
     ("export m --model bare --to gguf", "--model `bare` is the base of an adapter", "leave out --model"),
+    (
+        "eval m --data d.jsonl --prefix-residency stream",
+        "a model alone has no band",
+        "--prefix-residency resident",
+    ),
+    ("eval m --also d.jsonl --by topic", "--by groups rows of --data", "--data"),
+    ("eval a --limit 5", "--limit is for --tasks", "--tasks"),
+    ("plan m --data d.jsonl --no-estimate --fit 24GB", "--fit is an estimate", "leave one"),
+    ("plan m --data d.jsonl --no-estimate --matrix", "--matrix is an estimate", "leave one"),
+    ("compare m --data d.jsonl --plan --csv", "--csv prints the table of the results", "leave one"),
+    ("compare m --data d.jsonl --json --csv", "--csv prints the table of the results", "leave one"),
     ("merge m -o x", "is a model, not an adapter", "lorafit eval m --data FILE"),
     ("eval d.jsonl", "is data, not an adapter", "--data d.jsonl"),
     ("eval begun", "is an unfinished run", "lorafit train --resume begun"),
@@ -340,11 +351,20 @@ def test_a_model_that_is_not_there_is_named_before_the_data(run):
     assert "/nonexistent/model" in (err := run("train", "/nonexistent/model").err) and "needs data" not in err
 
 
-def test_plan_says_rank_alpha_and_rate_and_train_how_much_of_an_epoch(run):
+def test_plan_says_rank_alpha_and_rate_and_train_how_much_of_an_epoch(run, tmp_path):
     shown = run("plan", "demo", "--preset", "ffn", "--layers", "high", "--no-probe")
     assert re.search(r"LoRA +rank 16, alpha 32, learning rate 0\.0043 \(from hidden size 128\)", shown.out)
     trained = run(
-        "train", "--preset", "basic", "--layers", "high", "--max-steps", 2, "-o", "short", "--no-sample"
+        "train",
+        "--preset",
+        "basic",
+        "--layers",
+        "high",
+        "--max-steps",
+        2,
+        "-o",
+        tmp_path / "short",
+        "--no-sample",
     )
     assert "plan       0.07 epochs, 2 steps of 32 rows" in trained.err and "rank 16" in trained.err, (
         trained.err

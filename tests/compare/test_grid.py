@@ -37,6 +37,19 @@ def test_seeds_are_a_number_of_them_or_a_list(texts, seeds):
     assert parse_seeds(texts) == seeds
 
 
+def test_a_seed_is_not_taken_for_millions_of_them():
+    with pytest.raises(RequestError, match="--seeds 20250101 is that many") as error:
+        parse_seeds(["20250101"])
+    assert "--seeds 20250101," in error.value.hint and parse_seeds(["20250101,"]) == [20250101]
+
+
+@pytest.mark.parametrize(("name", "value"), [("compile", True), ("track", ("wandb",)), ("from_adapter", "a")])
+def test_what_is_for_one_run_is_not_for_candidates(demo_map, name, value):
+    wanted = from_lists(["basic"], ["high"], [], [], [])
+    with pytest.raises(RequestError, match="is for one run, not for candidates"):
+        resolve_all(demo_map, wanted, {name: value}, None, None)
+
+
 @pytest.mark.parametrize("texts", [["x"], ["-1"], ["1.5"], ["0"]])
 def test_seeds_that_are_none_are_refused_with_the_value(texts):
     with pytest.raises(RequestError, match=f"--seeds is `{texts[0]}`"):

@@ -16,7 +16,7 @@ from lorafit.data.files import sources
 from lorafit.data.formats import Example, read
 from lorafit.data.rows import IGNORED, Row
 from lorafit.data.tokenize import Tokens
-from lorafit.errors import RequestError
+from lorafit.errors import RequestError, RunError
 from lorafit.settings.precedence import settle
 
 
@@ -492,6 +492,18 @@ def test_a_large_file_is_made_into_rows_once(tmp_path, monkeypatch):
     assert three.train.digest == small.train.digest
     Path(path).write_text(Path(path).read_text().replace("299", "298"))
     assert rows_of({"data": (path,)}).train.digest != small.train.digest  # other content, other rows
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+    from lorafit.data import dataset
+
+    path = write(tmp_path, *({"text": f"Ada has {n} lamps."} for n in range(40)))
+    monkeypatch.setattr(dataset, "STORED_FROM", 1)
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    with pytest.raises(RunError, match="cannot be kept below") as error:
+        rows_of({"data": (path,)})
+    assert "XDG_CACHE_HOME" in error.value.hint
 
 
 def test_a_tokenizer_without_any_special_token(tmp_path):

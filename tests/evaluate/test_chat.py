@@ -78,6 +78,13 @@ def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
     assert talk([ASKED], trained, "-q").err == ""
 
 
+def test_input_that_is_not_utf_8_is_named_with_its_line(trained, run, monkeypatch):
+    stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
+    monkeypatch.setattr("sys.stdin", stdin)
+    done = run("chat", trained)
+    assert done.code == 2 and "line 1 of the input" in done.err and "iconv" in done.err
+
+
 def test_a_closed_stdin_is_the_end_of_the_conversation(trained, run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     done = run("chat", trained, "--json")
@@ -152,8 +159,10 @@ def test_a_model_without_a_template_continues_text(without_template, talk):
     assert [t["prompt"] for t in done.document["turns"]] == ["Ada lent", "a\nb"]
     assert {t["of"] for t in done.document["turns"]} == {"model"}
     assert talk(["/base"], without_template).err.count("this is the base") == 1
-    refused = talk(["x"], without_template, "--system", "s")
-    assert refused.code == 2 and "--system needs a chat template" in refused.err
+    for words, flag in ((("--system", "s"), "--system"), (("--no-plain",), "--no-plain")):
+        refused = talk(["x"], without_template, *words)
+        assert refused.code == 2 and f"{flag} needs a chat template, and" in refused.err
+        assert "add --no-plain" not in refused.err
 
 
 def test_a_run_on_plain_pairs_is_asked_as_it_was_trained(talk, pairs, run, tmp_path):
@@ -163,6 +172,8 @@ def test_a_run_on_plain_pairs_is_asked_as_it_was_trained(talk, pairs, run, tmp_p
         done = talk(["x"], tmp_path / name, "--max-new-tokens", 1)
         assert ("plain text" in done.err) == (name == "plain"), done.err
     assert "chat template" in talk(["x"], tmp_path / "plain", "--no-plain", "--max-new-tokens", 1).err
+    refused = talk(["x"], tmp_path / "plain", "--system", "s")
+    assert refused.code == 2 and "add --no-plain" in refused.err
 
 
 def test_sequence_to_sequence_models_answer(tiny, talk):

@@ -14,11 +14,11 @@ from safetensors.torch import load_file, save_file
 
 from lorafit import cache
 from lorafit.adapter.folder import WEIGHTS
-from lorafit.errors import RequestError
+from lorafit.errors import RequestError, RunError
 from lorafit.events import EpochDone, Filling, PrefixCache, Stepped, TrainReport
 from lorafit.forward import prefix_store
 from lorafit.forward.placement import choose
-from lorafit.train import loop
+from lorafit.train import frozen, loop
 
 # Families in which the state at the cut is all that the layers above it need.
 EXACT = [
@@ -143,6 +143,21 @@ def test_the_disk_holds_it_for_the_next_run(tiny, pairs, tmp_path, monkeypatch):
     assert (
         prefix_store.states_folder() / kept.key / "states.bin"
     ).stat().st_size <= 1.06 * 4 * 32 * tokens  # float32, hidden 32: what is padded is little
+
+
+def test_a_cache_folder_that_cannot_be_written_turns_it_off_or_ends_the_run(
+    tiny, pairs, tmp_path, monkeypatch
+):
+    (tmp_path / "home").write_text("a file")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(frozen, "free_memory", lambda: 0)  # so that auto goes to the disk
+    monkeypatch.setattr(frozen, "free_disk", lambda path: 10**12)
+    _, events = trained(tiny, pairs, tmp_path / "auto", prefix_cache="auto")
+    caching = next(e for e in events if isinstance(e, PrefixCache))
+    assert caching.where == "off" and "its file cannot be written: Not a directory" in caching.reason
+    with pytest.raises(RunError, match=r"the frozen-layer cache below .* cannot be written") as error:
+        trained(tiny, pairs, tmp_path / "disk", prefix_cache="disk")
+    assert "XDG_CACHE_HOME" in error.value.hint
 
 
 def test_another_model_or_other_rows_have_another_cache(tiny, pairs, tmp_path, monkeypatch):

@@ -95,7 +95,11 @@ def test_a_block_that_cannot_be_compiled_is_an_error_with_the_reason(tiny, pairs
 
 
 def test_what_is_not_compiled_is_refused_before_the_model_is_loaded(run, tiny, pairs, tmp_path):
-    for more, said in ((["--quantize", "nf4"], "nf4"), (["--shard"], "shard")):
+    for more, said in (
+        (["--quantize", "nf4"], "nf4"),
+        (["--quantize", "nf4", "--matrix"], "nf4"),
+        (["--shard"], "shard"),
+    ):
         words = ["plan", tiny("llama"), "--data", pairs, "--compile", *more, "--processes", 2]
         got = run(*words)
         assert got.code == 2 and "--compile" in got.err and said in got.err, got.err
