@@ -311,6 +311,7 @@ Event = (
     | Note
     | PrefixCache
     | Filling
+    | Compiling
     | Evaluated
     | Stepped
     | EpochDone

@@ -80,7 +80,7 @@ class CompiledBlocks:
             # else dropout draws numbers of its own
             entered.enter_context(code.patch(fallback_random=True))
             # else as many rows as a head has dimensions count as one size, which never changes
-            entered.enter_context(shapes.patch(use_duck_shape=False))
+            entered.enter_context(shapes.patch(use_duck_shape=False))  # type: ignore[attr-defined]
             try:
                 yield
             except (TorchDynamoException, FailOnRecompileLimitHit) as error:
@@ -90,7 +90,7 @@ class CompiledBlocks:
                 ) from error
 
     def differs(
-        self, trained: Mapping[str, torch.nn.Parameter], run: Callable[[CompiledBlocks], None]
+        self, trained: Mapping[str, torch.nn.Parameter], run: Callable[[CompiledBlocks], Any]
     ) -> tuple[str, float]:
         """(why the gradient is not that of the plain blocks, empty where it is; how far off it is, as a share of
         its length).
@@ -122,14 +122,15 @@ class CompiledBlocks:
     def _dtype(self) -> torch.dtype:
         """The dtype that the blocks compute in."""
         blocks = (block for _, blocks in self.stacks for block in blocks.values())
-        return next(p.dtype for block in blocks for p in block.original.parameters())
+        found: torch.dtype = next(p.dtype for block in blocks for p in block.original.parameters())
+        return found
 
 
 PLAIN = CompiledBlocks()  # none of them compiled
 
 
 def _gradients(
-    trained: Mapping[str, torch.nn.Parameter], blocks: CompiledBlocks, run: Callable[[CompiledBlocks], None]
+    trained: Mapping[str, torch.nn.Parameter], blocks: CompiledBlocks, run: Callable[[CompiledBlocks], Any]
 ) -> dict[str, torch.Tensor]:
     """The gradients that `run` makes with these blocks."""
     with torch.random.fork_rng():

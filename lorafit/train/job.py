@@ -291,7 +291,7 @@ def load_base(
         model = streamed.model
     else:
         model = load_model(source, dtype, device, config.quantize, config.attention)
-    if held is not None or (device.type == "cpu" and streamed is sharded is None):
+    if held is not None or (device.type == "cpu" and streamed is None and sharded is None):
         # the peak is counted from here: above the weights, loading held pages of mapped files, which the system takes
         # back where it needs them
         memory_before(device)
