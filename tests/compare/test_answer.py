@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from lorafit.compare.answer import EQUAL, LOWEST, WORSE, Answer, ChoiceRow, taken, words
+from lorafit.compare.answer import EQUAL, LOWEST, WORSE, Answer, ChoiceRow, _notes, taken, words
 from lorafit.compare.files import COLUMNS, table_text
 from lorafit.compare.page import compare_page
 from lorafit.model.chart import map_of
@@ -59,6 +59,11 @@ def test_a_choice_that_is_no_better_than_the_base_is_said():
     assert "not distinguishable from the base" in said
     assert "above the base" in words([row("all", "all", gain=0.3)], "all-all")[0]
     assert words([], "") == ["No candidate finished."]
+
+
+def test_how_far_above_the_base_is_a_share_of_the_bases_loss():
+    """A loss of 1.0 where the base has 0.8."""
+    assert "(25 % above it)" in _notes([row("all", "all", gain=0.2)])[1]
 
 
 def test_the_table_of_the_page_has_the_verdict_beside_the_loss_and_the_picture_says_what_its_cells_are():

@@ -2,12 +2,16 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
+import torch
 from comparisons import comparison_of
 
 from lorafit.compare import CompareFolder, Ended, Request, answer_of, run
+from lorafit.compare.results import Outcome, Scores
 from lorafit.errors import Interrupted, RequestError
+from lorafit.events import Stepped
 from lorafit.operations import prepare_comparison, resolve_comparison
 
 LISTS = {"presets": ["basic"], "layers": ["last:1"], "seeds": ["2"]}
@@ -84,3 +88,12 @@ def test_texts_of_one_name_are_all_measured(tiny, pairs, tmp_path, run):
     found = run("compare", tiny("llama"), "--data", pairs, *words, *also).document
     assert [each["file"] for each in found["choices"][0]["also"]] == [str(p) for p in also[1::2]]
     assert json.loads((tmp_path / "c" / "compare.json").read_text())["choices"] == found["choices"]
+
+
+def test_the_seconds_of_earlier_rounds_are_counted():
+    seen = run._Seen(until=4)
+    seen.on(Stepped(4, 1, 1.0, 100, 50, 2.5, 1e-3, 0.1))
+    job = SimpleNamespace(device=torch.device("cpu"), memory_before=0)
+    outcome = seen.outcome(Outcome("a", "a", "failed"), Scores(()), job, 7.0)
+    assert outcome.status == "paused" and outcome.step == 4
+    assert outcome.seconds == 9.5 and outcome.tokens_per_second == pytest.approx(40.0)
