@@ -21,9 +21,9 @@ part 60 "$python" -m lorafit train --preset ffn --layers high -o "$room/demo"
 part 60 "$python" -m lorafit train --preset ffn --layers high --dtype float32 --max-steps 8 -q -o "$room/gpu"
 part 60 "$python" -m lorafit train --preset ffn --layers high --dtype float32 --max-steps 8 -q -o "$room/cpu" --device cpu
 grep -h '"stepped"' "$room"/[gc]pu/events.jsonl | cut -c1-70
-for contenders in "ffn-high lorafit,lorafit-no-cache,peft-trainer,trl-best,trl-default" \
-    "all-all lorafit,peft-trainer"; do
-    part 150 "$python" "$here/throughput.py" --output "$out/throughput-cuda.jsonl" --folder "$room/models" \
+for contenders in "ffn-high lorafit,lorafit-no-cache,lorafit-compiled,peft-trainer,trl-best,trl-default" \
+    "all-all lorafit,lorafit-compiled,peft-trainer"; do
+    part 180 "$python" "$here/throughput.py" --output "$out/throughput-cuda.jsonl" --folder "$room/models" \
         --rounds 1 --cells gpu --cell-name "1b-${contenders% *}" --contenders "${contenders#* }"
 done
 for plan in "ffn high" "all all"; do

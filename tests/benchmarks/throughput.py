@@ -61,6 +61,7 @@ FACTORY = "llama-factory"
 OURS: dict[str, dict[str, Any]] = {
     "lorafit": {},
     "lorafit-no-cache": {"prefix_cache": "off"},
+    "lorafit-compiled": {"compile": True},
 }
 
 
@@ -451,7 +452,10 @@ def main() -> None:
     if options.cell_name:
         chosen = [(c, who) for c, who in chosen if f"{c.shape}-{c.preset}-{c.band}" == options.cell_name]
     if options.contenders:
-        chosen = [(c, [w for w in who if w in options.contenders.split(",")]) for c, who in chosen]
+        named = options.contenders.split(",")
+        chosen = [
+            (c, [w for w in (*who, *(o for o in OURS if o not in who)) if w in named]) for c, who in chosen
+        ]
     if not options.show:
         drive(chosen, options.rounds, options.output, options.folder, pythons)
     show(options.output)
