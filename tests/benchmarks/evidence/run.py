@@ -1,5 +1,5 @@
 """Which strategy in which band? Measured: the 5 × 4 grid at equal trainable parameters and at equal time, on several tasks,
-with forgetting measured on the others.
+with forgetting measured on the others at equal parameters.
 
     python tests/benchmarks/evidence/run.py --model MODEL --work DIR \\
         --task gsm8k=gsm8k_train.jsonl --task stories=text:stories.jsonl --task records=demo
@@ -159,9 +159,9 @@ def main() -> None:
         common += [str(asked.work / f"{name}.held-out.jsonl"), "--max-length", asked.max_length]
         common += ["--overflow", "truncate", "--batch-size", asked.batch_size, "--workers", asked.workers]
         common += ["--dtype", asked.dtype]
-        for other in tasks:
-            common += ["--also", str(asked.work / f"{other}.also.jsonl")] if other != name else []
-        equal = [*common, *GRID, "--trainable", asked.trainable, "--max-steps", str(asked.steps)]
+        texts = [asked.work / f"{other}.also.jsonl" for other in tasks if other != name]
+        also = [word for text in texts for word in ("--also", str(text))]
+        equal = [*common, *also, *GRID, "--trainable", asked.trainable, "--max-steps", str(asked.steps)]
         stored = asked.work / f"{name}.plan.json"
         if not stored.is_file():
             stored.write_text(json.dumps(lorafit("compare", *equal, "--plan")))
