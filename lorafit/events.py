@@ -198,8 +198,8 @@ class Filling:
 
 @dataclass(frozen=True, slots=True)
 class Compiling:
-    """The adapted blocks, that many, are being compiled. Only the second one is recorded, when they are: after how
-    many `seconds`, and how far `off` their gradient is from that of the plain blocks, as a share of its length."""
+    """That many adapted blocks are being compiled; once more when they are, after `seconds`: that one is recorded, with how
+    far `off` their gradient is from that of the plain blocks, as a share of its length."""
 
     blocks: int
     seconds: float = 0.0

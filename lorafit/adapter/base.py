@@ -41,11 +41,12 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
 
 def named_alone(name: str, base: str | None) -> bool:
     """Whether a person named a model where an adapter may stand. Raises RequestError when they named a `base` too."""
-    if base and is_model(name):
+    alone = is_model(name)
+    if base and alone:
         raise RequestError(
             f"`{name}` is a model, and --model `{base}` is the base of an adapter", "leave out --model"
         )
-    return is_model(name)
+    return alone
 
 
 def is_model(name: str) -> bool:

@@ -133,7 +133,7 @@ def compare(
     if csv and (json or dry):
         other = "--json" if json else "--plan"
         raise RequestError(
-            f"--csv prints the table of the results, and {other} prints another", "leave one of them out"
+            f"--csv prints the results, and {other} a document of its own", "leave one of them out"
         )
     from lorafit.compare import Request, table_text
     from lorafit.operations import resolve_comparison

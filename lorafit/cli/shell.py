@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from typing import Any, NoReturn
 
 import typer
@@ -152,14 +153,19 @@ def _bad_number(parameter: Any, arguments: list[str]) -> LorafitError | None:
     return RequestError(f"{flag} is `{arguments[arguments.index(flag) + 1]}`: it takes {takes}")
 
 
+YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
 def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
     """An argument too many, and what it was probably meant as."""
     first = extra.split()[0]
-    last = arguments[arguments.index(first) - 1] if first in arguments else ""
-    if last.startswith("--") and first.lower() in ("true", "false", "yes", "no", "on", "off", "1", "0"):
-        option = OPTIONS.get(last[2:].replace("-", "_"))
-        other = f" or --no-{last[2:]}" if option is not None and option.training else ""
-        return RequestError(f"{last} takes no value, and `{first}` follows it", f"write {last}{other}")
+    switches = {option.flag: option for option in OPTIONS.values() if isinstance(option.default, bool)}
+    followed = (last for last, word in pairwise(arguments) if word == first)
+    switch = next((last for last in followed if last in switches), "")
+    if switch and first.lower() in (*YES, *NO):
+        off = f"write --no-{switch[2:]}" if switches[switch].training else f"leave out {switch}"
+        hint = off if first.lower() in NO else f"write {switch} alone"
+        return RequestError(f"{switch} takes no value, and `{first}` follows it", hint)
     before = next((word for word in arguments[1:] if not word.startswith("-") and word != first), "RUN")
     hint = f"see `{command} --help`"
     if command == "lorafit merge":

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from lorafit.adapter import Plan, planned
@@ -15,11 +15,11 @@ from lorafit.errors import RequestError
 from lorafit.forward import not_streamed, refused_by_map
 from lorafit.jsonio import jsonable
 from lorafit.model import ModelMap
-from lorafit.settings import MAY_CHANGE, OPTIONS, Preset, RunConfig, derive_from_model, settle
+from lorafit.settings import MAY_CHANGE, OPTIONS, Lora, Preset, RunConfig, derive_from_model, settle
 from lorafit.units import count
 
 OWN = (*VARIED, "output", "overwrite", "resume")  # options in which candidates may differ
-OF_ONE_RUN = ("from_adapter", "compile", "track")  # options that mean nothing for candidates
+OF_ONE_RUN = ("from_adapter", "compile", "track", "shard")  # options that mean nothing for candidates
 MAX_RANK = 4096
 
 
@@ -41,8 +41,16 @@ class Candidate:
     @property
     def digest(self) -> str:
         """Of all that decides its result but the base's weights and the rows."""
-        settings = {name: getattr(self.config, name) for name in OPTIONS if name not in MAY_CHANGE}
-        decides = [jsonable(settings), jsonable(self.plan.lora), self.plan.modules]
+        given = {name: getattr(self.config, name) for name in OPTIONS if name not in MAY_CHANGE}
+        # an option that a later version adds has its default then
+        settings = {name: value for name, value in given.items() if value != OPTIONS[name].default}
+        usual = Lora()
+        lora = {
+            f.name: v
+            for f in fields(Lora)
+            if (v := getattr(self.plan.lora, f.name)) != getattr(usual, f.name)
+        }
+        decides = [jsonable(settings), jsonable(lora), self.plan.modules]
         return hashlib.sha256(json.dumps(decides, sort_keys=True, default=str).encode()).hexdigest()
 
     @property
@@ -81,7 +89,7 @@ def resolve_all(
         if own := next((name for name in OF_ONE_RUN if getattr(config, name)), ""):
             raise RequestError(
                 f"{OPTIONS[own].flag} is for one run, not for candidates",
-                "take it out of the run file or the grid",
+                "take it out of the run file, the grid or the preset",
             )
         if one.times is not None:
             rate = (config.learning_rate or 0.0) * one.times

@@ -57,7 +57,12 @@ class CompareFolder:
         its process."""
         from lorafit.train import lock_folder
 
-        give_back = lock_folder(self.target)
+        try:
+            give_back = lock_folder(self.target)
+        except OSError as error:
+            raise RequestError(
+                f"cannot write `{self.target}`: {error.strerror}", "choose another -o"
+            ) from None
         if give_back is None:
             raise RequestError(
                 f"another process is writing `{self.target}`", "choose another -o, or wait for its end"
@@ -76,8 +81,8 @@ class CompareFolder:
                 f"the rows are not those that `{self.target}` began with: the data has changed",
                 "another -o compares on the data as they are",
             )
-        known = {} if stored is None else stored.get("candidates", {})
-        if other := next((name for name in known if known[name] != candidates.get(name)), ""):
+        known = candidates if stored is None else stored.get("candidates", candidates)
+        if other := next((n for n in {**known, **candidates} if known.get(n) != candidates.get(n)), ""):
             raise RequestError(
                 f"`{other}` is not the candidate that `{self.target}` began with: the grid, the run file, a preset or "
                 "the model has changed",

@@ -40,7 +40,7 @@ def _written(score: RowScore) -> list[Any]:
 @dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of a candidate: finished, failed with its reason, or with --halving paused or dropped after `step`
-    of `steps`. `peak` and `growth` are bytes: of the process, and beyond what it held before the model was loaded."""
+    of `steps`. A finished one's `steps` are those of the adapter that it kept. `peak` and `growth` are bytes: of the process, and beyond what it held before the model was loaded."""
 
     name: str
     choice: str

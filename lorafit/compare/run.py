@@ -57,7 +57,9 @@ class Comparison:
     def run(self) -> Iterator[Happening]:
         """Train what is missing. Raises Interrupted, with what goes on, when `stop` asks for an end; RunError when
         the folder cannot be written."""
-        self.again = {name for name, outcome in self.outcomes().items() if outcome.status == FAILED}
+        failed = {outcome for outcome in self.outcomes().values() if outcome.status == FAILED}
+        cuts = self.folder.cuts()
+        self.again = {one.name for one in failed if all(one.choice in cut.kept for cut in cuts)}
         base, streams = self.folder.base(), self.ahead.candidates[0].streams
         if base is None and not streams:
             base = self._base_scores()
@@ -74,12 +76,12 @@ class Comparison:
         every = shares() if self.halving else (1.0,)
         for share in every:
             left = [one for one in alive if not self._is_there(one, share)]
+            self.again -= {one.name for one in left}
             if self.workers > 1 and len(left) > 1:
                 yield from self._spread(left, alive, share, summed(base.rows).loss)
             else:
                 for one in left:
                     yield from self._one(one, alive, share, summed(base.rows).loss)
-            self.again -= {one.name for one in left}
             if share < 1:
                 cut = self._halve(alive, share)
                 alive = [one for one in alive if one.choice in cut.kept]
@@ -126,10 +128,8 @@ class Comparison:
     def _is_there(self, one: Candidate, share: float) -> bool:
         """Whether nothing is left to do of a candidate up to that share of its steps."""
         outcome = self.folder.outcome(one.name)
-        if outcome is None:
+        if outcome is None or one.name in self.again:
             return False
-        if outcome.status == FAILED and one.name in self.again:
-            return any(cut.share == share for cut in self.folder.cuts())  # that round is decided without it
         done = outcome.status in (FINISHED, FAILED, DROPPED)
         return done or outcome.step >= _until(one, self.ahead, share)
 

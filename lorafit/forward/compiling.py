@@ -133,7 +133,8 @@ def _gradients(
     trained: Mapping[str, torch.nn.Parameter], blocks: CompiledBlocks, run: Callable[[CompiledBlocks], Any]
 ) -> dict[str, torch.Tensor]:
     """The gradients that `run` makes with these blocks."""
-    with torch.random.fork_rng():
+    device = next(iter(trained.values())).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(0)
         run(blocks)
     found = {}

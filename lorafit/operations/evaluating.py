@@ -146,12 +146,12 @@ def _base(adapters: Sequence[str], model: str | None) -> tuple[ModelSource, Mode
 
 
 def _others_rows(adapters: Sequence[str]) -> Iterator[str]:
-    """A note for each run that held out other rows than the first, whose rows are scored."""
+    """A note for each run that did not hold out the rows of the first, which are scored."""
     digests = [read_back(run_of(path)).held_out_digest for path in adapters]
     for path, digest in zip(adapters, digests, strict=True):
         if digest and digests[0] and digest != digests[0]:
             yield (
-                f"`{path}` held out other rows than `{adapters[0]}`, and may have been trained on these: --data FILE "
+                f"`{path}` did not hold out the rows of `{adapters[0]}`, and may have been trained on them: --data FILE "
                 "with rows that neither saw compares them fairly"
             )
 

@@ -8,7 +8,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +21,7 @@ from lorafit.results import ExportReport
 from lorafit.settings import Lora
 
 if TYPE_CHECKING:
-    from lorafit.model import ModelMap
+    from lorafit.model import ModelMap, ModelSource
 
 ADAPTERS, MODELS = "convert_lora_to_gguf.py", "convert_hf_to_gguf.py"  # llama.cpp's programs
 PLACE = "LLAMA_CPP"  # the environment variable that names its folder
@@ -46,6 +46,7 @@ class Conversion:
     program: Path | None
     arguments: tuple[str, ...]
     adapted: Adapted | None
+    hub: ModelSource | None = None  # a model whose files may not be on this machine yet
 
     def command(self, target: Path | None = None) -> list[str]:
         """The converter's command line."""
@@ -76,15 +77,14 @@ def prepare_export(
     if outtype is not None and outtype not in GGUF_TYPES:
         raise RequestError(f"--outtype is `{outtype}`: it takes one of {', '.join(GGUF_TYPES)}")
     adapted: Adapted | None = None
+    hub: ModelSource | None = None
     if named_alone(place, model):
-        from lorafit.merge import base_folder
         from lorafit.model import chart_of, find
 
         source = find(place)
         found = chart_of(source)
-        arguments = [source.place]
-        if not source.local and not why_not_merged_gguf(found.family, found.task):
-            arguments = [str(base_folder(source))]  # the converter reads a folder
+        hub = None if source.local else source
+        arguments = [str(local_folder(source.place) or source.place)]
     else:
         folder = locate(place)
         source, found = common_base([folder], model)
@@ -112,7 +112,7 @@ def prepare_export(
     target = Path(output).expanduser() if output else Path(f"{name}.gguf")
     _check_target(target, overwrite)
     program = _program(ADAPTERS if adapted else MODELS, llama_cpp)
-    return Conversion(place, target, program, tuple(arguments), adapted)
+    return Conversion(place, target, program, tuple(arguments), adapted, hub)
 
 
 def adapted_of(folder: str, found: ModelMap) -> Adapted:
@@ -163,6 +163,11 @@ def export(conversion: Conversion) -> ExportReport:
         name = ADAPTERS if conversion.adapted else MODELS
         again = f"lorafit export {shlex.quote(conversion.place)} --to gguf --llama-cpp llama.cpp"
         raise RequestError(f"llama.cpp's {name} is not on this machine", f"{CLONE}, then {again}")
+    if conversion.hub is not None:  # the converter reads a folder
+        from lorafit.merge import base_folder
+
+        folder = str(base_folder(conversion.hub))
+        conversion = replace(conversion, arguments=(folder, *conversion.arguments[1:]))
     target = conversion.target
     beside = target.with_name(f".{target.stem}.{os.getpid()}.gguf")
     try:

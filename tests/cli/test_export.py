@@ -9,6 +9,7 @@ from pathlib import Path
 
 import gguf
 import pytest
+from hub_cache import in_hub_cache
 
 # The converter's command line and its file, without its models: two matrices of each module, with the adapter's alpha.
 # `WRONG` is what it does otherwise. With LLAMA_CPP the tests run llama.cpp's own as well.
@@ -138,6 +139,17 @@ def test_without_llama_cpp_the_commands_are_shown(run, adapter, tiny, tmp_path, 
     assert "convert_hf_to_gguf.py" in last and any("git clone" in line for line in first)
     result = run("export", adapter, "--llama-cpp", tmp_path)
     assert result.code == 2 and "there is no convert_lora_to_gguf.py in --llama-cpp" in result.err
+
+
+def test_a_model_of_the_hub_is_a_folder_to_the_converter(run, tiny, tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (snapshot,) = (in_hub_cache(tiny("llama"), hub) / "snapshots").iterdir()
+    *_, last = run("export", "ada/tiny", "--commands", "--json").document["commands"]
+    assert shlex.split(last)[2] == str(snapshot)
+    (tmp_path / "llama.cpp").mkdir()
+    (tmp_path / "llama.cpp" / "convert_hf_to_gguf.py").write_text("import sys\nsys.exit(sys.argv[1])\n")
+    done = run("export", "ada/tiny", "--llama-cpp", "llama.cpp")
+    assert done.code == 1 and f"failed: {snapshot}" in done.err
 
 
 def test_what_llama_cpp_cannot_take_is_refused(run, adapter, tiny, pairs, tmp_path, monkeypatch):

@@ -44,10 +44,10 @@ def test_the_rows_that_the_run_held_out_stay_held_out(first, tiny, pairs, run, t
     one, two = map(json.loads, started)
     assert one["held_out_digest"] == two["held_out_digest"] != ""
     scored = run("eval", "s", "t", "--samples", 0, "--json").document
-    assert not any("held out other rows" in note for note in scored["notes"])
+    assert not any("did not hold out" in note for note in scored["notes"])
     assert run("train", "--from-adapter", "s", "--data-seed", 9, "--max-steps", 1, "-o", "u", "-q").code == 0
     scored = run("eval", "s", "u", "--samples", 0, "--json").document
-    assert any("`u` held out other rows than `s`" in note for note in scored["notes"])
+    assert any("`u` did not hold out the rows of `s`" in note for note in scored["notes"])
 
 
 def test_other_data_are_read_by_their_own_settings(first, run, tmp_path):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from lorafit.adapter import WEIGHTS
 from lorafit.compare import Began, Ended
 from lorafit.errors import Interrupted
-from lorafit.events import Filling, PrefixCache, TrainReport
+from lorafit.events import Filling, PrefixCache, Stepped, TrainReport
 
 
 def grid(**more):
@@ -155,10 +155,30 @@ def test_halving_drops_the_worse_and_the_rest_ends_as_without_it(tiny, pairs, tm
     for name in outcomes.keys() - dropped:
         assert outcomes[name].scores == whole.outcomes()[name].scores
     assert {choice for cut in halved.folder.cuts() for choice in cut.dropped} == dropped
+    # a candidate whose round was decided without it is not tried again, and nothing is filled for it
+    lost = min(dropped)
+    halved.folder.keep(replace(outcomes[lost], status="failed", reason="no memory"))
     again = comparison_of(
         tiny("llama"), pairs, tmp_path / "b", halving=True, resume=True, flags=flags, **lists
     )
-    assert not any(isinstance(e, (TrainReport, Began)) for e in again.run())
+    assert not any(isinstance(e, (TrainReport, Began, Filling)) for e in again.run())
+    assert again.outcomes()[lost].reason == "no memory"
+
+
+def test_a_candidate_that_goes_on_counts_the_seconds_of_all_rounds(tiny, pairs, tmp_path):
+    lists = {"presets": ["basic"], "layers": ["high"], "learning_rates": ["1e-3,1e-2"]}
+    comparison = comparison_of(
+        tiny("llama"), pairs, tmp_path / "c", halving=True, flags={"epochs": 4, "batch_size": 4}, **lists
+    )
+    seconds, name = {}, ""
+    for event in comparison.run():
+        if isinstance(event, Began):
+            name = event.name
+        elif isinstance(event, Stepped):
+            seconds[name] = seconds.get(name, 0.0) + event.seconds
+        elif isinstance(event, Ended) and event.outcome.status == "paused":
+            assert event.outcome.seconds == pytest.approx(seconds[name])
+    assert len(comparison.folder.cuts()) == 2 and len(seconds) == 2
 
 
 def test_of_a_short_run_only_what_it_sees_is_filled(tiny, pairs, tmp_path):

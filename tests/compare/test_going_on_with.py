@@ -52,6 +52,24 @@ def test_one_process_writes_a_comparison(tmp_path):
         pass
 
 
+def test_a_comparison_that_another_process_writes_is_left_alone(tiny, pairs, tmp_path, run):
+    words = ["--presets", "basic", "--layers", "last:1", "--max-steps", 1, "-o", tmp_path / "c", "-q"]
+    assert run("compare", tiny("llama"), "--data", pairs, *words).code == 0
+    with CompareFolder(tmp_path / "c").locked():
+        refused = run("compare", "--resume", tmp_path / "c")
+    assert refused.code == 2 and "another process is writing" in refused.err
+    assert run("compare", "--resume", tmp_path / "c").code == 0
+
+
+def test_a_grid_that_got_a_candidate_more_is_not_gone_on_with(tmp_path):
+    folder = CompareFolder(tmp_path / "c")
+    folder.open(False)
+    folder.begin(Request({}), ["r"], {"one": "1"})
+    folder.begin(Request({}), ["r"], {"one": "1"})
+    with pytest.raises(RequestError, match="`two` is not the candidate"):
+        folder.begin(Request({}), ["r"], {"one": "1", "two": "2"})
+
+
 def test_a_seed_that_failed_counts_nowhere(tiny, pairs, tmp_path):
     comparison = comparison_of(tiny("llama"), pairs, tmp_path / "c", **LISTS)
     list(comparison.run())
