@@ -371,3 +371,16 @@ def test_plan_says_rank_alpha_and_rate_and_train_how_much_of_an_epoch(run, tmp_p
     assert "plan       0.07 epochs, 2 steps of 32 rows" in trained.err and "rank 16" in trained.err, (
         trained.err
     )
+
+
+def test_a_gated_model_says_how_it_is_had(run, monkeypatch):
+    gated = type("GatedRepoError", (Exception,), {})
+
+    def refuses(*_, **__):
+        raise gated("403")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", refuses)
+    monkeypatch.setattr("lorafit.model.source.hub_reached", lambda: True)
+    done = run("inspect", "ada/gated")
+    assert done.code == 2 and "access to it must be granted" in done.err
+    assert "accept its terms" in done.err and "hf auth login" in done.err

@@ -1,5 +1,6 @@
 import json
 import math
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,10 +15,14 @@ from lorafit.data.collate import collate_rows
 from lorafit.errors import Interrupted, RequestError, RunError
 from lorafit.events import Evaluated, Saved, Stepped, TrainReport
 from lorafit.forward.head import Forward
+from lorafit.model.chart import chart_of
 from lorafit.model.load import pick_device, pick_dtype
+from lorafit.model.source import find
+from lorafit.settings.precedence import settle
+from lorafit.train.job import load_base
 from lorafit.train.loggers import recorded
 from lorafit.train.loop import run
-from lorafit.train.measure import efficiency
+from lorafit.train.measure import efficiency, peak_memory
 from lorafit.train.run_folder import RunFolder
 
 
@@ -276,3 +281,16 @@ def test_the_share_of_the_matrix_rate_counts_forward_and_backward(tiny, pairs, t
         assert min(flops.forward, flops.backward) > 0.2 * (flops.forward + flops.backward)
         wanted = epoch.tokens / epoch.seconds * (flops.forward + flops.backward) / 1e15
         assert epoch.mfu == pytest.approx(wanted, rel=1e-6)
+
+
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="Linux alone resets a process's peak")
+def test_the_peak_is_counted_without_the_pages_of_the_models_files(tmp_path):
+    """A bfloat16 model in float32: its file is mapped beside the weights while it loads, and the system takes it back."""
+    folder = tmp_path / "m"
+    build_model("llama", vocab_size=60_000, hidden_size=256).to(torch.bfloat16).save_pretrained(folder)
+    source = find(str(folder))
+    base = load_base(source, chart_of(source), settle({"model": str(folder), "dtype": "float32"})[0])
+    weights = sum(p.nbytes for p in base.model.parameters())
+    stored = (folder / "model.safetensors").stat().st_size
+    assert stored > 50_000_000 and weights == pytest.approx(2 * stored, rel=0.01)
+    assert peak_memory(base.device) - base.before < weights + 0.5 * stored
