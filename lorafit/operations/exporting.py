@@ -159,7 +159,8 @@ def export(conversion: Conversion) -> ExportReport:
     Raises RequestError where llama.cpp is not on this machine, RunError where the converter fails or its file is not
     what was exported.
     """
-    if conversion.program is None:
+    program = conversion.program
+    if program is None:
         name = ADAPTERS if conversion.adapted else MODELS
         again = f"lorafit export {shlex.quote(conversion.place)} --to gguf --llama-cpp llama.cpp"
         raise RequestError(f"llama.cpp's {name} is not on this machine", f"{CLONE}, then {again}")
@@ -172,8 +173,8 @@ def export(conversion: Conversion) -> ExportReport:
     beside = target.with_name(f".{target.stem}.{os.getpid()}.gguf")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        _run(conversion.command(beside), conversion.program)
-        kind, alpha, names = _read_back(beside, conversion.program)
+        _run(conversion.command(beside), program)
+        kind, alpha, names = _read_back(beside, program)
         _judge(conversion, kind, alpha, names)
         size = beside.stat().st_size
         beside.replace(target)
