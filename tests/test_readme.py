@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,17 @@ def test_every_page_is_a_topic_and_the_readme_links_it():
     for topic in TOPICS:
         assert TEXTS[f"{topic}.md"].startswith("# ")
         assert all(len(line) < 200 or "|" in line for line in TEXTS[f"{topic}.md"].splitlines())
+
+
+def test_the_tables_of_the_evidence_are_made_from_the_rows_of_its_runs():
+    spec = spec_from_file_location("tables", ROOT / "tests" / "benchmarks" / "evidence" / "tables.py")
+    module = module_from_spec(spec)
+    sys.modules["tables"] = module  # where its dataclass looks for its types
+    spec.loader.exec_module(module)
+    made = module.tables()
+    assert len(made["parameters"]) == 6
+    for table in (*made["parameters"], *made["time"]):
+        assert table in TEXTS["evidence.md"], table
 
 
 def test_the_options_page_is_made_from_the_options():

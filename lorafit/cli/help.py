@@ -16,7 +16,7 @@ FOLDER = Path(__file__).resolve().parent.parent / "docs"
 # the topics in the order of their list
 TOPICS = (
     "presets", "data", "options", "memory-and-time", "frozen-layers", "large-models", "quantized", "speed", "distributed", "checkpoints",
-    "trackers", "compare", "evaluate", "merge", "python", "code",
+    "trackers", "compare", "evidence", "evaluate", "merge", "python", "code",
 )  # fmt: skip
 
 

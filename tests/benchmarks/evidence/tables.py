@@ -97,10 +97,11 @@ def contrasts() -> dict[str, tuple[list[str], list[str]]]:
     return {
         "`ffn` less `extended` (all of attention)": (every(["ffn"], BANDS), every(["extended"], BANDS)),
         "`attention` (q, k, v) less `basic` (q, v)": (every(["attention"], BANDS), every(["basic"], BANDS)),
+        "`extended` (q, k, v, o) less `attention`": (every(["extended"], BANDS), every(["attention"], BANDS)),
         "`all` less `ffn`": (every(["all"], BANDS), every(["ffn"], BANDS)),
         "`high` less `low`": (every(STRATEGIES, ["high"]), every(STRATEGIES, ["low"])),
         "`mid` less `high`": (every(STRATEGIES, ["mid"]), every(STRATEGIES, ["high"])),
-        "`all` layers less the best third": (every(STRATEGIES, ["all"]), every(STRATEGIES, three)),
+        "`all` layers less the best band": (every(STRATEGIES, ["all"]), every(STRATEGIES, three)),
     }
 
 
@@ -120,7 +121,7 @@ def contrast_table(found: Sequence[Part]) -> str:
     for name, (one, other) in contrasts().items():
         cells = []
         for part in found:
-            second = _best_band(part, other) if "best third" in name else other
+            second = _best_band(part, other) if "best band" in name else other
             delta, error = contrast(part, one, second)
             cells.append(f"{delta:+.3f} ± {error:.3f}")
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
@@ -159,7 +160,13 @@ def tables() -> dict[str, list[str]]:
     for part in parts():
         found[part.about["equal"]].append(part)
     return {
-        equal: [*map(grid, of), contrast_table(of), forgetting_table(of)] for equal, of in found.items() if of
+        equal: [
+            *map(grid, of),
+            contrast_table(of),
+            *([forgetting_table(of)] if any(p.also for p in of) else []),
+        ]
+        for equal, of in found.items()
+        if of
     }
 
 
