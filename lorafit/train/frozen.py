@@ -8,6 +8,7 @@ from collections.abc import Generator
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
+from pathlib import Path
 from signal import SIGTERM
 
 import torch
@@ -130,24 +131,31 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     if shared is not None:
         prefix.store, prefix.forms = shared.store, shared.forms
     elif choice.where == "disk":
-        layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
-        about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
-        try:
-            prefix.store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
-        except OSError as error:
-            why = f"its file cannot be written: {error.strerror}"
-            if asked == "auto" and job.world.alone and job.streamed is None:
-                return Frozen(caching=PrefixCache("off", why))
-            raise OneProcess(
-                f"the frozen-layer cache below `{states_folder()}`: {why}",
-                "XDG_CACHE_HOME names another place",
-            ) from None
+        store, why = _disk_store(job, held_out, place, cut)
+        if store is None:
+            return Frozen(caching=PrefixCache("off", why))
+        prefix.store = store
     if first is not None and job.streamed is None:
         prefix.store.put(first.key, state)
     sweep = _sweep(job, held_out, choice, row_bytes)
     return Frozen(
         prefix, PrefixCache(choice.where, choice.reason, cut, size, job.streamed is not None), sweep, trial
     )
+
+
+def _disk_store(job: Job, held_out: Evaluator, place: Path, cut: int) -> tuple[DiskStore | None, str]:
+    """(the states' folder; why there is none, where the run goes on without). Raises OneProcess where it does not."""
+    layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
+    about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
+    try:
+        return DiskStore(place, frozenset([*job.keys, *held_out.keys]), about), ""
+    except OSError as error:
+        why = f"its file cannot be written: {error.strerror}"
+        if job.config.prefix_cache == "auto" and job.world.alone and job.streamed is None:
+            return None, why
+        raise OneProcess(
+            f"the frozen-layer cache below `{states_folder()}`: {why}", "XDG_CACHE_HOME names another place"
+        ) from None
 
 
 def _processed(job: Job) -> int:
