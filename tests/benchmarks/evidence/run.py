@@ -24,6 +24,7 @@ from random import Random
 from typing import Any
 
 SEED = 20260101
+SCALE = 2  # alpha over rank, as in the presets: --trainable keeps it, a grid names it
 RESULTS = Path(__file__).parent.parent / "results" / "evidence"
 GRID = ("--presets", "basic,attention,extended,ffn,all", "--layers", "low,mid,high,all")
 
@@ -71,7 +72,7 @@ def equal_time(plan: Any, steps: int, path: Path) -> None:
         fit = round(steps * most / (one["seconds"] / one["steps"]))
         rows.append(
             f"- {{name: {one['choice']}, preset: {one['preset']}, layers: {one['layers']}, rank: {one['rank']}, "
-            f"max_steps: {fit}}}"
+            f"alpha: {SCALE * one['rank']}, max_steps: {fit}}}"
         )
     path.write_text("candidates:\n" + "\n".join(rows) + "\n", encoding="utf-8")
 
