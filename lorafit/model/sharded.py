@@ -102,8 +102,8 @@ def load_sharded(
             fully_shard(root, mesh=mesh, reshard_after_forward=True, ignored_params=set(root.parameters()))
     except RunError as error:
         raise RequestError(f"the weights of `{source.name}`: {error.message}", error.hint) from None
+    # torch's fully_shard raises these for layouts that it does not take; the error is shown, with what to do
     except (ValueError, AssertionError, NotImplementedError) as error:
-        # torch's fully_shard raises these for layouts that it does not take; the error is shown, with what to do
         raise RequestError(
             f"`{source.name}` cannot be sharded: {first_line(error)}", "leave out --shard"
         ) from error

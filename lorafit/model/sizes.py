@@ -119,8 +119,8 @@ def _embedding_shape(tree: ModuleTree) -> tuple[int, ...]:
     not say which it is."""
     try:
         embedding = tree.model.get_input_embeddings()
+    # transformers raises it where a class names no input embedding (Dia); the sizes come from the config then
     except NotImplementedError:
-        # transformers raises it where a class names no input embedding (Dia); the sizes come from the config then
         return (0, 0)
     weight = getattr(embedding, "weight", None)  # Musicgen has a list of them
     return tuple(weight.shape) if weight is not None else (0, 0)
