@@ -111,8 +111,8 @@ def as_often(numbers: np.ndarray, weight: float, seed: int) -> np.ndarray:
 def nothing_left(which: str, counts: Sequence[Counts], config: RunConfig) -> tuple[str, str]:
     why = [
         f"{sum(c.unsupervised for c in counts):,} had nothing to learn",
-        f"{sum(c.cut_away for c in counts):,} nothing within {config.max_length} tokens",
-        f"{sum(c.too_long for c in counts):,} were longer than that",
+        f"{sum(c.cut_away for c in counts):,} had nothing to learn in their first {config.max_length} tokens",
+        f"{sum(c.too_long for c in counts):,} were longer than --max-length",
         f"{sum(c.blank for c in counts):,} were blank",
         f"{sum(c.bad for c in counts):,} cannot be used",
         f"{sum(c.weightless for c in counts):,} had weight 0",
