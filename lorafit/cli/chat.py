@@ -89,9 +89,13 @@ def chat(
     view.start(about)
     for text in notes:
         screen.note(text)
-    said = list(_talk(view, talk))
-    if json:
-        screen.document({"name": name, "turns": said})
+    said: list[dict[str, Any]] = []
+    try:
+        for turn in _talk(view, talk):
+            said.append(turn)
+    finally:  # what was answered before a line that is refused, too
+        if json:
+            screen.document({"name": name, "turns": said})
 
 
 def _opened(

@@ -85,6 +85,13 @@ def test_input_that_is_not_utf_8_is_named_with_its_line(trained, run, monkeypatc
     assert done.code == 2 and "line 1 of the input" in done.err and "iconv" in done.err
 
 
+def test_a_line_that_is_refused_leaves_the_answers_before_it(trained, talk):
+    done = talk([ASKED, "lamp " * 3000], trained, "--json", "--max-new-tokens", 4)
+    assert done.code == 2 and "tokens, and the model takes" in done.err
+    (turn,) = done.document["turns"]
+    assert turn["prompt"] == ASKED and turn["answer"]
+
+
 def test_a_closed_stdin_is_the_end_of_the_conversation(trained, run, monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
     done = run("chat", trained, "--json")
