@@ -15,6 +15,7 @@ import shutil
 import time
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -49,9 +50,10 @@ class Stored:
 IMPORTS = re.compile(r"^\s*from lorafit((?:\.\w+)*) import (\([^)]*\)|[^\n]*)", re.MULTILINE)
 
 
+@cache
 def code_digest(*modules: str) -> str:
     """A digest of the source of these modules of lorafit and of all they import, directly or not: what was
-    kept under another one was made by other code.
+    kept under another one was made by other code. It is read once in a process.
 
     Modules are named from within lorafit: `estimate.simulate`.
     """

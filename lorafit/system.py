@@ -13,6 +13,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import BinaryIO
@@ -46,6 +47,7 @@ def free_disk(place: Path) -> int:
         return 0
 
 
+@cache
 def installed(package: str) -> str:
     """The version of an installed package, or `none`; nothing is imported."""
     try:

@@ -162,8 +162,7 @@ def simulate_step(
     kept = sorted(counts) if counts and not whole_depth else None
     model, short = planned_model(source, found, plan, shape, kept)
     try:
-        with MemoryTrace(), as_on(device):  # it answers the model's questions about values
-            forward = Forward.of(model, found.task, head_chunk or chunk_for(device, found.vocab_size))
+        forward = _way(model, short, found.task, head_chunk or chunk_for(device, found.vocab_size), device)
         times = [counts[layer] for layer in kept or ()]
         run = track(
             model, short, forward, meta_batch(shape, found.task), device, times, reach=device == "cpu"
@@ -172,6 +171,26 @@ def simulate_step(
         raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
     body = base_of(model)
     return _profile(run, shape, refusal(found, short.cut, trained_in(body), body, training=True))
+
+
+_WAYS: dict[tuple[object, ...], Forward] = {}  # what `_way` found in this process
+
+
+def _way(model: torch.nn.Module, plan: Plan, task: str, chunk: int, device: str) -> Forward:
+    """How the model is called. It is tried once for a config: which blocks are adapted makes no difference, what is
+    trained outside of them does."""
+    config: Any = base_of(model).config
+    inside = tuple(f"{path}." for path in plan.cut)
+    outside = [
+        name
+        for name, p in base_of(model).named_parameters()
+        if p.requires_grad and not name.startswith(inside)
+    ]
+    key = (config.to_json_string(False), config._attn_implementation, task, chunk, device, *outside)
+    if key not in _WAYS:
+        with MemoryTrace(), as_on(device):  # it answers the model's questions about values
+            _WAYS[key] = Forward.of(model, task, chunk)
+    return _WAYS[key]
 
 
 def _profile(run: _Run, shape: Shape, reason: str) -> Profile:

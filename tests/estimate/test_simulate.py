@@ -8,6 +8,7 @@ from families import FAMILIES, build_config
 from jobs import job_for
 
 from lorafit.adapter.plan import resolve
+from lorafit.estimate import simulate
 from lorafit.estimate.simulate import _profile, meta_batch, simulate_step, track
 from lorafit.estimate.terms import Shape
 from lorafit.forward.head import Forward
@@ -43,8 +44,15 @@ def test_a_simulated_step_holds_what_a_real_one_holds(tiny, pairs, tmp_path, fam
     assert (found.forward, found.backward) == pytest.approx((real.forward, real.backward), rel=0.005)
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "qwen3_moe", "deepseek_v3", "qwen3_next"])
-@pytest.mark.parametrize("band", ["low", "mid", "high", "all"])
+BANDS = ("low", "mid", "high", "all")
+DEPTHS = [("llama", band) for band in BANDS] + [
+    pytest.param(family, band, marks=[pytest.mark.long] if band != "mid" else [])
+    for family in ("gemma2", "qwen3_moe", "deepseek_v3", "qwen3_next")
+    for band in BANDS
+]
+
+
+@pytest.mark.parametrize("family, band", DEPTHS)
 def test_what_is_extended_agrees_with_the_whole_depth(family, band):
     kinds = ["linear_attention", "full_attention"] * 8
     config = build_config(
@@ -67,6 +75,23 @@ def test_what_is_extended_agrees_with_the_whole_depth(family, band):
             "qwen3_moe",
         ):  # blocks of two kinds come kind by kind: in another order
             assert short.heap == pytest.approx(whole.heap, abs=0.02 * peak(whole))
+
+
+def test_how_a_model_is_called_is_tried_once_for_all_bands(monkeypatch):
+    """A head that is trained is called in another way, and so is tried again."""
+    source = named(build_config("llama", num_hidden_layers=6, tie_word_embeddings=False))
+    found, tried, of = chart_of(source), [], Forward.of
+    monkeypatch.setattr(simulate, "_WAYS", {})
+    monkeypatch.setattr(Forward, "of", lambda *given: (tried.append(1), of(*given))[1])
+    plans = [resolve(found, load_preset("ffn"), band) for band in ("mid", "high")]
+    alone = [simulate_step(source, found, plan, Shape(2, 64), "cpu", whole_depth=True) for plan in plans]
+    assert len(tried) == 1
+    lora = replace(load_preset("ffn").lora, modules_to_save=("lm_head",))
+    whole = resolve(found, replace(load_preset("ffn"), lora=lora), "mid")
+    simulate_step(source, found, whole, Shape(2, 64), "cpu", whole_depth=True)
+    assert len(tried) == 2 and [way.head for way in simulate._WAYS.values()] == ["apart", "inside"]
+    simulate._WAYS.clear()
+    assert simulate_step(source, found, plans[1], Shape(2, 64), "cpu", whole_depth=True) == alone[1]
 
 
 def test_fewer_key_heads_are_counted_on_a_gpu_too(monkeypatch):

@@ -22,7 +22,7 @@ from lorafit.settings.precedence import settle
 from lorafit.train.job import load_base
 from lorafit.train.loggers import recorded
 from lorafit.train.loop import run
-from lorafit.train.measure import efficiency, peak_memory
+from lorafit.train.measure import efficiency, matrix_rate, peak_memory
 from lorafit.train.run_folder import RunFolder
 
 
@@ -40,9 +40,10 @@ def test_every_family_trains_learns_and_loads_in_plain_peft(tiny, pairs, tmp_pat
         batch_size=8,
         learning_rate=2e-2,
         max_length=100,
+        sample=True,
     )
     report = events_of(job)[-1]
-    assert isinstance(report, TrainReport) and report.steps == 12
+    assert isinstance(report, TrainReport) and report.steps == 12 and report.sample
     assert report.eval["after"].loss < report.eval["before"].loss - 0.1
 
     batch = collate_rows(list(job.rows.held_out), job.tokenizer.pad_token_id or 0, job.task)
@@ -253,6 +254,16 @@ def test_no_share_of_the_matrix_rate_is_above_one():
     assert efficiency(214.0, 100.0, 90.0) == 1.0
     assert efficiency(50.0, 20.0, 100.0) == 0.5, "the better of both measurements counts"
     assert efficiency(50.0, 0.0) is None
+
+
+def test_the_rate_of_a_small_product_is_found_in_few_tries(monkeypatch):
+    calls, linear = [], torch.nn.functional.linear
+    monkeypatch.setattr(
+        torch.nn.functional, "linear", lambda *tensors: (calls.append(1), linear(*tensors))[1]
+    )
+    assert matrix_rate(8, 8, torch.float32, torch.device("cpu"), seconds=60) > 0 and len(calls) == 8
+    calls.clear()
+    assert matrix_rate(8, 8, torch.float32, torch.device("cpu"), seconds=0) > 0 and len(calls) == 1
 
 
 @pytest.mark.parametrize("cache", ["off", "memory"])
