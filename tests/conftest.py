@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,6 +19,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # several at a time, each on a core of 
 
 
 from hub_cache import hub  # noqa: F401  # a fixture that several files use
+
+if TYPE_CHECKING:
+    from processes import Forked
 
 
 @pytest.fixture(autouse=True)
@@ -58,6 +62,16 @@ def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 json.dumps({"prompt": user["content"] + "\n", "completion": assistant["content"]}) + "\n"
             )
     return path
+
+
+@pytest.fixture(scope="session")
+def forked(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Forked]:
+    """`lorafit …` in a process of its own, without the seconds of its start."""
+    from processes import Forked
+
+    made = Forked(tmp_path_factory.mktemp("forked"))
+    yield made
+    made.close()
 
 
 class Result:

@@ -15,8 +15,8 @@ from lorafit.train.run_folder import RunFolder
 
 
 def job_for(model, output, stop=lambda: 0, world=ALONE, **flags):
-    """A job as the command makes it."""
-    config, preset = settle({"model": str(model), **flags})
+    """A job as the command makes it, without a sample if none is asked for."""
+    config, preset = settle({"model": str(model), "sample": False, **flags})
     source = find(config.model)
     found = chart_of(source)
     config = derive_from_model(config, found)

@@ -1,14 +1,20 @@
 """Commands in several processes of this machine, and what they leave."""
 
+import json
 import os
+import signal
 import subprocess
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from lorafit.adapter.folder import WEIGHTS
+from lorafit.estimate import glibc_heap
 
 TESTS = Path(__file__).parent
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
@@ -45,3 +51,82 @@ def same_adapter(one, other):
 
 def lines_of(text):
     return [line for line in text.splitlines() if line.startswith(("error:", "hint:"))]
+
+
+# Reads a command a line, and forks a child that runs it from `main` on and ends as any process does.
+SERVER = """
+import json, os, sys
+import datasets, peft, safetensors.torch, torch, transformers
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedTokenizerFast, get_scheduler
+import lorafit.compare, lorafit.evaluate, lorafit.merge, lorafit.report, lorafit.train
+from lorafit import digests
+from lorafit.__main__ import main
+from lorafit.cli import app
+
+while line := sys.stdin.readline():
+    asked = json.loads(line)
+    pid = os.fork()
+    if not pid:
+        break
+    print(pid, flush=True)
+    print(os.waitpid(pid, 0)[1], flush=True)
+if line:
+    os.chdir(asked["cwd"])
+    os.environ.clear()
+    os.environ.update(asked["environment"])
+    for number, path in enumerate(asked["streams"]):
+        file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
+        os.dup2(file, number)
+        os.close(file)
+    sys.argv = ["lorafit", *asked["words"]]
+    exec(asked["first"])
+    main()
+"""
+
+
+class Forked:
+    """`lorafit …` in children of one process that has everything imported: the start, without its seconds."""
+
+    def __init__(self, room: Path, environment: Mapping[str, str] | None = None) -> None:
+        self.streams = [room / name for name in ("stdin", "stdout", "stderr")]
+        self.server = subprocess.Popen(
+            [sys.executable, "-c", SERVER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+            env={**(environment or os.environ), **tcache_off()},
+        )  # fmt: skip
+
+    def run(
+        self, *words: object, cwd: Path | str = ".", env: Mapping[str, str] | None = None, said: str = "",
+        together: bool = False, first: str = "", kill_after: float | None = None,
+    ) -> subprocess.CompletedProcess[str]:  # fmt: skip
+        """What a command left: stdout and stderr apart or `together`. `said` is its stdin, `first` is Python that it
+        runs before, and after `kill_after` seconds it is killed."""
+        texts = (said, "", "")
+        for path, text in zip(self.streams, texts, strict=True):
+            path.write_text(text, encoding="utf-8")
+        streams = [*self.streams[:2], self.streams[1 if together else 2]]
+        asked = {
+            "words": list(map(str, words)), "cwd": str(Path(cwd).absolute()), "first": first,
+            "environment": {**(os.environ if env is None else env), **tcache_off()}, "streams": list(map(str, streams)),
+        }  # fmt: skip
+        self.server.stdin.write(json.dumps(asked) + "\n")
+        self.server.stdin.flush()
+        pid = int(self.server.stdout.readline())
+        if kill_after is not None:
+            time.sleep(kill_after)
+            with suppress(ProcessLookupError):  # it was faster
+                os.kill(pid, signal.SIGKILL)
+        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
+        _, out, err = (path.read_text(encoding="utf-8") for path in self.streams)
+        assert "Traceback" not in out + err, out + err
+        return subprocess.CompletedProcess(asked["words"], code, out, err)
+
+    def close(self) -> None:
+        self.server.stdin.close()
+        self.server.wait()
+        self.server.stdout.close()
+
+
+def tcache_off() -> dict[str, str]:
+    """What a command starts itself again with, where this system has it: a child that forks cannot."""
+    found = glibc_heap.environment()
+    return {glibc_heap.TUNABLES: found[glibc_heap.TUNABLES]} if glibc_heap.TUNABLES in found else {}

@@ -11,6 +11,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from processes import Forked
 
 import lorafit
 
@@ -90,32 +91,47 @@ class Hub(BaseHTTPRequestHandler):
         self._answer({"error": "not found"}, 404)
 
 
-@pytest.fixture
-def hub():
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.files, server.large, server.asked, server.made, server.refuse = {}, {}, [], {}, ""
-    thread = threading.Thread(target=server.serve_forever, daemon=True)
+@pytest.fixture(scope="module")
+def server():
+    made = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    thread = threading.Thread(target=made.serve_forever, daemon=True)
     thread.start()
-    yield server
-    server.shutdown()
-    server.server_close()
+    yield made
+    made.shutdown()
+    made.server_close()
 
 
 @pytest.fixture
-def said(hub, tmp_path):
+def hub(server):
+    server.files, server.large, server.asked, server.made, server.refuse = {}, {}, [], {}, ""
+    return server
+
+
+def environment_of(server, room, **more):
+    """Where the hub is the stand-in."""
+    environment = {
+        **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+        "HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_TOKEN": "hf_stand_in", "NO_PROXY": "*",
+        "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(room / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more,
+    }  # fmt: skip
+    return {name: value for name, value in environment.items() if value}
+
+
+@pytest.fixture(scope="module")
+def online(server, tmp_path_factory):
+    """Forks of a process that was told where the hub is, as its library asks for that once."""
+    room = tmp_path_factory.mktemp("online")
+    made = Forked(room, environment_of(server, room))
+    yield made
+    made.close()
+
+
+@pytest.fixture
+def said(hub, online, tmp_path):
     """`lorafit …` in a process of its own, whose hub is the stand-in."""
 
-    def call(*arguments, **more):
-        environment = {
-            **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
-            "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}", "HF_TOKEN": "hf_stand_in", "NO_PROXY": "*",
-            "HF_HUB_DISABLE_XET": "1", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_DISABLE_PROGRESS_BARS": "1", **more,
-        }  # fmt: skip
-        environment = {name: value for name, value in environment.items() if value}
-        return subprocess.run(
-            [sys.executable, "-m", "lorafit", *map(str, arguments)],
-            env=environment, capture_output=True, text=True, cwd=tmp_path,
-        )  # fmt: skip
+    def call(*arguments):
+        return online.run(*arguments, cwd=tmp_path, env=environment_of(hub, tmp_path))
 
     return call
 
@@ -229,7 +245,10 @@ def test_a_hub_that_refuses_loses_nothing(said, hub, tmp_path):
         (("train", "--push-to-hub", "ada/lamps"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
     ],
 )
-def test_what_cannot_be_sent_is_said_before_the_work(said, hub, tmp_path, arguments, more, words):
-    done = said(*arguments, **more)
+def test_what_cannot_be_sent_is_said_before_the_work(hub, tmp_path, arguments, more, words):
+    done = subprocess.run(
+        [sys.executable, "-m", "lorafit", *arguments],
+        env=environment_of(hub, tmp_path, **more), capture_output=True, text=True, cwd=tmp_path,
+    )  # fmt: skip
     assert done.returncode == 2 and words in done.stderr and not hub.asked
     assert not (tmp_path / "runs").exists()

@@ -36,7 +36,7 @@ print(json.dumps(held))
 """
 
 
-@pytest.mark.load
+@pytest.mark.long
 def test_memory_stays_flat_over_twenty_thousand_steps(tmp_path):
     config = LlamaConfig(
         vocab_size=896, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=2,

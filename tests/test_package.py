@@ -64,6 +64,7 @@ def test_the_version_stands_in_one_place(wheel):
     assert __version__ not in (ROOT / "pyproject.toml").read_text()
 
 
+@pytest.mark.long
 def test_the_demo_is_made_by_its_program(tmp_path):
     """A few steps of it: the same tokenizer and the same rows as those that are shipped."""
     from lorafit import demo

@@ -145,6 +145,7 @@ assert [p.name for p in states.parent.iterdir()] == [states.name]
 
 # skipped elsewhere: the open and mapped files of a process are listed in Linux's /proc alone; the code is the same
 @pytest.mark.skipif(sys.platform != "linux", reason="what is in use is read from /proc")
+@pytest.mark.long
 def test_a_run_needs_nothing_that_windows_does_not_have(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     (tmp_path / "here").mkdir()

@@ -58,18 +58,16 @@ def shelf(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def lorafit(shelf):
+def lorafit(shelf, forked):
     """`lorafit …` in one folder, both streams together; a command that stands on several pages runs once."""
     printed: dict[str, str] = {}
 
     def run(command: str) -> str:
         if command not in printed:
             said, _, last = command.rpartition(" | ")
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "COLUMNS": "80"}
-            done = subprocess.run(
-                [sys.executable, "-m", "lorafit", *shlex.split(last)[1:]], cwd=shelf, env=environment,
-                input=f"{shlex.split(said)[1]}\n" if said else "",
-                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            done = forked.run(
+                *shlex.split(last)[1:], cwd=shelf, env={**os.environ, "COLUMNS": "80"},
+                said=f"{shlex.split(said)[1]}\n" if said else "", together=True,
             )  # fmt: skip
             assert done.returncode == 0, done.stdout
             printed[command] = done.stdout
@@ -139,6 +137,7 @@ PRINTED = [
 ]  # first lines
 
 
+@pytest.mark.long
 def test_every_block_of_python_runs_and_prints_what_it_says(shelf):
     for (name, code), shown in zip(PYTHON, PRINTED, strict=True):
         done = subprocess.run(

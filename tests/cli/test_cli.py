@@ -462,21 +462,15 @@ def test_an_adapter_whose_base_is_gone(trained, run, pairs, tmp_path):
     assert result.code == 2 and "hasanotherbasethan" in "".join(result.err.split())
 
 
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_interrupted_and_resumed(tmp_path, number, code):
+@pytest.mark.parametrize(
+    "number, code", [(signal.SIGINT, 130), pytest.param(signal.SIGTERM, 143, marks=pytest.mark.long)]
+)
+def test_interrupted_and_resumed(tmp_path, forked, number, code):
     """Ctrl-C and SIGTERM keep what was done; the same command with --resume ends as if nothing was."""
     arguments = [
-        sys.executable,
-        "-m",
-        "lorafit",
-        "train",
-        "--layers",
-        "high",
-        "--batch-size",
-        "8",
-        "-o",
-        str(tmp_path / "r"),
-    ]
+        sys.executable, "-m", "lorafit", "train", "--layers", "high", "--batch-size", "8", "--max-steps", "80",
+        "-o", str(tmp_path / "r"),
+    ]  # fmt: skip
     process = subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     events = tmp_path / "r.partial" / "events.jsonl"
     deadline = time.time() + 120
@@ -488,14 +482,13 @@ def test_interrupted_and_resumed(tmp_path, number, code):
         pytest.fail("the run ended before it was interrupted")
     assert process.returncode == code and "interrupted after step" in err and "--resume" in err, err
     assert not (tmp_path / "r").exists()
-    again = lorafit(
-        "train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume", "--json"
-    )
-    assert again.returncode == 0 and json.loads(again.stdout)["steps"] == 339, again.stderr
-    done = lorafit("train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume")
+    command = arguments[3:]
+    again = forked.run(*command, "--resume", "--json")
+    assert again.returncode == 0 and json.loads(again.stdout)["steps"] == 80, again.stderr
+    done = forked.run(*command, "--resume")
     assert done.returncode == 0 and "finished" in done.stderr and done.stdout == ""
-    done = lorafit("train", "--layers", "high", "--batch-size", 8, "-o", tmp_path / "r", "--resume", "--json")
-    assert json.loads(done.stdout)["steps"] == 339
+    done = forked.run(*command, "--resume", "--json")
+    assert json.loads(done.stdout)["steps"] == 80
 
 
 def test_a_reader_that_has_had_enough():
@@ -538,16 +531,17 @@ def test_a_narrow_terminal_loses_no_figure_and_breaks_no_command(run, monkeypatc
     assert numbers(narrow) == numbers(wide)
 
 
-def test_a_narrow_terminal_shows_every_figure_of_a_run(tmp_path):
+def test_a_narrow_terminal_shows_every_figure_of_a_run(tmp_path, forked):
     arguments = ["train", "--layers", "high", "--max-steps", "3", "-o", str(tmp_path / "a run")]
-    done = lorafit(*arguments, env={"COLUMNS": "40"})
+    narrow = {**os.environ, "COLUMNS": "40"}
+    done = forked.run(*arguments, env=narrow)
     assert done.returncode == 0, done.stderr
     shown = " ".join(done.stderr.split())
     assert re.search(
         r"epoch 1 loss \d\.\d{3}, \S+ tok/s, \S+ target tok/s, matmul efficiency (\d+%|–), frozen", shown
     )
     assert f"next lorafit eval '{tmp_path}/a run'" in " ".join(done.stdout.split())  # quoted, on one line
-    evaluated = lorafit("eval", tmp_path / "a run", "--samples", "1", env={"COLUMNS": "40"})
+    evaluated = forked.run("eval", tmp_path / "a run", "--samples", "1", env=narrow)
     assert evaluated.returncode == 0 and re.search(r"difference [+-]\d\.\d{4} ± \d\.\d{4}", evaluated.stdout)
 
 

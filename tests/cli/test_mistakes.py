@@ -10,6 +10,9 @@ import time
 
 import pytest
 
+from lorafit.model.chart import chart_of
+from lorafit.model.source import find
+
 # (command, what the error names, what the hint offers)
 TYPED = [
     (["train", "--lr", "0.1"], "`--lr`", "--learning-rate"),
@@ -244,6 +247,7 @@ def test_what_is_taken_for_something_else_is_named(run, desk, monkeypatch, comma
 
 
 def test_these_are_refused_before_torch_is_loaded(desk):
+    chart_of(find("demo"))  # its map is kept
     code = (
         "import json, sys\n"
         "from lorafit.cli import app\n"

@@ -40,6 +40,7 @@ def trained(tmp_path_factory):
     return folder
 
 
+@pytest.mark.long
 def test_a_task_of_one_s_own(trained, run, task):
     from lorafit.adapter.inject import attach
     from lorafit.model.load import load_model, load_tokenizer
@@ -80,7 +81,7 @@ def test_a_task_of_one_s_own(trained, run, task):
     [
         ("no-such-task-at-all", "lm-eval has no task"),
         ("missing.yaml", "cannot read task file"),
-        (",", "has no task"),
+        pytest.param(",", "has no task", marks=pytest.mark.long),
     ],
 )
 def test_what_is_no_task_is_said(trained, run, name, words):
@@ -88,6 +89,7 @@ def test_what_is_no_task_is_said(trained, run, name, words):
     assert result.code == 2 and words in result.err
 
 
+@pytest.mark.long
 def test_data_that_are_not_here_are_an_error(trained, run, task):
     path, _ = task
     path.write_text(path.read_text().replace("lamps.jsonl", "gone.jsonl"))

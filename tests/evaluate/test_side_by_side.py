@@ -221,14 +221,26 @@ def test_what_is_drawn_is_drawn_by_the_seed(runs, run):
         found = run("eval", runs[0], "--prompt", "Ada lent the lamp.", "--json", *more).document
         return found["samples"][0]["base"]
 
-    one = said("--temperature", "1.5", "--seed", "3")
-    assert one == said("--temperature", "1.5", "--seed", "3") != said("--temperature", "1.5", "--seed", "4")
-    assert said() == said("--seed", "9") and len(said("--max-new-tokens", "2")) < len(said())
+    drawn = ("--temperature", "1.5", "--max-new-tokens", "16")
+    one = said(*drawn, "--seed", "3")
+    assert one == said(*drawn, "--seed", "3") != said(*drawn, "--seed", "4")
+    greedy = said("--max-new-tokens", "16")
+    assert greedy == said("--max-new-tokens", "16", "--seed", "9")
+    assert len(said("--max-new-tokens", "2")) < len(greedy) < len(said())
 
 
 def test_each_prompt_is_drawn_by_a_seed_of_its_own(runs, run):
     """The same prompt twice is two draws, the same for base and any adapter of a later call."""
-    twice = ("--prompt", "Ada lent the lamp.", "--prompt", "Ada lent the lamp.", "--temperature", "1.5")
+    twice = (
+        "--prompt",
+        "Ada lent the lamp.",
+        "--prompt",
+        "Ada lent the lamp.",
+        "--temperature",
+        "1.5",
+        "--max-new-tokens",
+        "16",
+    )
     first, second = run("eval", runs[0], *twice, "--json").document["samples"]
     assert first["prompt"] == second["prompt"] and first["base"] != second["base"]
 

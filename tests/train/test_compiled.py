@@ -20,6 +20,7 @@ def job(tiny, pairs, output, family="llama", **flags):
     return job_for(tiny(family), output, **settings)
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("family", ["llama", "gpt2"])  # gpt2 drops out in training
 def test_a_compiled_run_trains_the_same(family, tiny, pairs, tmp_path, monkeypatch):
     ran = []

@@ -153,6 +153,7 @@ def test_what_ends_one_process_ends_both_with_one_code(two):
         assert first[name]["code"] == second[name]["code"] and words in first[name]["error"], name
 
 
+@pytest.mark.long
 def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(tmp_path):
     train = ("-m", "lorafit", "train", "--preset", "ffn", "--layers", "high", "--max-steps", "6")
     done = launched(*train, "--epochs", "2", "-o", tmp_path / "r", "--json")
@@ -179,6 +180,7 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
     assert len(lines_of(other.stderr)) == 2
 
 
+@pytest.mark.long
 def test_accelerate_and_two_machines_do_the_same_run(tmp_path):
     """Two launches with a home, a cache and a working folder each: only the first writes a run."""
     train = ["-m", "lorafit", "train", "--preset", "ffn", "--layers", "high", "--max-steps", "6", "-o", "r"]
@@ -220,6 +222,7 @@ def workers_of(launcher):
     return [int(pid) for pid in children]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize(
     "how", ["a worker is killed", "a worker that shares the base is killed", "the launcher is told to end"]
 )
@@ -254,6 +257,7 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 41)]
 
 
+@pytest.mark.long
 def test_a_full_disk_under_the_first_process_ends_both_with_one_error(tmp_path):
     script = tmp_path / "full.py"
     script.write_text(

@@ -109,6 +109,7 @@ def two(tmp_path_factory, models, pairs):
 
 
 @pytest.mark.parametrize("name", CASES)
+@pytest.mark.long
 def test_a_sharded_base_takes_the_steps_of_a_whole_one(name, two, models, pairs, tmp_path):
     family, flags = CASES[name]
     first, second, room = two
@@ -125,6 +126,7 @@ def test_a_sharded_base_takes_the_steps_of_a_whole_one(name, two, models, pairs,
         same_adapter(room / name, tmp_path / "r")
 
 
+@pytest.mark.long
 def test_a_run_goes_on_sharded_or_whole(two, models, pairs, tmp_path):
     first, second, room = two
     flags = {"data": (str(pairs),), **BASE, "batch_size": 6, "epochs": 2}
@@ -136,6 +138,7 @@ def test_a_run_goes_on_sharded_or_whole(two, models, pairs, tmp_path):
     same_adapter(room / "1 to 2", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_what_happens_to_one_process_all_take_part_in(two, models, pairs, tmp_path):
     """A signal while the cache is filled, a full disk, a weight that is not finite: of the last process alone."""
     first, second, _ = two
@@ -148,6 +151,7 @@ def test_what_happens_to_one_process_all_take_part_in(two, models, pairs, tmp_pa
     assert first["full disk"]["losses"] == pytest.approx(whole, rel=1e-6)
 
 
+@pytest.mark.long
 def test_a_process_reads_and_holds_its_rows_alone(two, models):
     """What `plan` counts is what is held, to the byte where the rows divide evenly."""
     first, second, _ = two
@@ -240,6 +244,7 @@ ACCELERATE = [
 ]
 
 
+@pytest.mark.long
 def test_accelerate_shards_and_the_adapter_is_as_any_other(tmp_path):
     """`--use_fsdp --fsdp_version 2` is `--shard`: what it saves is evaluated and merged in one process."""
     import lorafit
