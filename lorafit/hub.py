@@ -13,7 +13,8 @@ from lorafit.outputs import EVENTS, HELD_OUT, RUN_FILE, TRACKING
 NAME = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 # What holds rows of the data, or where they lie, stays here, and so do checkpoints.
-KEPT_BACK = (EVENTS, RUN_FILE, HELD_OUT, TRACKING, "*.html", "*.jsonl", "*/*", ".*")
+KEPT_BACK = (EVENTS, RUN_FILE, HELD_OUT, TRACKING, "*.html", "*.jsonl", ".*")
+TEMPLATES = "additional_chat_templates"  # the one folder that goes
 
 
 def check(name: str) -> None:
@@ -47,7 +48,9 @@ def push(folder: Path, name: str) -> str:
             "name a run's or a merged model's folder",
         )
     check(name)
-    kept_back = list(KEPT_BACK)
+    kept_back = [
+        *KEPT_BACK, *(f"{path.name}/*" for path in folder.iterdir() if path.is_dir() and path.name != TEMPLATES)
+    ]  # fmt: skip
     if all((folder / file).is_file() for file in STATE_FILES):  # a checkpoint: its adapter alone
         kept_back += [*STATE_FILES, SEAL]
     api = huggingface_hub.HfApi()

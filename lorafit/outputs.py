@@ -49,6 +49,17 @@ def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> N
     place = target.resolve()
     if Path.cwd().resolve().is_relative_to(place):
         raise RequestError(f"`{target}` holds the working directory: it is not replaced", "choose another -o")
+    check_not_read(target, reads)
+    if found := not_ours(target, EDITABLE):
+        raise RequestError(
+            f"`{target}` holds {found}: it is not replaced",
+            "choose another -o, or remove the folder yourself",
+        )
+
+
+def check_not_read(target: Path, reads: Sequence[Path]) -> None:
+    """Raises RequestError when a folder that is to go is, holds or lies in something that the command reads."""
+    place = target.resolve()
     for path in reads:
         other = path.expanduser().resolve()
         if other == place:
@@ -63,11 +74,6 @@ def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> N
                 f"`{target}` lies in `{path}`, which this command reads: it is not replaced",
                 "choose another -o",
             )
-    if found := not_ours(target, EDITABLE):
-        raise RequestError(
-            f"`{target}` holds {found}: it is not replaced",
-            "choose another -o, or remove the folder yourself",
-        )
 
 
 def check_file(path: Path, option: str, mark: str) -> None:

@@ -252,3 +252,15 @@ def test_what_cannot_be_sent_is_said_before_the_work(hub, tmp_path, arguments, m
     )  # fmt: skip
     assert done.returncode == 2 and words in done.stderr and not hub.asked
     assert not (tmp_path / "runs").exists()
+
+
+def test_chat_templates_by_name_go_with_their_adapter(said, hub, tmp_path):
+    assert said("train", "--max-steps", "1", "-o", "r").returncode == 0
+    run = tmp_path / "r"
+    (run / "additional_chat_templates").mkdir()
+    (run / "additional_chat_templates" / "tool_use.jinja").write_text("{{ messages }}")
+    (run / "mine").mkdir()
+    (run / "mine" / "rows.txt").write_text("Ada")
+    assert said("push", run, "ada/lamps").returncode == 0
+    assert hub.files["additional_chat_templates/tool_use.jinja"] == b"{{ messages }}"
+    assert not any(name.startswith(("mine", "checkpoint")) for name in hub.files)

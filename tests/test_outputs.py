@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from lorafit import digests
-from lorafit.errors import RequestError
+from lorafit.errors import RequestError, RunError
 from lorafit.outputs import EDITABLE, check_file, check_target, put_in_place, work_folder
-from lorafit.train.run_folder import RunFolder
+from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 
 def ours(folder: Path) -> Path:
@@ -172,3 +172,50 @@ def test_as_many_checkpoints_stay_as_keep_says(tiny, pairs, tmp_path, run, keep,
     train = ("train", tiny("llama"), "--data", pairs, "--max-steps", 9, "--epochs", 9, "--save-steps", 2)
     assert run(*train, "--keep", keep, "-o", tmp_path / "r").code == 0
     assert sorted(int(p.name[11:]) for p in (tmp_path / "r").glob("checkpoint-*")) == left
+
+
+def unfinished(folder: Path) -> RunFolder:
+    """A run that was killed after it had kept a good adapter."""
+    run = RunFolder(folder)
+    run.open(overwrite=False, resume=False)
+    (run.work / "run.yaml").write_text("model: demo\n")
+    (run.work / LAST_GOOD).mkdir()
+    (run.work / LAST_GOOD / "adapter_model.safetensors").write_bytes(b"a")
+    run.release()
+    return run
+
+
+def test_what_a_run_goes_on_from_is_not_overwritten(tmp_path):
+    """The adapter that an unfinished run has left in the folder that the next run wants."""
+    run = unfinished(tmp_path / "x")
+    before = everything(tmp_path)
+    for place in (run.work / LAST_GOOD, run.work):
+        with pytest.raises(RequestError, match=r"which this command reads|is read by this command"):
+            RunFolder(tmp_path / "x").open(overwrite=True, resume=False, reads=(place,))
+    assert everything(tmp_path) == before
+    again = RunFolder(tmp_path / "x")
+    again.open(overwrite=True, resume=False, reads=(tmp_path / "other",))
+    assert not (run.work / LAST_GOOD).exists()
+    again.abandon()
+
+
+def test_what_appears_in_its_place_while_a_run_goes_is_not_replaced(tmp_path):
+    run = RunFolder(tmp_path / "x")
+    run.open(overwrite=True, resume=False)
+    (run.work / "adapter_config.json").write_text("{}")
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "thesis.tex").write_text("mine")
+    with pytest.raises(RunError, match=r"appeared during the run.*the finished run is in") as refused:
+        run.finish(0, None)
+    assert (tmp_path / "x" / "thesis.tex").read_text() == "mine"
+    digests.check(run.work)
+    assert refused.value.hint == f"mv {run.work} {tmp_path / 'x-2'}"
+
+
+def test_what_stood_there_when_a_run_began_is_replaced(tmp_path):
+    ours(tmp_path / "x")
+    run = RunFolder(tmp_path / "x")
+    run.open(overwrite=True, resume=False)
+    (run.work / "adapter_config.json").write_text('{"r": 2}')
+    run.finish(0, None)
+    assert (tmp_path / "x" / "adapter_config.json").read_text() == '{"r": 2}' and not run.work.exists()

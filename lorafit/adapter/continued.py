@@ -9,7 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from lorafit.adapter.folder import WEIGHTS, check_base, check_values, read_config, tensor_names
+from lorafit.adapter.folder import (
+    WEIGHTS,
+    check_base,
+    check_converted,
+    check_values,
+    read_config,
+    tensor_names,
+)
 from lorafit.adapter.peft_names import pattern_value
 from lorafit.adapter.plan import Plan
 from lorafit.errors import RequestError
@@ -57,6 +64,7 @@ def check_continues(plan: Plan, folder: str, place: str) -> None:
     """
     config, lora = read_config(folder), plan.lora
     check_base(folder, place)
+    check_converted(folder)
     check_values(folder)
     ranks, wanted = _ranks(folder), set(plan.modules)
     if plan.peft.target_parameters is None and ranks.keys() != wanted:  # PEFT names experts by other rules

@@ -26,6 +26,7 @@ from lorafit.model import (
     split_revision,
 )
 from lorafit.outputs import PARTIAL, RUN_FILE, last_run
+from lorafit.settings import takes_from_base
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -97,6 +98,28 @@ def changes_its_base(config: Mapping[str, Any]) -> bool:
         or config.get("bias", "none") != "none"
         or bool(config.get("modules_to_save"))
     )
+
+
+def replaces_its_base(folder: str | Path) -> bool:
+    """Whether the base is another one after an adapter was on it: by its settings, or since its file holds weights of
+    the base, which PEFT loads over them."""
+    return changes_its_base(read_config(folder)) or any(n.endswith(BASE_LAYER) for n in tensor_names(folder))
+
+
+def trains_biases(folder: str | Path) -> bool:
+    """Whether an adapter holds biases of the base, which stay in it while the adapter is off."""
+    return bool(read_config(folder).get("bias", "none") != "none")
+
+
+def check_converted(folder: str | Path) -> None:
+    """Raises RequestError for an adapter as PiSSA or OLoRA leave it: its matrices are for a base that less was left
+    of, and alone they mean something else. lorafit saves such adapters for the base as it was."""
+    start = read_config(folder).get("init_lora_weights")
+    if takes_from_base(start):
+        raise RequestError(
+            f"`{folder}` was saved as its `{start}` start needs it, not for the base as it is",
+            "save it with PEFT's path_initial_model_for_weight_conversion",
+        )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

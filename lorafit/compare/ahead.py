@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lorafit.adapter import files_of_tokenizer
-from lorafit.compare.candidates import Candidate, scale_note
+from lorafit.compare.candidates import Candidate, check_shared, scale_note
 from lorafit.errors import RequestError
 from lorafit.estimate import Estimate, Forecast, Timing, prepare
 from lorafit.events import DataReport
@@ -188,6 +188,7 @@ def _forecast(
         beside = whole / max(1, look.tokens) * look.held_out_tokens
         seconds[one.name] = passes + beside + EACH
         tick(number + 1, len(candidates))
+    check_shared(done)  # a batch size that follows from the rows follows from `accumulate` too
     if scales := scale_note(done):
         notes.append(scales)
     return Ahead(

@@ -104,7 +104,7 @@ def resolve_all(
             impossible.setdefault(one.choice, Impossible(one.choice, error.message))
             continue
         candidates.append(Candidate(one.name, one.choice, config, preset, plan))
-    _check_shared(candidates)
+    check_shared(candidates)
     return candidates, list(impossible.values())
 
 
@@ -133,7 +133,7 @@ def _sized(found: ModelMap, config: RunConfig, preset: Preset, wanted: int) -> t
     return at(near)
 
 
-def _check_shared(candidates: Sequence[Candidate]) -> None:
+def check_shared(candidates: Sequence[Candidate]) -> None:
     """Raises RequestError where two candidates differ in an option that all of them share, as presets of one's own
     may make them."""
     for one in candidates[1:]:

@@ -69,7 +69,8 @@ def hint_of(
         if streamed is not None:
             prefix = shared.replaying(model, streamed.stack, streamed.cut)
         model.train()
-        for batch in micro_batches_of(rows, first.config, base.found.task, tokenizer, numbers[:BATCHES]):
+        task, vocab = base.found.task, base.found.vocab_size
+        for batch in micro_batches_of(rows, first.config, task, tokenizer, numbers[:BATCHES], vocab):
             batch = batch.to(base.device)
             with (prefix or Prefix()).around(batch):
                 (forward.loss_sum(model, batch) / batch.weight).backward()

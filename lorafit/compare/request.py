@@ -61,7 +61,7 @@ class Request:
         flags |= {name: lasting(flags[name]) for name in PATHS if flags.get(name)}
         flags |= {name: [lasting(spec) for spec in flags[name]] for name in MANY_PATHS if flags.get(name)}
         flags.setdefault("template_date", datetime.now().isoformat(timespec="minutes"))
-        presets = (",".join(map(lasting_data, text.split(","))) for text in self.presets)
+        presets = (",".join(map(_lasting_preset, text.split(","))) for text in self.presets)
         return replace(
             self,
             flags=flags,
@@ -116,6 +116,11 @@ class Request:
             ) from None
 
 
+def _lasting_preset(name: str) -> str:
+    """A preset as it is found from any folder: only one of one's own is a file."""
+    return name if name.strip() in preset_names() else lasting_data(name)
+
+
 def read_yaml_names(path: str | None) -> set[str]:
     """The options that a run file sets. Raises RequestError when it cannot be read."""
     if path is None:
@@ -135,8 +140,8 @@ def full_settings(one: Candidate, common: Mapping[str, Any]) -> dict[str, Any]:
         if (
             name not in own
             and name not in ("epochs", "max_steps", "seed")
-            and config.origin.get(name) == "flag"
-        ):
+            and (config.origin.get(name) == "flag" or (name == "modules" and config.modules))
+        ):  # --preset sets the modules of a run file aside
             own[name] = getattr(config, name)
     for name in ("rank", "alpha"):
         if config.origin.get(name, "").startswith("derived"):

@@ -89,7 +89,7 @@ class Passing:
         return [self.rows.train.digest, *held_out, json.dumps([self.batches, self.numbers])]
 
     def micro_batches(self) -> Iterator[Batch]:
-        yield from micro_batches_of(self.rows, self.config, self.task, self.tokenizer, self.numbers)
+        yield from micro_batches_of(self.rows, self.config, self.task, self.tokenizer, self.numbers, 0)
         for each in self.evaluators:
             yield from (batch for _, batch in each.batches())
 

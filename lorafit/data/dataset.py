@@ -25,7 +25,7 @@ from lorafit.data.report import look_of
 from lorafit.data.rows import FORMAT, Row, RowSet, RowStore, Writer, opened
 from lorafit.data.source import DataSource
 from lorafit.data.split import ReadData, ReadFile, as_often, held_out_rows, nothing_left
-from lorafit.data.template import ChatTemplate, parse_args, special_texts
+from lorafit.data.template import DEFAULT_TEMPLATE, ChatTemplate, parse_args, special_texts
 from lorafit.data.template_file import read_template
 from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError, RunError, closest
@@ -272,6 +272,8 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         entry = folder("rows") / _key(source, config, maker)
         if found := opened(entry):
             arrays, index = found
+            if index["default_template"]:  # an adapter is saved with the template it was trained on
+                maker.tokenizer.chat_template = DEFAULT_TEMPLATE
             tick(source.bytes)
             return ReadFile(
                 RowStore(source.name, by_line, arrays), index["format_read"], Counts(**index["counts"])
@@ -302,7 +304,7 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
     tokens = writer.at["ids"]
     index = {
         "about": source.name, "tokens": tokens, "format": FORMAT, "digests": made, "format_read": format,
-        "counts": asdict(counts),
+        "counts": asdict(counts), "default_template": maker.tokenizer.chat_template == DEFAULT_TEMPLATE,
     }  # fmt: skip
     assert writer.folder is not None
     finish(writer.folder, entry, index)

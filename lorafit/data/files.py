@@ -10,10 +10,11 @@ from __future__ import annotations
 import gzip
 import io
 import json
+import os
 import re
 import shlex
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
@@ -64,17 +65,29 @@ def sources(spec: str) -> list[DataSource]:
     if not found:
         raise RequestError(f"there is no data file in `{spec}`", f"data are {_kinds()} files")
     if path.is_dir():
-        splits = {match[1].lower() for p in found if (match := SPLIT.search(str(p.relative_to(path))))}
+        splits: dict[str, list[Path]] = {}
+        for each in found:
+            if match := SPLIT.search(str(each.relative_to(path))):
+                splits.setdefault(match[1].lower(), []).append(each)
         if len(splits) > 1:
-            inside = all(p.parent != path for p in found)
-            first = spec.rstrip("/")
+            best = "train" if "train" in splits else max(splits)
             raise RequestError(
                 f"`{spec}` holds several splits: {', '.join(sorted(splits))}",
-                f"name one: --data '{first}/{sorted(splits)[-1]}'"
-                if inside
-                else f"name the files: --data '{first}/*{sorted(splits)[-1]}*'",
+                f"name one: --data '{_named_together(splits[best], found, best)}'",
             )
     return [_source(p, str(p)) for p in found]
+
+
+DESCRIPTION = "state.json"  # of a folder that `datasets` has saved
+
+
+def _named_together(files: Sequence[Path], every: Sequence[Path], split: str) -> str:
+    """What names these files of a split and none of the others: a folder, or a pattern."""
+    folder = Path(os.path.commonpath([file.parent for file in files]))
+    if not any(other.is_relative_to(folder) for other in every if other not in files):
+        return str(folder)
+    said = re.search(split, files[0].name, re.IGNORECASE)
+    return str(folder / f"*{said[0]}*") if said else str(files[0])
 
 
 def _other_than_data(folder: Path) -> str:
@@ -93,8 +106,10 @@ def _other_than_data(folder: Path) -> str:
 def _is_data(path: Path, top: Path) -> bool:
     """Whether a file of a folder holds data: not hidden, no description of the others."""
     hidden = any(part.startswith(".") for part in path.relative_to(top).parts)
-    described = path.suffix == ".md" or path.name in ("state.json", "dataset_info.json", "dataset_dict.json")
-    return not hidden and not described and bool(kind_of(path)[0]) and path.is_file()
+    described = path.suffix == ".md" or path.name in (DESCRIPTION, "dataset_info.json", "dataset_dict.json")
+    # what `datasets` keeps of a `map` or a `filter` beside the data
+    made = path.match("cache-*.arrow") and (path.parent / DESCRIPTION).is_file()
+    return not hidden and not described and not made and bool(kind_of(path)[0]) and path.is_file()
 
 
 def _kinds() -> str:

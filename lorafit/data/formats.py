@@ -115,7 +115,7 @@ def read(
         format, found = _rows(source, reading, tick)
     head = next(found, None)
     if head is None:
-        if reading.counts.bad:
+        if reading.counts.bad or reading.counts.weightless:
             return format, iter(())
         blank = reading.counts.blank
         raise RequestError(
@@ -232,7 +232,7 @@ def _texts(source: DataSource, format: str, tick: Tick) -> Iterator[Example]:
 
 def _mapped(source: DataSource, reading: Reading, tick: Tick) -> Iterator[tuple[int, Message]]:
     """The rows, with `--map`'s names for their columns."""
-    columns = reading.columns
+    columns, good = reading.columns, 0
     for number, row in records(source, tick, reading.fault):
         where = source.where(number)
         if not isinstance(row, dict):
@@ -243,10 +243,11 @@ def _mapped(source: DataSource, reading: Reading, tick: Tick) -> Iterator[tuple[
             error = RequestError(
                 f"`{where}` has no column `{missing}`, which --map names", closest(missing, map(str, row))
             )
-            if not reading.counts.examples:
+            if not good:  # no row has it so far: --map is wrong
                 raise error
             reading.fault(error)
             continue
+        good += 1
         if columns and missing is None:
             taken = set(columns.values())
             row = {k: v for k, v in row.items() if k not in taken} | {n: row[c] for n, c in columns.items()}

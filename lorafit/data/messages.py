@@ -139,7 +139,7 @@ def _message(given: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Mes
         turn["content"] = _joined(turn["content"], key, where)
     if known == "function_call":
         turn = _called(turn, where, key)
-    legacy = turn.pop("function_call", None)
+    legacy = from_text(turn.pop("function_call", None), where, "function_call")
     if legacy and not turn.get("tool_calls"):
         turn["tool_calls"] = [{"type": "function", "function": legacy}]
     turn["tool_calls"] = from_text(turn.get("tool_calls"), where, "tool_calls")
@@ -147,6 +147,15 @@ def _message(given: Any, key: str, where: str, kept_nulls: Iterable[str]) -> Mes
         del turn["tool_calls"]
     elif not isinstance(turn["tool_calls"], list) or not all(isinstance(c, dict) for c in turn["tool_calls"]):
         raise RequestError(f"`{where}`: `tool_calls` in `{key}` is not a list of calls")
+    odd = next(
+        (c["function"] for c in turn.get("tool_calls", ()) if not isinstance(c.get("function", c), dict)),
+        None,
+    )
+    if odd is not None:
+        raise RequestError(
+            f"`{where}`: the `function` of a tool call in `{key}` is {kind_of(odd)}, not an object",
+            'e.g. {"function": {"name": "find", "arguments": {}}}',
+        )
     if not isinstance(turn.get("content"), str):
         called = turn.get("tool_calls") or any(isinstance(turn.get(k), str) for k in REASONING)
         if not called and turn.get("content", 0) is not None:

@@ -245,13 +245,22 @@ class ChatTemplate:
     def _stop(self, turn: Message, whole: str, start: int, stop: int) -> int:
         """Where an answer and its end token end, within the text of its turn: white space behind the end
         token is not the assistant's, nor is an end of the conversation."""
-        at = max(start, _last_piece(turn, whole, start, stop))
+        at = max(start, _last_piece(turn, whole, start, self._before_marks(whole, start, stop)))
         if at > start or not (turn.get("content") or turn.get("tool_calls")):
             return self.end_behind(whole, at, stop) or stop
         found = stop  # rewritten: what ends with special tokens ends with the last of them
         for mark in self.marks.finditer(whole, start, stop):
             found = mark.end() if not whole[mark.end() : stop].strip() else found
         return found
+
+    def _before_marks(self, whole: str, start: int, stop: int) -> int:
+        """`stop`, or where the special tokens and white space begin that stand before it: an answer `end` is not
+        in `<|im_end|>`."""
+        for mark in reversed(list(self.marks.finditer(whole, start, stop))):
+            if whole[mark.end() : stop].strip():
+                break
+            stop = mark.start()
+        return stop
 
     def _replaced(
         self, messages: Sequence[Message], tools: Sequence[Any], whole: str, number: int, low: int

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
 
 TOGETHER = 256  # examples that the tokenizer is given at once
+FIRST = 8  # the first ones of a file
 
 
 @dataclass(slots=True)
@@ -60,6 +61,11 @@ class Tokens:
         self.encoder = Encoder.of(self.tokenizer)
         end = self.tokenizer.eos_token_id
         self.ends = self.encoder.special | ({end} if end is not None else set())
+        if self.task == "seq2seq" and self.loss_on == "all":
+            raise RequestError(
+                "--loss-on all: this model reads one text and writes another, which alone is learned",
+                "leave it out",
+            )
         if self.task == "masked":
             self.frame = self.encoder.begin, self.encoder.behind  # [CLS] [SEP], <s> </s>
             if self.room < 1:
@@ -108,7 +114,8 @@ class Tokens:
         if format == "document" and self.task != "seq2seq":
             yield from self._windows(examples)
             return
-        while group := list(islice(examples, TOGETHER)):
+        # few at first, so that it is soon known that a file has good rows
+        while group := list(islice(examples, TOGETHER if self.counts.examples else FIRST)):
             if self.task == "seq2seq":
                 made = [(example, pair) for example in group if (pair := self._safely(self._pair, example))]
                 encoded = self._encoded_pairs([pair for _, pair in made])
@@ -163,6 +170,10 @@ class Tokens:
             return example.prompt, example.completion
         check_roles(example.messages, str(self.tokenizer.chat_template), example.where)
         *before, last = example.messages
+        if any(turn["role"] == "assistant" for turn in before):
+            self.counts.note(
+                "of a conversation this model learns the last answer: what was said before it is one text, without roles"
+            )
         if last["role"] != "assistant":
             raise RequestError(f"`{example.where}`: the last message is not the assistant's")
         if len(before) in example.skipped:

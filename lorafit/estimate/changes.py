@@ -12,10 +12,16 @@ STREAM = "--prefix-residency stream"
 
 
 def changes(
-    shape: Shape, layers: str | None, processes: int, found: ModelMap, shardable: bool = True
+    shape: Shape,
+    layers: str | None,
+    processes: int,
+    found: ModelMap,
+    shardable: bool = True,
+    of_rows: bool = False,
 ) -> Iterator[list[tuple[str, Shape, str | None]]]:
     """Lists of changes that `train` supports, each from the smallest to the largest: its flags, its shape and
-    its choice of layers, where that is another. `shardable` says that the base may be divided among processes."""
+    its choice of layers, where that is another. `shardable` says that the base may be divided among processes,
+    `of_rows` that the batch size follows from the rows: shorter rows would make a larger batch."""
     halves = []
     size = shape.batch // 2
     while size >= 1:
@@ -33,7 +39,8 @@ def changes(
     yield [(flags, other, None) for flags, other in again]
     yield [("--layers high", shape, "high")] if layers != "high" else []
     shorter = [shape.length // 2, shape.length // 4]
-    yield [(f"--max-length {n}", replace(shape, length=n), None) for n in shorter if n >= 64]
+    same = f" --batch-size {shape.batch * processes}" if of_rows else ""
+    yield [(f"--max-length {n}{same}", replace(shape, length=n), None) for n in shorter if n >= 64]
     if shape.dtype == "float32":
         yield [("--dtype bfloat16", replace(shape, dtype="bfloat16"), None)]
     whole = shape.quantize == "none" and found.quantised is None

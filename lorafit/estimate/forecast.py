@@ -139,6 +139,8 @@ class Forecast:
                     self.device,
                     head_chunk=self.config.head_chunk or 0,
                 )
+            except RequestError:  # `train` would refuse it too
+                raise
             except LorafitError as error:
                 self.notes.append(f"the step could not be simulated, so formulas are used: {error.message}")
                 return by_formula(plan, self.found, shape)
@@ -212,7 +214,8 @@ class Forecast:
             return Fit(self.device, free, True)
         options: list[Alternative] = []
         whole = needs_whole_base(plan.lora) is not None
-        for single in changes(self.shape, self.config.layers, self.processes, self.found, not whole):
+        of_rows = bool(self.config.why("batch_size"))
+        for single in changes(self.shape, self.config.layers, self.processes, self.found, not whole, of_rows):
             single = [change for change in single if self._fixed(plan, change[1]) < free]
             for flags, shape, layers in single:  # from the smallest change on
                 other = self._alternative(plan, preset, timing, flags, shape, layers)

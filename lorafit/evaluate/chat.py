@@ -34,7 +34,8 @@ class _Asked(StoppingCriteria):
 class Chat:
     """A conversation through a chat template; without one, each text is continued on its own.
 
-    `model` has an adapter on it where `adapted`. `turns` is what was said so far, without the system's part.
+    `model` has an adapter on it where `adapted`. `turns` is what was said so far, without the system's part. `apart` is
+    why the base cannot be asked beside the adapter; empty where it can.
     """
 
     generator: Generator
@@ -45,6 +46,8 @@ class Chat:
     turns: list[Turn] = field(default_factory=list)
     forgotten: int = 0  # turns that no longer fitted
     answers: int = 0
+    apart: str = ""
+    asked: str = ""  # the last question, where there are no turns
 
     def ask(self, text: str) -> Iterator[str]:
         """The pieces of the answer, as they come; it becomes part of the conversation, also where the reader
@@ -52,7 +55,7 @@ class Chat:
 
         Raises RequestError where the text is too long for the model, or the template refuses it.
         """
-        ids, said = self._fitted(text), ""
+        ids, said, self.asked = self._fitted(text), "", text
         try:
             for piece in self._generated(ids):
                 said += piece
@@ -68,10 +71,14 @@ class Chat:
         Raises RequestError where there is no last question, and as `ask` does.
         """
         before = self.turns
-        if not text and not before:
+        if self.apart:
+            raise RequestError(f"the base cannot be asked here: {self.apart}", "lorafit chat MODEL asks it")
+        if not text and not before and not self.asked:
             raise RequestError("nothing was asked yet", "/base TEXT asks the base")
         try:
-            if not text:
+            if not text and self.template is None:
+                text = self.asked
+            elif not text:
                 self.turns, text = before[:-2], before[-2]["content"]
             ids = self._fitted(text)
         finally:
@@ -80,11 +87,12 @@ class Chat:
             yield from self._generated(ids)
 
     def _fitted(self, text: str) -> list[int]:
-        """The conversation and the text as ids, the oldest turns left out as far as they do not fit."""
+        """The conversation and the text as ids, the oldest turns left out as far as they and an answer do not fit."""
         turns, most = list(self.turns), self.generator.positions
+        answer = min(self.generator.sampling.max_new_tokens or ROOM, most // 4)
         while True:
             ids = self._ids(turns, text)
-            if not most or len(ids) < most:
+            if not most or len(ids) + answer <= most or (not turns and len(ids) < most):
                 self.forgotten += len(self.turns) - len(turns)
                 return ids
             if not turns:

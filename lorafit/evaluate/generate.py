@@ -21,6 +21,13 @@ if TYPE_CHECKING:
 MOST, OWN = 256, 128  # new tokens at most: of a row's prompt, of one's own
 
 
+# One token after another, none preferred: what is asked for, whatever a model's generation config has.
+PLAIN: dict[str, Any] = {
+    "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
+    "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
+}  # fmt: skip
+
+
 @dataclass(frozen=True, slots=True)
 class Prompt:
     """A prompt, as ids and as a text to show, what is wanted (empty where nobody said), and how many tokens an
@@ -92,6 +99,7 @@ class Generator:
             max_new_tokens=room,
             max_time=self.sampling.max_seconds,
             do_sample=bool(drawn),
+            **PLAIN,  # else the model's own settings stand in
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=self._ends(model) or None,
             decoder_start_token_id=getattr(settled, "decoder_start_token_id", None),

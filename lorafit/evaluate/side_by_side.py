@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lorafit.adapter import adapted_names, attach, changes_its_base, read_config
+from lorafit.adapter import adapted_names, attach, replaces_its_base
 from lorafit.data import RowSet, rendered
 from lorafit.evaluate.generate import Generator, Prompt, Sampling, row_prompts
 from lorafit.evaluate.lm_eval import Tasks
@@ -107,7 +107,7 @@ def compare(
         adapted[path] = adapted_names(peft_model)
         of_adapters.append(run_model(peft_model, shared.around(path, peft_model, evaluators), path))
         shared.model = peft_model.unload()
-        if changes_its_base(read_config(path)) and number + 1 < len(adapters):
+        if replaces_its_base(path) and number + 1 < len(adapters):
             shared.renew()
     scores = {
         name: (of_base.scores[n], [other.scores[n] for other in of_adapters]) for n, name in enumerate(sets)

@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 
+from lorafit.errors import RequestError
+
 
 def base_of(model: torch.nn.Module) -> Any:
     """The model itself, without PEFT's wrapper."""
@@ -19,9 +21,14 @@ def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Mod
 
     transformers makes the embeddings' output require a gradient for its reentrant kind of
     checkpointing, which drags backward through every frozen layer; the other kind needs none.
-    The `frozen` blocks under the cut keep nothing for backward: they are not checkpointed.
+    The `frozen` blocks under the cut keep nothing for backward: they are not checkpointed. Raises RequestError where
+    the model's class cannot do it.
     """
     base = base_of(model)
+    if not getattr(base, "supports_gradient_checkpointing", True):
+        raise RequestError(
+            f"--gradient-checkpointing: transformers has it not for {type(base).__name__}", "leave it out"
+        )
     if hasattr(base, "activation_checkpointing_enable"):  # its name in newer transformers
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
     else:

@@ -48,7 +48,9 @@ FETCHED = (
     "*.tiktoken",
     "*.txt",
     "LICENSE*",
+    "LICENCE*",
     "NOTICE*",
+    "USE_POLICY*",
     "additional_chat_templates/*",
 )
 

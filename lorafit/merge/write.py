@@ -48,6 +48,7 @@ class Work:
     sheets: list[ShardLayout] = field(default_factory=list)
     changes: dict[str, Change] = field(default_factory=dict)
     copies: dict[str, str] = field(default_factory=dict)  # tensors that were added -> what they are copies of
+    stored_twice: bool = False  # the checkpoint has a tensor for each of a tied head and embedding
     adapted: int = 0
     streamed: bool = True
     named_alike: bool = True  # the files have the base's names of tensors
@@ -56,7 +57,7 @@ class Work:
     @property
     def untied(self) -> bool:
         """Whether the head has a weight of its own now."""
-        return bool(self.copies)
+        return bool(self.copies) or self.stored_twice
 
     def stream(self, base: Path, work: Path, tick: Callable[[int, int], None]) -> None:
         """Write the merged shards, and their index with the bytes they truly have."""
@@ -119,10 +120,12 @@ def streamed_work(
     tied = tied_names(source, model_map)
     for name, parts in together.items():
         home = named_in(there, name, prefix)
-        if name in tied:  # one stored tensor, two roles: the head gets one of its own
+        if name in tied:  # one tensor, two roles: the head gets one of its own, where it is not stored twice
             head, embedding = tied
-            home = next((h for n in tied if (h := named_in(there, n, prefix))), None)
-            if home is not None:
+            stored = [h for n in tied if (h := named_in(there, n, prefix))]
+            made.stored_twice = len(stored) == 2
+            home = home if made.stored_twice else next(iter(stored), None)
+            if len(stored) == 1 and home is not None:
                 made.copies[head if home != head else embedding] = home
                 home = home if named_in(there, name, prefix) == home else name
         if home is None:
@@ -139,6 +142,7 @@ def streamed_work(
         made.changes[home] = partial(added, parts)
     if made.copies:
         files = _with_copies(files, made.copies)
+    if made.untied:
         made.notes.append(
             "head and embedding were one tensor; the adapter makes them two: `tie_word_embeddings` is false"
         )
@@ -193,7 +197,12 @@ def through_the_model(
     untied = _untie(model, touched)
     adapted = attach_all(model, adapters)
     made.adapted = len(adapted_names(adapted))
-    merged: Any = adapted.merge_and_unload()
+    try:
+        merged: Any = adapted.merge_and_unload()
+    except RuntimeError as error:  # PEFT's, e.g. of a trained bias where the layer has none
+        raise RequestError(
+            f"PEFT cannot merge `{adapters[0][0]}`: {str(error).splitlines()[0]}", "serve it beside its base"
+        ) from None
     whole = work / ".whole"
     merged.save_pretrained(whole)
     del model, adapted, merged
@@ -245,6 +254,8 @@ def _untie(model: Any, touched: set[str]) -> tuple[str, str] | tuple[()]:
         return ()
     names = {id(module): name for name, module in model.named_modules()}
     pair = names[id(head)], names[id(embedding)]
+    # trained tokens: PEFT replaces the same rows of both, which stay one
+    touched = {tensor for tensor in touched if "token_adapter" not in tensor}
     if not any(f".{name}." in f".{tensor}" for name in pair for tensor in touched):
         return ()
     head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)

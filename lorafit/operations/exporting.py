@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lorafit.adapter import common_base, locate, modules_of, named_alone, read_config
+from lorafit.adapter import check_converted, common_base, locate, modules_of, named_alone, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.model import local_folder
 from lorafit.operations.options import GGUF_TYPES
@@ -118,6 +118,7 @@ def prepare_export(
 def adapted_of(folder: str, found: ModelMap) -> Adapted:
     """What an adapter's folder says it adapts. A module that has no place in the model's map counts as one that is
     more than a plain layer."""
+    check_converted(folder)
     config = read_config(folder)
     named = {each.name: config[each.name] for each in fields(Lora) if config.get(each.name) is not None}
     slots = {slot.path: slot for slot in (*found.slots, *found.unplaced)}

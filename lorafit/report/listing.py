@@ -69,6 +69,7 @@ def row_of(run: Run) -> RunRow:
     environment = started.get("environment")
     known = environment if isinstance(environment, Mapping) else {}
     steps, measured = run.every("step"), run.every("evaluated")
+    trained = [each for each in measured if each.get("step")]  # a resumed run measures the base again
     losses = report.get("eval") if isinstance(report.get("eval"), Mapping) else {}
     assert isinstance(losses, Mapping)
     last = steps[-1] if steps else {}
@@ -89,11 +90,7 @@ def row_of(run: Run) -> RunRow:
         else _number(measured[0].get("loss"))
         if measured
         else None,
-        after=_loss(losses.get("after"))
-        if report
-        else _number(measured[-1].get("loss"))
-        if measured[1:]
-        else None,
+        after=_loss(losses.get("after")) if report else _number(trained[-1].get("loss")) if trained else None,
         tokens_per_second=_number(report.get("tokens_per_second")),
         peak=_whole(report.get("peak_memory_bytes")),
         seconds=_number(report.get("seconds")),

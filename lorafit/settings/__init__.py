@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from lorafit.settings.precedence import dated as dated
     from lorafit.settings.precedence import derive_from_model as derive_from_model
     from lorafit.settings.precedence import derive_from_rows as derive_from_rows
+    from lorafit.settings.precedence import read_run_file as read_run_file
     from lorafit.settings.precedence import settle as settle
     from lorafit.settings.preset import Lora as Lora
     from lorafit.settings.preset import Preset as Preset
@@ -46,7 +47,7 @@ __getattr__ = door(
         "optimizers": "OPTIMIZERS PACKAGES STATE_BYTES check_optimizer",
         "options": "DATA OUTPUT Option TRAINING WHAT",
         "places": "lasting lasting_data weighted",
-        "precedence": "as_recorded dated derive_from_model derive_from_rows settle",
+        "precedence": "as_recorded dated derive_from_model derive_from_rows read_run_file settle",
         "preset": "Lora Preset load_preset preset_names read_yaml takes_from_base",
         "run_config": "OPTIONS RunConfig",
         "same_run": "IN_DIGESTS MAY_CHANGE changed_settings",

@@ -7,6 +7,7 @@ and a value is derived again when a flag changes what it was derived from.
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping
 from dataclasses import replace
@@ -60,7 +61,15 @@ def read_run_file(path: str) -> tuple[dict[str, Any], dict[str, str]]:
         if name == "layers" and isinstance(value, int) and not isinstance(value, bool):
             value = str(value)
         values[name] = option.checked(value, f" in `{path}`")
-    return values, {str(name): text for name, text in origin.items()}
+    return values, {str(name): _stated(text, values.get(name)) for name, text in origin.items()}
+
+
+def _stated(text: str, value: Any) -> str:
+    """Where a value came from; a derived one that somebody has edited is the file's."""
+    found = re.fullmatch(r"derived \((.*?)\): (.*)", text, re.DOTALL)
+    if found is None:
+        return text
+    return f"derived: {found[2]}" if str(value) == found[1] else "file"
 
 
 def dated(settings: RunConfig, date: str = "") -> RunConfig:
@@ -133,7 +142,7 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     check_optimizer(values["optimizer"])
     check_trackers(values["track"])
     check_attention(values["attention"])
-    _check_together(values)
+    _check_together(values, origin)
     preset.choice(values["layers"])  # a wrong choice is refused before any library is loaded
     lora = replace(preset.lora, r=values["rank"], alpha=values["alpha"], dropout=values["dropout"])
     if values["from_adapter"]:  # it has values; a start such as PiSSA's would change the base
@@ -142,12 +151,17 @@ def settle(flags: Mapping[str, Any], file: str | None = None) -> tuple[RunConfig
     return config, replace(preset, lora=lora)
 
 
-def _check_together(values: Mapping[str, Any]) -> None:
+def _check_together(values: Mapping[str, Any], origin: Mapping[str, str]) -> None:
     """Raises RequestError for options that need another one, or rule it out."""
     if values["prefix_residency"] == "stream" and values["prefix_cache"] == "off":
         raise RequestError(
             "--prefix-residency stream: the output of these layers has to be kept, and --prefix-cache is off",
             "--prefix-cache auto, or --prefix-residency resident",
+        )
+    if values["scheduler"] == "constant" and values["warmup"] and origin["warmup"] in ("flag", "file"):
+        raise RequestError(
+            "--scheduler constant has no warm-up, and --warmup asks for one",
+            "--scheduler constant_with_warmup",
         )
     if values["patience"] and not values["eval_steps"]:
         raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")

@@ -87,7 +87,8 @@ class Preset:
 
 
 class _Loader(yaml.SafeLoader):
-    """Safe YAML without aliases (a small file could expand without end) and without duplicate keys."""
+    """Safe YAML without aliases (a small file could expand without end) and without duplicate keys. `1e-4` is a number,
+    `off` and `on` are words, and a date is a text, as YAML 1.2 has them."""
 
     def compose_node(self, parent: Any, index: Any) -> Any:
         if self.check_event(yaml.AliasEvent):
@@ -106,6 +107,22 @@ class _Loader(yaml.SafeLoader):
                 )
             seen.add(key.value)
         return super().construct_mapping(node, deep)
+
+
+def _as_in_1_2() -> None:
+    """Give the loader its own forms of numbers, truths and dates."""
+    numbers, truths, dates = (f"tag:yaml.org,2002:{kind}" for kind in ("float", "bool", "timestamp"))
+    _Loader.yaml_implicit_resolvers = {
+        first: [(tag, form) for tag, form in forms if tag not in (numbers, truths, dates)]
+        for first, forms in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    number = r"[-+]?(\d[\d_]*\.[\d_]*|\.\d[\d_]*)([eE][-+]?\d+)?|[-+]?\d[\d_]*[eE][-+]?\d+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)"
+    _Loader.add_implicit_resolver(numbers, re.compile(f"^({number})$"), list("-+0123456789."))
+    truth = re.compile("^(true|True|TRUE|false|False|FALSE|yes|Yes|YES|no|No|NO)$")
+    _Loader.add_implicit_resolver(truths, truth, list("tTfFyYnN"))
+
+
+_as_in_1_2()
 
 
 def read_yaml(path: Path, what: str) -> dict[str, Any]:

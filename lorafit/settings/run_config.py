@@ -443,7 +443,8 @@ class RunConfig:
         if self.chat_template:
             values["chat_template"] = lasting_data(self.chat_template)
         plain = {n: list(v) if isinstance(v, tuple) else v for n, v in values.items()}
-        return {**plain, "origin": {n: self.origin[n] for n in kept if n in self.origin}}
+        derived = {n: f"derived ({plain[n]}): {self.why(n)}" for n in kept if self.why(n)}
+        return {**plain, "origin": {n: derived.get(n, self.origin[n]) for n in kept if n in self.origin}}
 
 
 OPTIONS: dict[str, Option] = options_of(RunConfig)

@@ -135,7 +135,7 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
         if store is None:
             return Frozen(caching=PrefixCache("off", why))
         prefix.store = store
-    if first is not None and job.streamed is None:
+    if first is not None and job.streamed is None and shared is None:  # which is filled already
         prefix.store.put(first.key, state)
     sweep = _sweep(job, held_out, choice, row_bytes)
     return Frozen(

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from lorafit.adapter import Plan, inject_plan, locate, put_in
-from lorafit.data import Batch, MicroBatch, Rows, batches, collate_rows, in_epoch, mask_row, run_along
+from lorafit.data import Batch, MicroBatch, Row, Rows, batches, collate_rows, in_epoch, mask_row, run_along
 from lorafit.distributed import ALONE, World
 from lorafit.estimate import give_back_freed, keep_freed
 from lorafit.evaluate import mask_id
@@ -71,13 +71,36 @@ def composed(rows: Rows, config: RunConfig, task: str) -> list[tuple[MicroBatch,
 
 
 def micro_batches_of(
-    rows: Rows, config: RunConfig, task: str, tokenizer: PreTrainedTokenizerBase, numbers: Iterable[int]
+    rows: Rows,
+    config: RunConfig,
+    task: str,
+    tokenizer: PreTrainedTokenizerBase,
+    numbers: Iterable[int],
+    vocab_size: int,
 ) -> Iterator[Batch]:
-    """Each micro-batch of these batches of a run once, in one process."""
+    """Each micro-batch of these batches of a run once, in one process; of a masked model with the masks of the first
+    epoch."""
     made, pad = composed(rows, config, task), tokenizer.pad_token_id or 0
     for number in numbers:
         for part, chosen in enumerate(made[number]):
-            yield collate_rows([rows.train[n] for n in chosen], pad, task, _key(number, part))
+            if task == "masked":
+                yield collate_rows(masked_rows(rows, config, tokenizer, vocab_size, chosen, 1), pad, task)
+            else:
+                yield collate_rows([rows.train[n] for n in chosen], pad, task, _key(number, part))
+
+
+def masked_rows(
+    rows: Rows,
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    vocab_size: int,
+    numbers: Iterable[int],
+    epoch: int,
+) -> list[Row]:
+    """Rows of a masked model with the masks of an epoch: each by a seed of its own, whichever process has it."""
+    pad, mask = tokenizer.pad_token_id or 0, mask_id(tokenizer)
+    seeds = {n: Random(f"{config.seed}/{epoch}/{n}").getrandbits(32) for n in numbers}  # torch uses 32 bits
+    return [mask_row(rows.train[n], pad, mask, vocab_size, seed) for n, seed in seeds.items()]
 
 
 def _key(number: int, part: int) -> str:
@@ -190,10 +213,8 @@ class Job:
         numbers = self.share(number, part)
         pad = self.tokenizer.pad_token_id or 0
         if self.task == "masked":
-            # each row by a seed of its own, whichever process has it; torch uses 32 bits of a seed
-            seeds = {n: Random(f"{self.config.seed}/{epoch}/{n}").getrandbits(32) for n in numbers}
-            mask, vocab = mask_id(self.tokenizer), self.found.vocab_size
-            rows = [mask_row(self.rows.train[n], pad, mask, vocab, seeds[n]) for n in numbers]
+            vocab = self.found.vocab_size
+            rows = masked_rows(self.rows, self.config, self.tokenizer, vocab, numbers, epoch)
             return collate_rows(rows, pad, self.task)
         return collate_rows([self.rows.train[n] for n in numbers], pad, self.task, _key(number, part))
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -18,8 +19,8 @@ from pathlib import Path
 
 from lorafit.adapter import WEIGHTS
 from lorafit.digests import SEAL, seal
-from lorafit.errors import RequestError
-from lorafit.outputs import EDITABLE, PARTIAL, RUN_FILE, RUNS, check_target, put_in_place
+from lorafit.errors import RequestError, RunError
+from lorafit.outputs import EDITABLE, PARTIAL, RUN_FILE, RUNS, check_not_read, check_target, put_in_place
 
 try:
     import fcntl
@@ -43,6 +44,7 @@ class RunFolder:
 
     target: Path
     lock: Callable[[], None] | None = None  # gives the working folder back while this process has it
+    replaces: bool = False  # what stood at the target when the run began
 
     @property
     def work(self) -> Path:
@@ -61,6 +63,7 @@ class RunFolder:
         run lies there and is neither resumed nor replaced.
         """
         check_target(self.target, overwrite, reads)
+        self.replaces = self.target.exists()
         if self.work.is_symlink() or (self.work.exists() and not self.work.is_dir()):
             raise RequestError(f"`{self.work}` is not a folder", "choose another -o")
         there = self.work.is_dir()
@@ -83,6 +86,11 @@ class RunFolder:
                 "--resume to go on with it, --overwrite to start anew",
             )
         if there and not resume:
+            try:
+                check_not_read(self.work, reads)
+            except RequestError:
+                self.release()
+                raise
             for path in self.work.iterdir():  # the folder itself keeps the lock
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
@@ -102,10 +110,16 @@ class RunFolder:
         """Seal the finished run and put it in its place; what stood there goes only then.
 
         Of the checkpoints the last `keep` stay, and the one of step `best`. What is there to be edited is
-        not sealed.
+        not sealed. Raises RunError where something appeared in that place meanwhile: the run stays where it is.
         """
         kept = {f"checkpoint-{best}", *(p.name for p in (self.checkpoints[-keep:] if keep else ()))}
         seal(self.work, but=EDITABLE)
+        if self.target.exists() and not self.replaces:
+            self.release()
+            raise RunError(
+                f"`{self.target}` appeared during the run, and is not replaced: the finished run is in `{self.work}`",
+                f"mv {shlex.quote(str(self.work))} {shlex.quote(f'{self.target}-2')}",
+            )
         put_in_place(self.work, self.target)
         self.release()
         for path in _checkpoints(self.target):

@@ -67,7 +67,8 @@ class Stepper:
         batches = [batch for batch in batches if batch.counts]
         weight = sum(self.objective.weight(batch) for batch in batches)
         divisor = weight or 1.0
-        losses = [torch.zeros((), device=self.device)] if not batches else []
+        # without a row, too, the scaler learns its device from what it scales
+        losses = [] if batches else [self.scaler.scale(torch.zeros((), device=self.device))]
         for batch in batches:
             loss = self.backward(batch, divisor, self.blocks)
             losses.append(loss / divisor if self.world.alone else loss)

@@ -158,3 +158,30 @@ def test_more_epochs_of_a_finished_run_are_one_of_two_things(first, run):
     done = run("train", "--resume", "a", "--max-steps", 10)
     assert done.code == 2 and "--max-steps was `6`, is `10`" in done.err
     assert "lorafit train --from-adapter a --max-steps 4" in done.err and "10 from the start" in done.err
+
+
+def test_a_run_file_may_name_the_adapter_and_little_else(first, run, tmp_path):
+    """What neither it nor the command says is the adapter's."""
+    (tmp_path / "mine.yaml").write_text("from_adapter: a\nlearning_rate: 1e-3\nmax_steps: 2\n")
+    done = run("train", "--config", "mine.yaml", "-o", "b", "--json", "-q")
+    assert done.code == 0, done.err
+    settings = done.document["settings"]
+    assert (settings["rank"], settings["layers"], settings["learning_rate"]) == (4, "last:2", 1e-3)
+    assert done.document["eval"]["before"] == first[1]["eval"]["after"]
+    (tmp_path / "rate.yaml").write_text("learning_rate: 1e-3\n")
+    given = ("train", "--config", "rate.yaml", "--from-adapter", "a", "--max-steps", 2)
+    assert run(*given, "-o", "c", "--json", "-q").document["eval"] == done.document["eval"]
+
+
+def test_an_adapter_as_a_start_of_pissa_leaves_it_is_not_gone_on_from(first, run, tmp_path):
+    """Its matrices are for what the start left of the base; lorafit saves such adapters for the base as it was."""
+    output, _ = first
+    config = json.loads((output / CONFIG).read_text())
+    (output / CONFIG).write_text(json.dumps({**config, "init_lora_weights": "pissa"}))
+    (output / "digests.json").unlink()
+    for command in (
+        ("train", "--from-adapter", "a", "-o", "b"),
+        ("export", "a", "--to", "gguf", "-o", "a.gguf"),
+    ):
+        done = run(*command)
+        assert done.code == 2 and "was saved as its `pissa` start needs it" in done.err, done.err

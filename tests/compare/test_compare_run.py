@@ -193,7 +193,7 @@ def test_of_a_short_run_only_what_it_sees_is_filled(tiny, pairs, tmp_path):
     events = list(comparison.run())
     (shared,) = comparison.shared.states.values()
     kept = [f"train {n}.0" for n in range(8) if shared.store.has(f"train {n}.0")]
-    assert 2 <= len(kept) <= 3 and shared.store.has("held-out 0")  # one more is that of the trial
+    assert len(kept) == 2 and shared.store.has("held-out 0")
     whole = [e.tokens for e in events if isinstance(e, Filling) and e.done == e.tokens]
     assert len(whole) == 3 and len(set(whole)) == 1  # in one pass, and found again by both
 
@@ -220,3 +220,20 @@ def test_other_kinds_of_models_are_compared_too(tiny, pairs, tmp_path, family):
         loss = events_of(made)[-1].eval["after"].loss
         rows = comparison.outcomes()[one.name].scores.rows
         assert sum(s.loss_sum for s in rows) / sum(s.weight for s in rows) == pytest.approx(loss, abs=1e-6)
+
+
+def test_a_run_shorter_than_an_epoch_reads_states_on_disk(tiny, pairs, tmp_path):
+    """The store holds what some candidate trains on, and takes nothing more."""
+    flags = {"max_steps": 2, "batch_size": 4}
+    lists = {"presets": ["basic"], "layers": ["high"], "seeds": ["2"]}
+    found = {}
+    for where in ("disk", "off"):
+        comparison = comparison_of(
+            tiny("llama"), pairs, tmp_path / where, **lists, flags={**flags, "prefix_cache": where}
+        )
+        told = [e.where for e in comparison.run() if isinstance(e, PrefixCache)]
+        assert told == [where] * 2
+        assert {o.reason for o in comparison.outcomes().values()} == {""}
+        found[where] = {name: o.scores.rows for name, o in comparison.outcomes().items()}
+        comparison.shared.close()
+    assert found["disk"] == found["off"]

@@ -1,10 +1,12 @@
 import pytest
+from comparisons import comparison_of
 
 from lorafit.compare.candidates import parse_count, resolve_all, scale_note
 from lorafit.compare.grid import from_file, from_lists, parse_seeds
 from lorafit.compare.request import Request, full_settings
 from lorafit.errors import RequestError
 from lorafit.model.chart import map_of
+from lorafit.settings import settle
 
 
 @pytest.fixture(scope="module")
@@ -182,3 +184,30 @@ def test_ranks_of_equal_size_keep_the_scale_and_a_list_of_ranks_says_that_it_cha
     assert {one.plan.lora.alpha for one in listed} == {32} and "8 at rank 4, 2 at rank 16" in scale_note(
         listed
     )
+
+
+def test_candidates_whose_batches_would_differ_are_refused(tiny, pairs, tmp_path):
+    """A batch follows from the rows and from `accumulate`: they would read one another's states."""
+    (tmp_path / "once.yaml").write_text("roles: [q]\n")
+    (tmp_path / "often.yaml").write_text("roles: [q]\ntraining: {accumulate: 8}\n")
+    lists = {"presets": [f"{tmp_path / 'once.yaml'},{tmp_path / 'often.yaml'}"], "layers": ["high"]}
+    with pytest.raises(RequestError, match="--batch-size is 32 for `once-high` and 8 for `often-high`"):
+        comparison_of(tiny("llama"), pairs, tmp_path / "c", **lists, flags={"batch_size": None})
+
+
+def test_the_run_in_full_adapts_the_modules_of_the_run_file(demo_map, tmp_path):
+    """`--preset` on the command would set them aside."""
+    (tmp_path / "run.yaml").write_text("modules: [q_proj, up_proj]\n")
+    asked = Request({}, layers=("high",), config=str(tmp_path / "run.yaml")).checked()
+    common, wanted = asked.wanted()
+    ((one,), _) = resolve_all(demo_map, wanted, common, asked.config, None)
+    settings = full_settings(one, common)
+    again, preset = settle(settings, asked.config)
+    assert again.modules == one.config.modules == ("q_proj", "up_proj") == preset.modules
+
+
+def test_a_folder_with_the_name_of_a_preset_is_not_taken_for_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "ffn").mkdir()
+    (tmp_path / "mine.yaml").write_text("roles: [q]\n")
+    assert Request({}, presets=("ffn,mine.yaml",)).checked().presets == (f"ffn,{tmp_path / 'mine.yaml'}",)

@@ -17,6 +17,7 @@ from lorafit.data.formats import Example, read
 from lorafit.data.rows import IGNORED, Row
 from lorafit.data.tokenize import Tokens
 from lorafit.errors import RequestError, RunError
+from lorafit.model.load import load_tokenizer
 from lorafit.settings.precedence import settle
 
 
@@ -524,3 +525,23 @@ def test_a_tokenizer_without_any_special_token(tmp_path):
     assert bare.pad_token_id is not None and rows.look.no_end == rows.look.rows == 8
     batch = collate_rows(list(rows.train[:2]), bare.pad_token_id, "causal")
     assert batch.supervised == 8
+
+
+def test_rows_from_the_cache_leave_the_default_template_on_the_tokenizer(tmp_path, monkeypatch):
+    """The adapter is saved with what it was trained on, and is asked in it."""
+    from lorafit import cache
+    from lorafit.data import dataset
+    from lorafit.data.template import DEFAULT_TEMPLATE
+
+    monkeypatch.setattr(dataset, "STORED_FROM", 1)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    path = write(tmp_path, *({"messages": CHAT[:2]} for _ in range(4)))
+    plain = write(tmp_path, *({"text": f"Ada has {n} lamps."} for n in range(4)), name="plain.jsonl")
+    for _ in range(2):
+        for data, template in ((path, DEFAULT_TEMPLATE), (plain, None)):
+            tokenizer = load_tokenizer(str(demo.MODEL), "demo")
+            tokenizer.chat_template = None
+            config = settle({"data": (data,), "max_length": 64})[0]
+            load(config, tokenizer, "causal", VOCABULARY)
+            assert tokenizer.chat_template == template
+    assert len(list(cache.kept())) == 2

@@ -592,3 +592,63 @@ def test_keys_that_the_template_reads_are_not_listed(tmp_path):
 def test_a_text_of_other_objects_is_a_document(tmp_path):
     path = write(tmp_path, "log.txt", *({"time": n, "event": "Ada went home."} for n in range(90)))
     assert rows_of(path).look.sources[0].format == "document"
+
+
+def test_a_bad_row_near_the_head_of_a_mapped_file_may_be_skipped(tmp_path):
+    rows = [{"question": f"{n}+1=", "answer": f" {n + 1}"} for n in range(8)]
+    del rows[4]["answer"]
+    path = write(tmp_path, "d.jsonl", *rows)
+    flags = {"map": "prompt=question,completion=answer", "holdout": 0.0}
+    assert len(rows_of(path, on_bad_row="skip", **flags).train) == 7
+    with pytest.raises(RequestError, match=r"d.jsonl:5` has no column `answer`"):
+        rows_of(path, **flags)
+    del rows[0]["answer"]  # the first row: --map is wrong
+    path = write(tmp_path, "e.jsonl", *rows)
+    with pytest.raises(RequestError, match=r"e.jsonl:1` has no column `answer`"):
+        rows_of(path, on_bad_row="skip", **flags)
+
+
+def test_many_bad_rows_at_the_head_are_skipped_where_there_are_good_ones(tmp_path):
+    lines = ["{odd", *(json.dumps(row) for row in PAIR[:2]), "{odd", *(json.dumps(row) for row in PAIR)] * 3
+    path = write(tmp_path, "d.jsonl", *lines, *(["{odd"] * 1200), *(json.dumps(row) for row in PAIR))
+    assert len(rows_of(path, on_bad_row="skip", holdout=0.0).train) == 8 * 3 + 6
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        {"tool_calls": [{"type": "function", "function": "find", "arguments": "{}"}]},
+        {"tool_calls": [{"type": "function", "function": ["find"]}]},
+        {"function_call": '"find"'},
+    ],
+)
+def test_a_call_whose_function_is_no_object_is_a_bad_row(tmp_path, call):
+    bad = [turn("user", "Where?"), {"role": "assistant", "content": None, **call}]
+    path = write(tmp_path, "d.jsonl", {"messages": bad}, {"messages": CHATS["one"]})
+    with pytest.raises(RequestError, match=r"d.jsonl:1`: the `function` of a tool call in `messages` is a"):
+        rows_of(path, holdout=0.0)
+    assert len(rows_of(path, holdout=0.0, on_bad_row="skip").train) == 1
+    said = {"function_call": '{"name": "find", "arguments": {"what": "key"}}'}  # as text, and right
+    good = [turn("user", "Where?"), {"role": "assistant", **said}]
+    shown = rows_of(write(tmp_path, "e.jsonl", {"messages": good}), shaped("mistral3")[0], holdout=0.0)
+    assert len(shown.train) == 1
+
+
+def test_a_file_whose_rows_have_weight_0_is_one_without_rows(tmp_path):
+    none = write(tmp_path, "none.jsonl", *({**row, "weight": 0} for row in PAIR))
+    some = write(tmp_path, "some.jsonl", *PAIR)
+    config = settle({"data": (str(none), str(some)), "max_length": 64, "holdout": 0.0})[0]
+    rows = load(config, shaped("chatml")[0], "causal", 100_000)
+    assert len(rows.train) == 6 and any("have weight 0" in note for note in rows.look.notes)
+    with pytest.raises(RequestError, match="weight 0"):
+        rows_of(none, holdout=0.0)
+
+
+def test_a_sequence_to_sequence_model_says_what_it_learns_of_a_conversation(tmp_path):
+    path = write(tmp_path, "d.jsonl", *([{"messages": CHATS["two"]}] * 3))
+    config = settle({"data": (str(path),), "max_length": 64, "holdout": 0.0})[0]
+    rows = load(config, shaped("chatml")[0], "seq2seq", 100_000)
+    assert any("learns the last answer" in note for note in rows.look.notes)
+    config = replace(config, loss_on="all")
+    with pytest.raises(RequestError, match="--loss-on all: this model reads one text"):
+        load(config, shaped("chatml")[0], "seq2seq", 100_000)

@@ -263,3 +263,39 @@ def test_any_bytes_are_examples_or_a_request_error(tmp_path_factory, raw, name):
         assert found(path)
     except RequestError as error:
         assert error.message
+
+
+def test_what_datasets_keeps_beside_its_data_is_no_data(tmp_path):
+    """`map` and `filter` leave `cache-….arrow` in a folder that `save_to_disk` has made."""
+    from datasets import Dataset, load_from_disk
+
+    Dataset.from_list(ROWS).save_to_disk(tmp_path / "d")
+    load_from_disk(str(tmp_path / "d")).map(lambda row: {"completion": row["completion"] + "!"})
+    assert list((tmp_path / "d").glob("cache-*.arrow"))
+    assert [(e.prompt, e.completion) for e in found(tmp_path / "d")] == SAID
+    write(tmp_path, "cache-mine.arrow")  # a file of one's own
+    assert len(found(tmp_path / "cache-mine.arrow")) == len(found(tmp_path / "cache-*.arrow")) == 5
+
+
+@pytest.mark.parametrize(
+    "files, named",
+    [
+        (("train.jsonl", "validation.jsonl"), "*train*"),
+        (("Train-0.jsonl", "Train-1.jsonl", "test.jsonl"), "*Train*"),
+        (("data/train-00000.jsonl", "data/test-00000.jsonl"), "data/*train*"),
+        (("train/a.jsonl", "test/a.jsonl"), "train"),
+        (("en/train/a.jsonl", "en/train/b.jsonl", "en/valid/a.jsonl"), "en/train"),
+        (("test.jsonl", "validation.jsonl"), "*validation*"),
+    ],
+)
+def test_of_several_splits_one_that_is_there_is_named(tmp_path, files, named):
+    """Followed, the hint reads that split and nothing else; where there is one, that of training."""
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True, parents=True)
+        (tmp_path / name).write_text(json.dumps({"prompt": name, "completion": "x"}) + "\n")
+    with pytest.raises(RequestError, match="holds several splits") as refused:
+        found(tmp_path)
+    place = refused.value.hint.partition("--data '")[2].rstrip("'")
+    assert place == str(tmp_path / named)
+    split = "train" if any("train" in name.lower() for name in files) else "validation"
+    assert sorted(e.prompt for e in found(place)) == sorted(n for n in files if split in n.lower())

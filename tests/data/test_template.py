@@ -322,3 +322,15 @@ def test_the_last_user_turn_of_a_prompt(shape):
         prompt = tokenizer.decode(tokenizer(rendered, add_special_tokens=False)["input_ids"])
         assert last_user_turn(prompt, template) == chat[-2]["content"]
     assert last_user_turn("Where is the user? In the barn.", template) == ""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("answer", ["end", "d", "e", "im", "_", "of", "turn", "eot", "s"])
+def test_an_answer_that_is_part_of_its_end_token_ends_with_it(shape, answer):
+    tokenizer, end = shaped(shape)
+    row, _ = made(tokenizer, [turn("user", "Which one?"), turn("assistant", answer)])
+    (text,) = spans(tokenizer, row)
+    head = {"qwen3": r"(<think>\n\n</think>\n\n)?", "gpt-oss": r"(<\|channel\|>final<\|message\|>)?"}.get(
+        shape, " ?"
+    )
+    assert re.fullmatch(head + re.escape(answer + end), text), text

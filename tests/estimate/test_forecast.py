@@ -231,3 +231,32 @@ def test_a_damaged_cache_is_made_again(tmp_path):
     (path,) = tmp_path.glob("*.json")
     path.write_text("{half")
     assert kept.get(DataReport, ["facts"]) is None
+
+
+def test_shorter_rows_that_are_offered_keep_the_batch(run, tmp_path):
+    """A batch that follows from the rows would be larger with shorter ones, and not fit."""
+    path = tmp_path / "long.jsonl"
+    path.write_text("".join(json.dumps({"text": "Ada lent the lamp. " * 60}) + "\n" for _ in range(64)))
+    common = (
+        "plan",
+        "demo",
+        "--data",
+        path,
+        "--preset",
+        "all",
+        "--max-length",
+        256,
+        "--no-probe",
+        "--device",
+        "cpu",
+        "--json",
+    )
+    whole = run(*common).document["estimate"]["memory"]["peak"]
+    found = run(*common, "--fit", f"{whole // 1500}kB").document["fit"]["alternatives"]
+    (flags,) = (option["flags"] for option in found if "--max-length" in option["flags"])
+    peak = next(option["peak"] for option in found if option["flags"] == flags)
+    assert "--batch-size 8" in flags
+    said = run(
+        "plan", "demo", "--data", path, "--preset", "all", *flags.split(), "--no-probe", "--json"
+    ).document
+    assert said["estimate"]["memory"]["peak"] == pytest.approx(peak, rel=0.02)

@@ -136,8 +136,9 @@ def test_the_oldest_turns_go_where_there_is_no_room(trained):
     chat = opened(trained)
     for who in ("Ada", "Otto", "Mara"):
         list(chat.ask(f"{who} broke the key."))
+    sampling = replace(chat.generator.sampling, max_new_tokens=1)
     most = len(chat._fitted(ASKED)) - 5
-    chat.generator = replace(chat.generator, positions=most)
+    chat.generator = replace(chat.generator, positions=most, sampling=sampling)
     ids = chat._fitted(ASKED)
     text = chat.generator.tokenizer.decode(ids)
     assert len(ids) < most and chat.forgotten == 2
@@ -183,7 +184,17 @@ def test_a_run_on_plain_pairs_is_asked_as_it_was_trained(talk, pairs, run, tmp_p
     assert refused.code == 2 and "add --no-plain" in refused.err
 
 
-def test_sequence_to_sequence_models_answer(tiny, talk):
+def test_sequence_to_sequence_models_answer(tiny, talk, tmp_path):
+    """One token after another, whatever their generation config has: beams cannot be streamed."""
+    shutil.copytree(tiny("t5"), tmp_path / "beams")
+    config = tmp_path / "beams" / "generation_config.json"
+    known = json.loads(config.read_text()) if config.is_file() else {}
+    config.write_text(
+        json.dumps({**known, "num_beams": 4, "no_repeat_ngram_size": 1, "repetition_penalty": 9.0})
+    )
+    words = ("--max-new-tokens", 8, "--json")
+    plain, beams = (talk(["Ada lent"], place, *words).document for place in (tiny("t5"), tmp_path / "beams"))
+    assert plain["turns"] == beams["turns"]
     assert len(talk(["Ada", "Otto"], tiny("t5"), "--max-new-tokens", 4, "--json").document["turns"]) == 2
 
 
@@ -228,8 +239,9 @@ class Typed:
         self.master, slave = pty.openpty()
         command = [sys.executable, "-m", "lorafit", "chat", *map(str, words)]
         self.process = subprocess.Popen(
-            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True
-        )
+            command, stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # in the background it is ignored
+        )  # fmt: skip
         os.close(slave)
         self.seen = b""
 
@@ -285,3 +297,40 @@ def test_what_is_loaded_is_said_on_a_terminal_and_ctrl_c_ends_it_with_a_word(tra
     with Typed(trained, "--json") as chat:
         chat.read_until(rb"> ")
         assert b"/reset" in chat.seen and b"loading" not in chat.seen
+
+
+def test_the_base_is_asked_the_last_question_also_in_plain_text(talk, pairs, run, tmp_path):
+    words = ("--data", pairs, "--max-steps", 1, "--no-sample", "-q", "-o", tmp_path / "r")
+    assert run("train", *words).code == 0
+    lines = ["/base", "Ada lent", "/base", "Otto lost", "/base", "/base Mara"]
+    first = talk(lines[:1], tmp_path / "r")
+    assert first.code == 2 and "nothing was asked yet" in first.err
+    turns = talk(lines[1:], tmp_path / "r", "--max-new-tokens", 3, "--json").document["turns"]
+    asked = [("Ada lent", "adapter"), ("", "base"), ("Otto lost", "adapter"), ("", "base"), ("Mara", "base")]
+    assert [(t["prompt"], t["of"]) for t in turns] == asked
+    alone = talk(["Ada lent", "Otto lost"], "demo", "--plain", "--max-new-tokens", 3, "--json").document[
+        "turns"
+    ]
+    assert [turns[1]["answer"], turns[3]["answer"]] == [t["answer"] for t in alone]
+
+
+def test_a_base_that_an_adapter_leaves_changed_is_not_asked(tiny, pairs, run, talk, tmp_path):
+    """Trained biases stay in the model while the adapter is off."""
+    (tmp_path / "biased.yaml").write_text("roles: [q, v]\nlora: {bias: all}\n")
+    words = ("--data", pairs, "--preset", tmp_path / "biased.yaml", "--max-steps", 1, "--no-sample", "-q")
+    assert run("train", tiny("gpt2"), *words, "-o", tmp_path / "r").code == 0
+    assert talk(["Ada"], tmp_path / "r", "--max-new-tokens", 2).code == 0
+    done = talk(["Ada", "/base"], tmp_path / "r", "--max-new-tokens", 2)
+    assert done.code == 2 and "the adapter trains biases, which stay in it" in done.err
+
+
+def test_a_conversation_leaves_room_for_an_answer(trained):
+    from dataclasses import replace
+
+    chat = opened(trained)
+    for _ in range(4):
+        list(chat.ask(ASKED))
+    whole = len(chat._fitted(ASKED))
+    chat.generator = replace(chat.generator, positions=whole + 10)
+    most = chat.generator.sampling.max_new_tokens
+    assert most == 48 and len(chat._fitted(ASKED)) + most <= whole + 10 and chat.forgotten == 2

@@ -306,3 +306,26 @@ def test_adapters_are_ranked_against_the_best_of_them(runs, run):
     assert ranked[1].split()[0] == best["path"].rpartition("/")[2] and ranked[1].endswith("best")
     assert ranked[2].split()[0] == other["path"].rpartition("/")[2] and ranked[2].endswith(verdict)
     assert "adapter 1" not in shown and "ranked" not in run("eval", runs[0], "--samples", "0").out
+
+
+def test_weights_of_the_base_in_an_adapters_file_leave_the_next_one_whole(runs, run, topics, tmp_path):
+    """PEFT loads them over the base's, where they stay."""
+    from peft import LoraConfig, get_peft_model
+    from safetensors.torch import load_file, save_file
+    from transformers import AutoModelForCausalLM
+
+    from lorafit import demo
+
+    whole = AutoModelForCausalLM.from_pretrained(demo.MODEL)
+    peft_model = get_peft_model(whole, LoraConfig(r=2, target_modules=["q_proj", "embed_tokens"]))
+    peft_model.save_pretrained(tmp_path / "p", save_embedding_layers=True)
+    path = tmp_path / "p" / "adapter_model.safetensors"
+    tensors = load_file(path)
+    (name,) = (n for n in tensors if n.endswith("embed_tokens.base_layer.weight"))
+    save_file({**tensors, name: tensors[name] * 1.5}, path, {"format": "pt"})
+    words = ("--samples", "0", "--model", "demo", "--data", topics, "--json")
+    done = run("eval", tmp_path / "p", runs[0], *words)
+    assert done.code == 0, done.err
+    together, alone = done.document, run("eval", runs[0], *words).document
+    assert together["adapters"][0]["loss"] != together["base"]["loss"]
+    assert together["adapters"][1] == alone["adapters"][0]

@@ -537,3 +537,89 @@ def test_a_parameter_made_later_is_never_taken_for_one_of_the_base(tiny):
         module._parameters.clear()
     made = [torch.nn.Parameter(torch.empty(1, device="meta")) for _ in range(1000)]
     assert homes and not {id(parameter) for parameter in made} & homes.keys()
+
+
+def of_peft(folder, base, **lora):
+    """An adapter that PEFT has made and saved."""
+    from peft import LoraConfig, get_peft_model
+
+    torch.manual_seed(0)
+    whole = type(build_model("llama")).from_pretrained(base)
+    model = get_peft_model(whole, LoraConfig(r=4, init_lora_weights=False, **lora))
+    model.save_pretrained(folder, save_embedding_layers=False)
+    return model
+
+
+def tied(folder, **more):
+    """A tiny Llama whose head is its embedding."""
+    from families import tokenizer
+
+    build_model("llama", tie_word_embeddings=True, **more).save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("module", ["lm_head", "embed_tokens"])
+def test_a_tied_base_that_stores_both_is_merged_to_a_file_that_opens(tmp_path, module):
+    """As some checkpoints do; the copy that is there is the one that is changed."""
+    base = tied(tmp_path / "base")
+    path = base / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].clone()
+    save_file(tensors, path, {"format": "pt"})
+    model, source = of_peft(tmp_path / "a", base, target_modules=["q_proj", module]), find(str(base))
+    do_merge(tmp_path / "a", source, chart_of(source), tmp_path / "m")
+    merged = load_file(tmp_path / "m" / "model.safetensors")
+    assert merged.keys() == tensors.keys()
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "m").eval()
+    ids = torch.arange(20).view(1, 20)
+    torch.testing.assert_close(
+        plain(input_ids=ids).logits, model.eval()(input_ids=ids).logits, atol=1e-4, rtol=0
+    )
+    assert not plain.config.tie_word_embeddings
+
+
+def test_trained_tokens_of_a_tied_base_stay_in_its_head(tmp_path):
+    """PEFT replaces the same rows of embedding and head."""
+    base = tied(tmp_path / "base")
+    source = find(str(base))
+    model = of_peft(
+        tmp_path / "a", base, target_modules=["q_proj"], trainable_token_indices={"embed_tokens": [5, 9, 20]}
+    )
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "token_adapter" in name and parameter.requires_grad:
+                parameter.add_(torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "a", save_embedding_layers=False)
+    ids = torch.tensor([[3, 5, 9, 20, 30, 5]])
+    wanted = model.eval()(input_ids=ids).logits
+    do_merge(tmp_path / "a", source, chart_of(source), tmp_path / "m")
+    plain = type(model.get_base_model()).from_pretrained(tmp_path / "m").eval()
+    torch.testing.assert_close(plain(input_ids=ids).logits, wanted, atol=1e-4, rtol=0)
+    assert plain.config.tie_word_embeddings
+
+
+def test_a_rounded_copy_of_the_base_beside_an_adapter_is_not_taken_for_it(tmp_path):
+    """PEFT writes the embedding beside its adapter, in the dtype that it was trained in."""
+    from families import tokenizer
+
+    base = tmp_path / "base"
+    build_model("llama").save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    of_peft(tmp_path / "a", base, target_modules=["q_proj", "embed_tokens"])
+    source = find(str(base))
+    tensors = load_file(tmp_path / "a" / WEIGHTS)
+    name = "base_model.model.model.embed_tokens.base_layer.weight"
+    table = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    save_file({**tensors, name: table.to(torch.bfloat16)}, tmp_path / "a" / WEIGHTS, {"format": "pt"})
+    assert not torch.equal(table.to(torch.bfloat16).float(), table)
+    report = do_merge(tmp_path / "a", source, chart_of(source), tmp_path / "m")
+    assert report.verify.max_logit_diff < report.verify.tolerance
+
+
+def test_a_bias_that_has_no_place_in_the_base_is_refused(tmp_path, tiny):
+    of_peft(tmp_path / "a", tiny("llama"), target_modules=["q_proj"], lora_bias=True)
+    source = find(str(tiny("llama")))
+    with pytest.raises(RequestError, match=r"PEFT cannot merge .*bias"):
+        do_merge(tmp_path / "a", source, chart_of(source), tmp_path / "m")
+    assert not (tmp_path / "m").exists()

@@ -1,4 +1,5 @@
 import csv
+import json
 import shutil
 from dataclasses import replace
 from importlib import import_module
@@ -131,3 +132,21 @@ def test_where_there_are_no_runs(tmp_path, run, monkeypatch):
     (tmp_path / "runs" / "odd" / "events.jsonl").write_text('{"event": "report", "eval": 3}\n')
     (row,) = run("runs", "--json").document["runs"]
     assert row["after"] is None and row["model"] == ""
+
+
+def test_a_resumed_run_has_not_the_loss_of_the_base_as_its_own(place, run):
+    """Resumed, it measures the base again, behind what it has measured."""
+    folder, _, _ = place
+    events = folder / "c.partial" / "events.jsonl"
+    before = events.read_text()
+    try:
+        measured = next(line for line in before.splitlines() if '"evaluated"' in line)
+        base, later = json.loads(measured), {**json.loads(measured), "step": 1, "loss": 1.5}
+        events.write_text(before + "".join(json.dumps(line) + "\n" for line in (later, base)))
+        (row,) = (row for row in run("runs", folder, "--json").document["runs"] if not row["finished"])
+        assert (row["before"], row["after"]) == (base["loss"], 1.5)
+        events.write_text(before + json.dumps(base) + "\n")
+        (row,) = (row for row in run("runs", folder, "--json").document["runs"] if not row["finished"])
+        assert (row["before"], row["after"]) == (base["loss"], None)
+    finally:
+        events.write_text(before)

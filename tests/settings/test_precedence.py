@@ -2,6 +2,7 @@
 
 import pytest
 
+from lorafit.errors import RequestError
 from lorafit.settings import OPTIONS, changed_settings, settle
 from lorafit.settings.precedence import derive_from_rows
 
@@ -52,3 +53,26 @@ def test_a_finished_run_is_compared_in_what_is_set(tmp_path):
     assert changed_settings(settle({"max_length": 512, "seed": 3})[0], was) == [("seed", 0, 3)]
     del was["optimizer"]  # of an earlier version
     assert changed_settings(settle({"max_length": 512})[0], was) == []
+
+
+def test_a_derived_value_that_was_edited_in_a_run_file_stands(tmp_path):
+    config, path = recorded(tmp_path)
+    text = (tmp_path / "run.yaml").read_text()
+    (tmp_path / "run.yaml").write_text(
+        text.replace(f"batch_size: {config.batch_size}\n", "batch_size: 3\n", 1)
+    )
+    other, _ = settle({"data": ("x.jsonl",)}, path)
+    assert other.batch_size == 3 and other.origin["batch_size"] == "file" and other.epochs is None
+    (tmp_path / "run.yaml").write_text(text)
+    same, _ = settle({}, path)
+    assert same.origin == {**config.origin, "max_length": "file"}
+    assert same.why("batch_size") == config.why("batch_size") != ""
+
+
+def test_a_warm_up_that_the_schedule_does_not_have_is_refused(tmp_path):
+    with pytest.raises(RequestError, match="--scheduler constant has no warm-up") as refused:
+        settle({"scheduler": "constant", "warmup": 10.0})
+    assert refused.value.hint == "--scheduler constant_with_warmup"
+    assert settle({"scheduler": "constant"})[0].scheduler == "constant"
+    assert settle({"scheduler": "constant", "warmup": 0.0})[0].warmup == 0
+    assert settle({"scheduler": "constant_with_warmup", "warmup": 10.0})[0].warmup == 10

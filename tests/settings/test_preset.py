@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from lorafit.errors import RequestError
 from lorafit.model.roles import Role
-from lorafit.settings.preset import load_preset, parse, preset_names
+from lorafit.settings import settle
+from lorafit.settings.preset import load_preset, parse, preset_names, read_yaml
 
 OURS = Path(__file__).parents[2] / "presets"
 
@@ -134,3 +135,20 @@ def test_anything_is_a_preset_or_an_error(data):
         assert error.message
     else:
         assert preset.roles or preset.modules
+
+
+def test_a_file_takes_values_as_the_docs_write_them(tmp_path):
+    """YAML 1.1 has `1e-4` as a text, `off` as false, and a date as no text."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "a: [1e-4, 1E3, 1.5e-3, 0.5, .5, 3, 1_000.5, -2e2]\nb: [off, on, 2026-01-31, 1.2.3, e4]\nc: [true, no, null, .inf]\n"
+    )
+    found = read_yaml(path, "file")
+    assert found["a"] == [1e-4, 1000.0, 1.5e-3, 0.5, 0.5, 3, 1000.5, -200.0]
+    assert found["b"] == ["off", "on", "2026-01-31", "1.2.3", "e4"]
+    assert found["c"] == [True, False, None, float("inf")]
+    path.write_text("learning_rate: 1e-4\nprefix_cache: off\ntemplate_date: 2026-01-31\n")
+    config, _ = settle({}, str(path))
+    assert (config.learning_rate, config.prefix_cache, config.template_date) == (1e-4, "off", "2026-01-31")
+    path.write_text("roles: [q]\ntraining: {learning_rate: 2e-4}\n")
+    assert settle({"preset": str(path)})[0].learning_rate == 2e-4

@@ -212,3 +212,37 @@ def test_a_mixture_without_an_auxiliary_loss_says_so(tmp_path, pairs):
     from lorafit.train.loop import _router_note
 
     assert "not in the training loss" in _router_note(forward)
+
+
+def test_a_process_without_a_row_takes_its_first_step_in_float16(tmp_path, pairs, tiny):
+    """What its scaler would have learned from a loss, it learns from the sum of none."""
+    job = job_for(tiny("llama"), tmp_path / "r", **settings(pairs, scheduler="constant_with_warmup"))
+    step = Stepper(
+        job.model, job.parameters, TokenLoss(Forward.of(job.model, job.task), Prefix()),
+        torch.optim.SGD(job.parameters, lr=1.0), torch.amp.GradScaler("cpu", init_scale=1024.0), job.device, 1e9,
+        lambda *_: None,
+    )  # fmt: skip
+    for parameter in job.parameters:  # what the other processes have found
+        parameter.grad = torch.full_like(parameter, 1024.0)
+    before = [p.detach().clone() for p in job.parameters]
+    result = step([], 1, 0.5)
+    assert (result.loss, result.tokens) == (0.0, 0)
+    for was, now in zip(before, job.parameters, strict=True):
+        torch.testing.assert_close(now.detach(), was - 0.5)
+
+
+def test_checkpointing_that_a_class_does_not_have_is_refused(tmp_path, pairs, tiny, monkeypatch, run):
+    from transformers import LlamaForCausalLM
+
+    monkeypatch.setattr(LlamaForCausalLM, "supports_gradient_checkpointing", False)
+    words = (tiny("llama"), "--data", pairs, "--max-length", 64, "--gradient-checkpointing")
+    for command in ("plan", "train"):
+        done = run(command, *words, *(("-o", tmp_path / "r") if command == "train" else ()))
+        assert (
+            done.code == 2
+            and "--gradient-checkpointing: transformers has it not for LlamaForCausalLM" in done.err
+        )
+    fitted = run("plan", *words[:-1], "--batch-size", 8, "--fit", "1MB", "--no-probe", "--json")
+    assert fitted.code == 0 and not any(
+        "checkpointing" in option["flags"] for option in fitted.document["fit"]["alternatives"]
+    )
