@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import base_of as base_of
     from lorafit.adapter.folder import changes_its_base as changes_its_base
     from lorafit.adapter.folder import check_converted as check_converted
+    from lorafit.adapter.folder import left_in_base as left_in_base
     from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
     from lorafit.adapter.folder import recorded_quantize as recorded_quantize
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
     from lorafit.adapter.folder import tensor_names as tensor_names
-    from lorafit.adapter.folder import trains_biases as trains_biases
     from lorafit.adapter.folder import write_base as write_base
     from lorafit.adapter.inject import adapted_names as adapted_names
     from lorafit.adapter.inject import attach as attach
@@ -55,7 +55,7 @@ __getattr__ = door(
     {
         "base": "common_base is_model named_alone tokenizer_place",
         "continued": "check_continues modules_of put_in settings_of",
-        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base check_converted locate read_config recorded_quantize replaces_its_base run_of save_adapter tensor_names trains_biases write_base",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base check_converted left_in_base locate read_config recorded_quantize replaces_its_base run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",

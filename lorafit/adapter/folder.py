@@ -106,20 +106,24 @@ def replaces_its_base(folder: str | Path) -> bool:
     return changes_its_base(read_config(folder)) or any(n.endswith(BASE_LAYER) for n in tensor_names(folder))
 
 
-def trains_biases(folder: str | Path) -> bool:
-    """Whether an adapter holds biases of the base, which stay in it while the adapter is off."""
-    return bool(read_config(folder).get("bias", "none") != "none")
+def left_in_base(folder: str | Path) -> str:
+    """What stays in the base while an adapter is off, in words; empty for most."""
+    config = read_config(folder)
+    if takes_from_base(config.get("init_lora_weights")):
+        return f"the adapter's `{config['init_lora_weights']}` start took a part out of it"
+    return "the adapter trains biases, which stay in it" if config.get("bias", "none") != "none" else ""
 
 
-def check_converted(folder: str | Path) -> None:
-    """Raises RequestError for an adapter as PiSSA or OLoRA leave it: its matrices are for a base that less was left
-    of, and alone they mean something else. lorafit saves such adapters for the base as it was."""
-    start = read_config(folder).get("init_lora_weights")
-    if takes_from_base(start):
-        raise RequestError(
-            f"`{folder}` was saved as its `{start}` start needs it, not for the base as it is",
-            "save it with PEFT's path_initial_model_for_weight_conversion",
-        )
+def check_converted(*folders: str | Path) -> None:
+    """Raises RequestError for an adapter as PiSSA or OLoRA leave it: its matrices belong to what their start left of
+    the base, and mean something else on the whole base. lorafit saves such adapters for the base as it was."""
+    for folder in folders:
+        start = read_config(folder).get("init_lora_weights")
+        if takes_from_base(start):
+            raise RequestError(
+                f"`{folder}` was saved as its `{start}` start needs it, not for the base as it is",
+                "save it with PEFT's path_initial_model_for_weight_conversion",
+            )
 
 
 def read_config(folder: str | Path) -> dict[str, Any]:

@@ -133,7 +133,7 @@ def _opened(
     quantize, notes = quantisation(given, adapters, found)
 
     with without_collecting():
-        from lorafit.adapter import attach, trains_biases
+        from lorafit.adapter import attach, left_in_base
         from lorafit.data import chat_template_of, prepare
         from lorafit.evaluate import Chat, Generator, Sampling, stored_settings
         from lorafit.forward import Forward
@@ -166,7 +166,7 @@ def _opened(
     way = (
         "with its chat template" if template else r"each line is continued as plain text (\n is a line break)"
     )
-    apart = "the adapter trains biases, which stay in it" if adapters and trains_biases(adapters[0]) else ""
+    apart = left_in_base(adapters[0]) if adapters else ""
     talk = Chat(generator, loaded, template, bool(adapters), system, apart=apart)
     return talk, f"{what}, {how}, {way}", notes
 

@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 MOST, OWN = 256, 128  # new tokens at most: of a row's prompt, of one's own
 
 
-# One token after another, none preferred: what is asked for, whatever a model's generation config has.
+# One token after another, none preferred: what stands in for other settings of a model's generation config, which
+# would be those of every setting that is not given.
 PLAIN: dict[str, Any] = {
     "num_beams": 1, "repetition_penalty": 1.0, "encoder_repetition_penalty": 1.0, "no_repeat_ngram_size": 0,
     "encoder_no_repeat_ngram_size": 0, "min_length": 0, "min_new_tokens": 0,
@@ -99,7 +100,11 @@ class Generator:
             max_new_tokens=room,
             max_time=self.sampling.max_seconds,
             do_sample=bool(drawn),
-            **PLAIN,  # else the model's own settings stand in
+            **{
+                name: value
+                for name, value in PLAIN.items()
+                if getattr(settled, name, None) not in (None, value)
+            },
             pad_token_id=tokenizer.pad_token_id,
             eos_token_id=self._ends(model) or None,
             decoder_start_token_id=getattr(settled, "decoder_start_token_id", None),

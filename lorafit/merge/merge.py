@@ -15,7 +15,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import recorded_quantize, run_of, tokenizer_place
+from lorafit.adapter import check_converted, recorded_quantize, run_of, tokenizer_place
 from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
@@ -115,6 +115,7 @@ def merge_adapters(
     """
     output = settings.output
     _check_base(source, model_map)
+    check_converted(*(folder for folder, _ in adapters))
     local = [Path(source.place)] if source.local else []
     check_target(output, settings.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()

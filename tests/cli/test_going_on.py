@@ -182,6 +182,7 @@ def test_an_adapter_as_a_start_of_pissa_leaves_it_is_not_gone_on_from(first, run
     for command in (
         ("train", "--from-adapter", "a", "-o", "b"),
         ("export", "a", "--to", "gguf", "-o", "a.gguf"),
+        ("merge", "a", "-o", "m"),
     ):
         done = run(*command)
         assert done.code == 2 and "was saved as its `pissa` start needs it" in done.err, done.err

@@ -237,7 +237,7 @@ def test_what_is_kept_of_a_diverged_run_is_the_last_good_adapter(tiny, pairs, tm
     from lorafit.train.loop import run
 
     job = job_for(
-        tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=9, batch_size=4, warmup=20.0,
+        tiny("llama"), tmp_path / "r", data=(str(pairs),), epochs=9, batch_size=4, warmup=0.0,
         scheduler="constant",
     )  # fmt: skip
     job.config = replace(job.config, learning_rate=1e4)
@@ -299,7 +299,7 @@ def test_a_loss_that_runs_away_stops_with_the_last_good_adapter(tiny, pairs, tmp
         data=(str(pairs),),
         epochs=9,
         batch_size=4,
-        warmup=20.0,
+        warmup=0.0,
         scheduler="constant",
         holdout=holdout,
     )

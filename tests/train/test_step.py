@@ -143,7 +143,7 @@ def test_the_auxiliary_loss_is_transformers_own(tmp_path, pairs):
 
 
 def test_a_stepper_takes_one_step_and_a_check_that_raises_takes_none(tmp_path, pairs, tiny):
-    job = job_for(tiny("llama"), tmp_path / "r", **settings(pairs, scheduler="constant"))
+    job = job_for(tiny("llama"), tmp_path / "r", **settings(pairs, scheduler="constant", warmup=0))
     before = [p.detach().clone() for p in job.parameters]
 
     def stop(loss, finite, number, rate):
