@@ -35,6 +35,8 @@ class Counts:
     cut_away: int = 0
     blank: int = 0
     blank_at: str = ""
+    empty: int = 0
+    empty_first: str = ""
     bad: int = 0
     bad_first: list[list[str]] = field(default_factory=list)
     seams: int = 0
@@ -62,6 +64,11 @@ class Counts:
     def skip_blank(self, where: str) -> None:
         self.blank += 1
         self.blank_at = self.blank_at or where
+
+    def leave_empty(self, said: str) -> None:
+        """Count a row whose answer is empty; `said` names it."""
+        self.empty += 1
+        self.empty_first = self.empty_first or said
 
     def skip_unsupervised(self, where: str) -> None:
         self.unsupervised += 1
@@ -117,6 +124,9 @@ def remarks(counts: list[Counts]) -> Iterator[str]:
     if blank := sum(c.blank for c in counts):
         at = next(c.blank_at for c in counts if c.blank_at)
         yield f"skipped {blank:,} blank {_rows(blank)}, e.g. {at}"
+    if empty := sum(c.empty for c in counts):
+        said = next(c.empty_first for c in counts if c.empty)
+        yield f"left out {empty:,} {_rows(empty)} without an answer, e.g. {said}"
     if weightless := sum(c.weightless for c in counts):
         yield f"{weightless:,} rows or answers have weight 0 and are not learned"
     if weighted := sum(c.weighted for c in counts):

@@ -9,6 +9,7 @@ from typing import Any
 from lorafit.data.counts import Counts
 from lorafit.data.messages import Message
 from lorafit.data.source import Fault, refuse
+from lorafit.errors import RequestError
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,3 +57,11 @@ class Reading:
     as_chat: bool = False
     counts: Counts = field(default_factory=Counts)
     fault: Fault = refuse
+
+
+class EmptyAnswer(RequestError):
+    """A row whose answer is empty: left out and counted, as public data sets have some."""
+
+
+class Blank(Exception):
+    """A row that holds no text."""

@@ -22,7 +22,7 @@ from math import prod
 from typing import Any
 
 from lorafit.data.counts import Counts
-from lorafit.data.example import Example, Reading
+from lorafit.data.example import Blank, EmptyAnswer, Example, Reading
 from lorafit.data.files import lines_of, opened_file, reading_errors, records, resembles_json
 from lorafit.data.messages import (
     KEPT_NULLS,
@@ -59,10 +59,6 @@ SAID = ("role", "content", "from", "value", "tool_calls", "function_call")  # ke
 ASKED = ("question", "query", "problem", "input", "source", "instruction", "context", "article")
 
 ANSWERED = ("answer", "response", "solution", "output", "target", "summary", "reply", "label")
-
-
-class _Blank(Exception):
-    """A row that holds no text."""
 
 
 def parse_map(text: str | None) -> dict[str, str]:
@@ -117,6 +113,9 @@ def read(
     if head is None:
         if reading.counts.bad or reading.counts.weightless:
             return format, iter(())
+        if empty := reading.counts.empty:
+            all_of = f", as in all {empty:,} rows" if empty > 1 else ""
+            raise RequestError(f"{reading.counts.empty_first}{all_of}")
         blank = reading.counts.blank
         raise RequestError(
             f"`{source.name}` is empty"
@@ -180,7 +179,7 @@ def _examples(
         where = source.where(number)
         try:
             if _is_blank(row):
-                raise _Blank
+                raise Blank
             weights = row_weights(row, where)
             weight = prod(weights.values())
             if not weight:
@@ -190,8 +189,11 @@ def _examples(
             if weight != 1:
                 counts.weigh(weight)
                 example = replace(example, weight=weight)
-        except _Blank:
+        except Blank:
             counts.skip_blank(where)
+            continue
+        except EmptyAnswer as error:
+            counts.leave_empty(error.message)
             continue
         except RequestError as error:
             reading.fault(error)
@@ -299,7 +301,7 @@ def _answer(row: Message, key: str, where: str) -> str:
     """An answer that is learned. Raises RequestError for an empty one."""
     value = _string(row, key, where)
     if not value.strip():
-        raise RequestError(f"`{where}`: the answer is empty")
+        raise EmptyAnswer(f"`{where}`: the answer is empty")
     return value
 
 
@@ -342,7 +344,7 @@ def _example(
         case _:
             text = _string(row, "text", where)
             if not text.strip():
-                raise _Blank
+                raise Blank
             return Example(where, text=text, number=number, group=group)
     if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
         turns = (_turn("system", row["system"]), *turns)
@@ -358,7 +360,7 @@ def _filled(row: Message, key: str, where: str) -> Any:
     """The messages of a row. Raises RequestError where there are none."""
     value = row.get(key)
     if key in row and value in (None, "", []):
-        raise RequestError(f"`{where}`: the answer is empty: there are no messages in `{key}`")
+        raise EmptyAnswer(f"`{where}`: the answer is empty: there are no messages in `{key}`")
     return value
 
 
@@ -390,7 +392,7 @@ def _conversation(
             weights[n] = weight
             counts.weigh(weight)
     if empty == len(answers):
-        raise RequestError(f"`{where}`: the answer is empty")
+        raise EmptyAnswer(f"`{where}`: the answer is empty")
     if empty:
         counts.note("empty answers within conversations are not learned")
     for turn in turns:
@@ -415,7 +417,7 @@ def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...],
         if not whole or any(-100 < i < 0 for i in value):
             raise RequestError(f"`{where}`: `{name}` is not a list of token ids")
     if not ids:
-        raise _Blank
+        raise Blank
     weights = from_text(row.get("weights"), where, "weights") or ()
     if weights and not (
         isinstance(weights, (list, tuple))

@@ -114,6 +114,7 @@ def nothing_left(which: str, counts: Sequence[Counts], config: RunConfig) -> tup
         f"{sum(c.cut_away for c in counts):,} had nothing to learn in their first {config.max_length} tokens",
         f"{sum(c.too_long for c in counts):,} were longer than --max-length",
         f"{sum(c.blank for c in counts):,} were blank",
+        f"{sum(c.empty for c in counts):,} had an empty answer",
         f"{sum(c.bad for c in counts):,} cannot be used",
         f"{sum(c.weightless for c in counts):,} had weight 0",
     ]

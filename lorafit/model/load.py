@@ -49,6 +49,10 @@ def pick_dtype(name: str, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
+def _kind(source: ModelSource) -> str:
+    return "quantised " if source.config.get("quantization_config") else ""
+
+
 def load_model(
     source: ModelSource,
     dtype: torch.dtype,
@@ -103,7 +107,7 @@ def load_model(
             said = f"--attention {attention}: {first_line(error)}"
             raise RequestError(said, "--attention sdpa, or auto") from error
         raise RequestError(
-            f"the weights of `{source.name}` cannot be loaded: {first_line(error)}",
+            f"the {_kind(source)}weights of `{source.name}` cannot be loaded: {first_line(error)}",
             "check that the files are whole",
         ) from error
     finally:

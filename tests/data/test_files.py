@@ -189,26 +189,32 @@ NO_ANSWER = {
 
 
 @pytest.mark.parametrize("shape", NO_ANSWER.values(), ids=NO_ANSWER)
-def test_a_row_with_an_empty_answer_is_a_bad_row(tmp_path, shape):
+def test_a_row_with_an_empty_answer_is_left_out_and_counted(tmp_path, shape):
+    """As public data sets have some; where no other row is left, that is the error."""
     good = {k: ("b" if isinstance(v, str) else CHATS["one"]) for k, v in shape.items()}
     if "conversations" in shape:
         good = {"conversations": [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]}
     empty_cells = dict.fromkeys(shape)
-    path = write(tmp_path, "s.jsonl", good, shape, good, good, empty_cells)
-    with pytest.raises(RequestError, match=r"s\.jsonl:2`: the answer is empty"):
-        rows_of(path)
-    look = rows_of(path, on_bad_row="skip").look
-    assert (look.bad, look.blank, look.rows + look.held_out_rows) == (1, 1, 3)
-    assert any("skipped 1 bad row, e.g." in note and "the answer is empty" in note for note in look.notes)
+    look = rows_of(write(tmp_path, "s.jsonl", good, shape, good, shape, good, empty_cells)).look
+    assert (look.bad, look.blank, look.rows + look.held_out_rows) == (0, 1, 3)
+    (said,) = (note for note in look.notes if "without an answer" in note)
+    assert (
+        said.startswith("left out 2 rows without an answer, e.g. `")
+        and "s.jsonl:2`: the answer is empty" in said
+    )
+    with pytest.raises(RequestError, match=r"t\.jsonl:1`: the answer is empty.*, as in all 2 rows"):
+        rows_of(write(tmp_path, "t.jsonl", shape, shape))
 
 
 def test_skipped_rows_are_named_once_for_each_reason(tmp_path):
-    empty, wrong = {"prompt": "a", "completion": ""}, {"prompt": 3, "completion": "b"}
-    look = rows_of(write(tmp_path, "d.jsonl", PAIR[0], empty, empty, wrong, *PAIR), on_bad_row="skip").look
+    odd, wrong = {"prompt": "a", "completion": 4}, {"prompt": 3, "completion": "b"}
+    look = rows_of(write(tmp_path, "d.jsonl", PAIR[0], odd, odd, wrong, *PAIR), on_bad_row="skip").look
     (said,) = (note for note in look.notes if "bad rows" in note)
-    first, second = "d.jsonl:2`: the answer is empty; `", "d.jsonl:4`: `prompt` is a number, not a string"
-    assert said.startswith("skipped 3 bad rows, e.g. `") and said.endswith(second)
-    assert said.count("the answer is empty") == 1 and first in said
+    first = "d.jsonl:2`: `completion` is a number, not a string; `"
+    assert said.startswith("skipped 3 bad rows, e.g. `") and said.endswith(
+        "d.jsonl:4`: `prompt` is a number, not a string"
+    )
+    assert said.count("`completion` is") == 1 and first in said
 
 
 def test_a_role_that_nobody_knows_is_a_bad_row(tmp_path):
