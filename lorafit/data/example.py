@@ -64,4 +64,4 @@ class EmptyAnswer(RequestError):
 
 
 class Blank(Exception):
-    """A row that holds no text."""
+    """A blank row: all of its cells are empty."""
