@@ -1,5 +1,6 @@
-"""What lorafit saves loads in an older stack: `python tests/old_stack.py PYTHON`, PYTHON being the interpreter
-of an environment with transformers 4.57 and peft 0.17.
+"""What lorafit saves loads in an older stack: `python tests/old_stack.py FOLDER`, where
+`pip install --no-deps --target FOLDER` put transformers 4.57, peft 0.17, and the tokenizers and huggingface_hub of
+their time.
 
 A run's folder and a merged one are made here, of a base whose tokenizer files transformers 4 can read, and
 loaded there: they must tokenize the same, render the same template, and generate the same tokens.
@@ -23,11 +24,11 @@ LOADED = r"""
 import json, os, sys, warnings
 warnings.simplefilter("ignore")
 os.environ["TRANSFORMERS_VERBOSITY"] = "error"
-import torch
+import peft, torch, transformers
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 base, run, merged, texts = sys.argv[1], sys.argv[2], sys.argv[3], json.loads(sys.argv[4])
-found = {}
+found = {"versions": {"transformers": transformers.__version__, "peft": peft.__version__}}
 adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, torch_dtype=torch.float32), run).eval()
 whole = AutoModelForCausalLM.from_pretrained(merged, torch_dtype=torch.float32).eval()
 for name, place, model in (("run", run, adapted), ("merged", merged, whole)):
@@ -83,15 +84,15 @@ def make(folder: Path) -> tuple[Path, Path, Path]:
     return base, run, merged
 
 
-def loaded(python: str, folders: tuple[Path, Path, Path]) -> dict:
-    """What an environment makes of the folders."""
-    environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"} | {"HF_HUB_OFFLINE": "1"}
+def loaded(packages: str, folders: tuple[Path, Path, Path]) -> dict:
+    """What the libraries in `packages`, before those installed here, make of the folders."""
+    environment = {**os.environ, "PYTHONPATH": packages, "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
-        [python, "-c", LOADED, *map(str, folders), json.dumps(TEXTS)],
+        [sys.executable, "-c", LOADED, *map(str, folders), json.dumps(TEXTS)],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     if done.returncode:
-        sys.exit(f"{python} does not load them:\n{done.stderr[-3000:]}")
+        sys.exit(f"{packages or 'this environment'} does not load them:\n{done.stderr[-3000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -100,14 +101,16 @@ def main(old: str) -> None:
         folders = make(Path(name))
         base, run, _ = folders
         same = (run / "tokenizer.json").read_bytes() == (base / "tokenizer.json").read_bytes()
-        now, then = loaded(sys.executable, folders), loaded(old, folders)
+        now, then = loaded("", folders), loaded(old, folders)
         modes = {oct(p.stat().st_mode & 0o777) for f in folders[1:] for p in f.iterdir() if p.is_file()}
+    versions = now.pop("versions"), then.pop("versions")
     faults = [
         f"{key} of the {part} differs"
         for part in now
         for key in now[part]
         if now[part][key] != then[part][key]
     ]
+    faults += [f"{key} is the same: {versions[1]}" for key in versions[0] if versions[0][key] == versions[1][key]]
     faults += [] if same else ["the run's tokenizer.json is not the base's"]
     faults += [] if len(modes) == 1 else [f"permissions differ: {sorted(modes)}"]
     faults += (
@@ -117,10 +120,11 @@ def main(old: str) -> None:
     )
     for fault in faults:
         print(f"FAIL {fault}")
+    print(f"{versions[1]} beside {versions[0]}")
     sys.exit(1 if faults else print("ok: loaded, tokenized and generated the same") or 0)
 
 
 if __name__ == "__main__":
     if len(sys.argv) != 2:
-        sys.exit("usage: python tests/old_stack.py PYTHON")
+        sys.exit("usage: python tests/old_stack.py FOLDER")
     main(sys.argv[1])
