@@ -110,7 +110,9 @@ def main(old: str) -> None:
         for key in now[part]
         if now[part][key] != then[part][key]
     ]
-    faults += [f"{key} is the same: {versions[1]}" for key in versions[0] if versions[0][key] == versions[1][key]]
+    faults += [
+        f"{key} is the same: {versions[1]}" for key in versions[0] if versions[0][key] == versions[1][key]
+    ]
     faults += [] if same else ["the run's tokenizer.json is not the base's"]
     faults += [] if len(modes) == 1 else [f"permissions differ: {sorted(modes)}"]
     faults += (

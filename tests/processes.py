@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -42,6 +43,13 @@ def launched(*arguments, **more):
     )
 
 
+def free_port() -> int:
+    """A port of this machine that nobody listens at."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 def same_adapter(one, other):
     a, b = load_file(one / WEIGHTS), load_file(other / WEIGHTS)
     assert a.keys() == b.keys()
@@ -53,7 +61,7 @@ def lines_of(text):
     return [line for line in text.splitlines() if line.startswith(("error:", "hint:"))]
 
 
-# Reads a command a line, and forks a child that runs it from `main` on and ends as any process does.
+# Reads a command a line, and forks children that run it from `main` on and end as any process does.
 SERVER = """
 import json, os, sys
 import datasets, peft, safetensors.torch, torch, transformers
@@ -63,24 +71,36 @@ from lorafit import digests
 from lorafit.__main__ import main
 from lorafit.cli import app
 
-while line := sys.stdin.readline():
-    asked = json.loads(line)
-    pid = os.fork()
-    if not pid:
-        break
-    print(pid, flush=True)
-    print(os.waitpid(pid, 0)[1], flush=True)
-if line:
+def serve():
+    while line := sys.stdin.readline():
+        asked, pids = json.loads(line), []
+        for rank in range(asked["processes"]):
+            pid = os.fork()
+            if not pid:
+                return asked, rank
+            pids.append(pid)
+        print(pids[0], flush=True)
+        print(json.dumps([os.waitpid(pid, 0)[1] for pid in pids]), flush=True)
+
+asked, rank = serve() or (None, 0)
+if asked is not None:
     os.chdir(asked["cwd"])
     os.environ.clear()
     os.environ.update(asked["environment"])
+    if asked["processes"] > 1:
+        size = str(asked["processes"])
+        os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=size, LOCAL_WORLD_SIZE=size)
     for number, path in enumerate(asked["streams"]):
         file = os.open(path, os.O_RDONLY if number == 0 else os.O_WRONLY | os.O_APPEND)
         os.dup2(file, number)
         os.close(file)
     sys.argv = ["lorafit", *asked["words"]]
-    exec(asked["first"])
-    main()
+    exec(asked["first"], {"__name__": "__main__"})
+    if asked["commanded"]:
+        main()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 """
 
 
@@ -96,17 +116,22 @@ class Forked:
 
     def run(
         self, *words: object, cwd: Path | str = ".", env: Mapping[str, str] | None = None, said: str = "",
-        together: bool = False, first: str = "", kill_after: float | None = None,
+        together: bool = False, first: str = "", kill_after: float | None = None, processes: int = 1,
+        commanded: bool = True,
     ) -> subprocess.CompletedProcess[str]:  # fmt: skip
         """What a command left: stdout and stderr apart or `together`. `said` is its stdin, `first` is Python that it
-        runs before, and after `kill_after` seconds it is killed."""
+        runs before, and after `kill_after` seconds it is killed. Several `processes` are those of one run, as a launcher
+        names them; the code is the first's that is not 0."""
         texts = (said, "", "")
         for path, text in zip(self.streams, texts, strict=True):
             path.write_text(text, encoding="utf-8")
         streams = [*self.streams[:2], self.streams[1 if together else 2]]
+        own = {**(os.environ if env is None else env), **tcache_off()}
+        if processes > 1:
+            own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
         asked = {
-            "words": list(map(str, words)), "cwd": str(Path(cwd).absolute()), "first": first,
-            "environment": {**(os.environ if env is None else env), **tcache_off()}, "streams": list(map(str, streams)),
+            "words": list(map(str, words)), "cwd": str(Path(cwd).absolute()), "first": first, "environment": own,
+            "streams": list(map(str, streams)), "processes": processes, "commanded": commanded,
         }  # fmt: skip
         self.server.stdin.write(json.dumps(asked) + "\n")
         self.server.stdin.flush()
@@ -115,10 +140,14 @@ class Forked:
             time.sleep(kill_after)
             with suppress(ProcessLookupError):  # it was faster
                 os.kill(pid, signal.SIGKILL)
-        code = os.waitstatus_to_exitcode(int(self.server.stdout.readline()))
+        codes = [os.waitstatus_to_exitcode(status) for status in json.loads(self.server.stdout.readline())]
         _, out, err = (path.read_text(encoding="utf-8") for path in self.streams)
         assert "Traceback" not in out + err, out + err
-        return subprocess.CompletedProcess(asked["words"], code, out, err)
+        return subprocess.CompletedProcess(asked["words"], next(filter(None, codes), 0), out, err)
+
+    def python(self, code: str, cwd: Path | str, env: Mapping[str, str]) -> subprocess.CompletedProcess[str]:
+        """What a piece of Python left, run as `python -c` runs it."""
+        return self.run(cwd=cwd, env=env, first=code, commanded=False)
 
     def close(self) -> None:
         self.server.stdin.close()

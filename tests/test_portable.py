@@ -158,11 +158,6 @@ def test_a_run_needs_nothing_that_windows_does_not_have(tmp_path, monkeypatch):
     assert done.returncode == 0, done.stderr
 
 
-def test_every_module_is_imported_without_what_windows_does_not_have():
-    done = subprocess.run([sys.executable, "-c", PRELUDE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-
-
 def test_the_code_is_python_3_10():
     for path in [*FILES, *sorted((ROOT / "tests").rglob("*.py"))]:
         ast.parse(path.read_text(encoding="utf-8"), str(path), feature_version=(3, 10))

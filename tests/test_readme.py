@@ -3,7 +3,6 @@
 import os
 import re
 import shlex
-import subprocess
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
@@ -138,15 +137,9 @@ PRINTED = [
 
 
 @pytest.mark.long
-def test_every_block_of_python_runs_and_prints_what_it_says(shelf):
+def test_every_block_of_python_runs_and_prints_what_it_says(shelf, forked):
     for (name, code), shown in zip(PYTHON, PRINTED, strict=True):
-        done = subprocess.run(
-            [sys.executable, "-c", code],
-            cwd=shelf,
-            capture_output=True,
-            text=True,
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )
+        done = forked.python(code, shelf, {**os.environ, "HF_HUB_OFFLINE": "1"})
         assert done.returncode == 0 and done.stdout.startswith(shown), (name, done.stdout, done.stderr)
         assert done.stderr == "", name
 

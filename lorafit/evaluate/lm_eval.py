@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,20 +41,18 @@ class Tasks:
                 "lm-eval's benchmarks are for models that go on with a text, and this one fills masks"
             )
         try:
-            from lm_eval.tasks import TaskManager
+            import lm_eval.tasks  # noqa: F401
         except ImportError:
             raise RequestError(
                 "--tasks needs lm-eval, which is not installed", "pip install 'lorafit[lm-eval]'"
             ) from None
         chosen: list[str | dict[str, Any]] = []
-        manager = None
         for name in (part.strip() for part in text.split(",")):
             if Path(name).suffix in (".yaml", ".yml"):
                 config = read_yaml(Path(name).expanduser(), "task file")
                 chosen.append({"task": Path(name).stem, **config})
                 continue
-            manager = manager or TaskManager()
-            found = manager.match_tasks([name]) if name else []
+            found = _manager().match_tasks([name]) if name else []
             if not found:
                 raise RequestError(f"lm-eval has no task `{name}`", "lm-eval ls tasks names them")
             chosen += found
@@ -83,6 +82,7 @@ class Tasks:
                     limit=self.limit or None,
                     log_samples=False,
                     bootstrap_iters=1000,
+                    task_manager=_manager(),
                 )
             except Exception as error:  # the code and the data of any task
                 lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -91,6 +91,14 @@ class Tasks:
                     "a task's data are fetched from the hub once; offline they must be there",
                 ) from None
         return list(_figures(found["results"] if found else {}, name))
+
+
+@cache
+def _manager() -> Any:
+    """lm-eval's index of its tasks: reading it takes seconds."""
+    from lm_eval.tasks import TaskManager
+
+    return TaskManager()
 
 
 @contextmanager

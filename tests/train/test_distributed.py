@@ -5,7 +5,6 @@ import math
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,7 +13,7 @@ from pathlib import Path
 import pytest
 from families import build_model, save_model, tokenizer
 from jobs import events_of, job_for, losses, stopped_after
-from processes import LAUNCH, NO_NOISE, TESTS, environment, launched, lines_of, same_adapter
+from processes import LAUNCH, NO_NOISE, TESTS, environment, free_port, launched, lines_of, same_adapter
 
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.distributed import World, asked_to_shard, only_train
@@ -154,7 +153,7 @@ def test_what_ends_one_process_ends_both_with_one_code(two):
 
 
 @pytest.mark.long
-def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(tmp_path):
+def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(tmp_path, forked):
     train = ("-m", "lorafit", "train", "--preset", "ffn", "--layers", "high", "--max-steps", "6")
     done = launched(*train, "--epochs", "2", "-o", tmp_path / "r", "--json")
     assert done.returncode == 0, done.stderr
@@ -173,9 +172,9 @@ def test_the_command_in_two_processes_has_one_screen_one_folder_and_one_answer(t
 
     refused = launched(*train, "-o", tmp_path / "r")
     assert refused.returncode != 0 and len(lines_of(refused.stderr)) == 2, refused.stderr
-    mistyped = launched(*train, "--rnk", "3")
+    mistyped = forked.run(*train[2:], "--rnk", "3", env=environment(), processes=2)
     assert lines_of(mistyped.stderr) == ["error: there is no option `--rnk`", "hint: did you mean --rank?"]
-    other = launched("-m", "lorafit", "plan", "demo")
+    other = forked.run("plan", "demo", env=environment(), processes=2)
     assert other.returncode != 0 and "runs in one process, and 2 were launched" in other.stderr
     assert len(lines_of(other.stderr)) == 2
 
@@ -195,9 +194,7 @@ def test_accelerate_and_two_machines_do_the_same_run(tmp_path):
         timeout=900,
     )
     assert done.returncode == 0, done.stderr
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     machines = []
     for rank in range(2):
         home = tmp_path / f"machine {rank}"
@@ -226,9 +223,9 @@ def workers_of(launcher):
 @pytest.mark.parametrize(
     "how", ["a worker is killed", "a worker that shares the base is killed", "the launcher is told to end"]
 )
-def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
+def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path, forked):
     command = [
-        *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "40", "--save-steps", "1",
+        *LAUNCH, "-m", "lorafit", "train", "--preset", "all", "--max-steps", "20", "--save-steps", "1",
         "-o", str(tmp_path / "r"), *(["--shard"] if "shares" in how else []),
     ]  # fmt: skip
     with (tmp_path / "err").open("w") as errors:
@@ -246,15 +243,13 @@ def test_a_run_that_is_ended_from_outside_can_go_on(how, tmp_path):
     if "killed" in how:
         assert lines_of(text)[0] == "error: another process of the run ended", text
     else:
-        assert re.fullmatch(r"error: interrupted after step \d+ of 40; .*", lines_of(text)[0]), text
+        assert re.fullmatch(r"error: interrupted after step \d+ of 20; .*", lines_of(text)[0]), text
     assert len(lines_of(text)) == 2, text
-    gone_on = subprocess.run(
-        [sys.executable, *[word for word in command[len(LAUNCH) :] if word != "--shard"], "--resume"],
-        capture_output=True, text=True, env=environment(), timeout=600,
-    )  # fmt: skip
+    words = [word for word in command[len(LAUNCH) + 2 :] if word != "--shard"]
+    gone_on = forked.run(*words, "--resume", env=environment())
     assert gone_on.returncode == 0, gone_on.stderr
     events = [json.loads(line) for line in (tmp_path / "r" / "events.jsonl").read_text().splitlines()]
-    assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 41)]
+    assert [e["step"] for e in events if e["event"] == "step"] == [*range(1, 21)]
 
 
 @pytest.mark.long

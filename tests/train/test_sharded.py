@@ -245,7 +245,7 @@ ACCELERATE = [
 
 
 @pytest.mark.long
-def test_accelerate_shards_and_the_adapter_is_as_any_other(tmp_path):
+def test_accelerate_shards_and_the_adapter_is_as_any_other(tmp_path, forked):
     """`--use_fsdp --fsdp_version 2` is `--shard`: what it saves is evaluated and merged in one process."""
     import lorafit
 
@@ -260,7 +260,7 @@ def test_accelerate_shards_and_the_adapter_is_as_any_other(tmp_path):
     assert "in 2 processes that share the base" in " ".join(done.stderr.split())
     report = json.loads(done.stdout)
     assert report["settings"]["shard"] and report["prefix_cache"]["where"] == "memory"
-    alone = run(sys.executable, *train, "-o", "alone")
+    alone = forked.run(*train[2:], "-o", "alone", cwd=tmp_path, env=environment())
     assert report["eval"]["after"]["loss"] == pytest.approx(
         json.loads(alone.stdout)["eval"]["after"]["loss"], rel=1e-5
     )
