@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -30,6 +31,8 @@ SMALL = {"maps": "models", "forecasts": "estimates", "digests": "weight files"}
 INDEX, FILLING = "index.json", ".filling-"
 
 JOURNAL = "journal.jsonl"  # in an entry that is filled: what is in it so far, where another process may go on
+
+SILENT = 6 * 3600  # seconds without a change after which a folder that another host fills is taken for left
 
 LEFT = 7 * 24 * 3600  # seconds that what a killed process left may be gone on with
 
@@ -94,7 +97,7 @@ def filling(entry: Path, taking_over: bool = False) -> Path:
     """The name under which this process fills an entry; its folder is made, killed ones are swept. With
     `taking_over` it is the folder of a killed process that filled the same entry, where there is one."""
     entry.parent.mkdir(parents=True, exist_ok=True)
-    beside = entry.with_name(f"{entry.name}{FILLING}{os.getpid()}")
+    beside = entry.with_name(f"{entry.name}{FILLING}{_host()}-{os.getpid()}")
     for left in entry.parent.glob(f"{entry.name}{FILLING}*") if taking_over and not beside.exists() else ():
         if _is_left(left):
             with suppress(OSError):  # another process was first
@@ -115,7 +118,9 @@ def finish(beside: Path, entry: Path, index: dict[str, Any]) -> Path:
     """An entry is filled: its index is written, and it takes its name, unless another process was first. Where it lies
     now. No file in it may be open: Windows renames no folder then."""
     (beside / INDEX).write_text(json.dumps({**index, "made": time.time()}), encoding="utf-8")
-    with suppress(OSError):  # another process was first: its entry is the same
+    with suppress(
+        OSError
+    ):  # another process was first: its entry is the same, and this one goes once it is closed
         return beside.rename(entry)
     return beside
 
@@ -135,10 +140,20 @@ def _sweep(parent: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+@cache
+def _host() -> str:
+    """A short name for this host: several may share a cache folder, and do not see one another's processes."""
+    return hashlib.sha256(platform.node().encode()).hexdigest()[:8]
+
+
 def _is_left(path: Path) -> bool:
-    """Whether the process that filled that folder is gone."""
-    pid = path.name.rpartition("-")[2]
-    return not pid.isdigit() or not alive(int(pid))
+    """Whether the process that filled that folder is gone; of another host, whether nothing was written for hours."""
+    host, _, pid = path.name.rpartition(FILLING)[2].rpartition("-")
+    if host in ("", _host()):
+        return not pid.isdigit() or not alive(int(pid))
+    with suppress(OSError):
+        return time.time() - max(file.stat().st_mtime for file in (path, *path.iterdir())) > SILENT
+    return False
 
 
 def _resumable(path: Path) -> bool:
@@ -198,13 +213,29 @@ def small_kinds() -> list[Stored]:
 
 
 def remove(key: str) -> int:
-    """Remove the entry whose key begins so; the bytes it held. Raises RequestError for none or several."""
-    found = [entry for entry in (*kept(), *small_kinds()) if key and entry.key.startswith(key)]
+    """Remove the entry of that key, or the one whose key begins so; the bytes it held. Raises RequestError for none or
+    several."""
+    every = [*kept(), *small_kinds()]
+    found = [entry for entry in every if entry.key == key] or [
+        entry for entry in every if key and entry.key.startswith(key)
+    ]
     if len(found) != 1:
         what = "no cache" if not found else f"{len(found)} caches"
         raise RequestError(f"{what} with a key that begins with `{key}`", "lorafit cache lists them")
     shutil.rmtree(found[0].path)
     return found[0].bytes
+
+
+def remove_all() -> tuple[int, int]:
+    """Remove every entry, and what killed processes left; (how many entries, the bytes in all)."""
+    every = [*kept(), *small_kinds()]
+    freed = sum(remove(entry.key) for entry in every)
+    for kind in KINDS:
+        for path in folder(kind).glob(f"*{FILLING}*"):
+            if _is_left(path):
+                freed += sum(file.stat().st_size for file in path.iterdir())
+                shutil.rmtree(path, ignore_errors=True)
+    return len(every), freed
 
 
 def digest(raw: bytes | memoryview) -> str:

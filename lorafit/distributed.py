@@ -226,6 +226,15 @@ def launched() -> World:
     return World(_number("RANK", 0), size, _number("LOCAL_RANK", 0))
 
 
+def is_first() -> bool:
+    """Whether this process shows what all do; so does one whose launcher's variables cannot be read, which is an error
+    to show."""
+    try:
+        return launched().first
+    except RequestError:
+        return True
+
+
 def connect() -> World:
     """This process, connected with the others of its run, once. Raises OtherProcessEnded when another process
     ended before."""

@@ -23,6 +23,11 @@ import psutil
 from lorafit import __version__
 
 
+def on_apple_gpu() -> bool:
+    """Whether this machine has a GPU of Apple's, which torch calls mps."""
+    return sys.platform == "darwin" and platform.machine() == "arm64"
+
+
 def free_memory() -> int:
     """Bytes of the host's memory that are free for this process: its share where a launcher started several."""
     here = os.environ.get("LOCAL_WORLD_SIZE", "")

@@ -34,7 +34,7 @@ LIGHT = [
     "settings.bands", "settings.options", "settings.run_config", "settings.preset", "settings.precedence",
     "adapter.plan", "adapter.peft_names", "adapter.folder", "adapter.base", "data.files", "data.formats", "data.batching",
     "forward.placement", "report.run", "report.html", "report.svg", "report.markup", "report.model_card", "report.listing",
-    "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.forecast", "estimate.glibc_heap",
+    "estimate.terms", "estimate.formulas", "estimate.changes", "estimate.cost", "estimate.device", "estimate.forecast", "estimate.glibc_heap",
     "api", "operations.options", "operations.planning", "operations.training", "operations.evaluating",
     "operations.merging", "operations.comparing", "cli", "cli.plan", "cli.train", "cli.compare", "cli.runs",
     "compare.grid", "compare.candidates", "compare.request", "compare.ahead", "compare.ranking",

@@ -8,7 +8,7 @@ import pytest
 
 from lorafit import digests
 from lorafit.errors import RequestError, RunError
-from lorafit.outputs import EDITABLE, check_file, check_target, put_in_place, work_folder
+from lorafit.outputs import EDITABLE, called, check_file, check_target, put_in_place, work_folder
 from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 
@@ -94,6 +94,14 @@ def test_a_folder_beside_the_target_with_a_likely_name_stays(tmp_path):
     put_in_place(work_folder(target, "merging"), target)
     assert all((folder / "notes.txt").read_text() == "mine" for folder in mine)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["run", "run.merging", "run.old", "run.unverified"]
+
+
+def test_a_folder_is_called_as_a_person_calls_it(tmp_path, monkeypatch):
+    snapshot = tmp_path / "models--ada--lora" / "snapshots" / ("c" * 40)
+    snapshot.mkdir(parents=True)
+    assert called(snapshot) == "ada/lora" and called(snapshot.parents[1]) == "models--ada--lora"
+    monkeypatch.chdir(tmp_path)
+    assert called(".") == tmp_path.name and called("runs/x/") == "x" == called("~/x")
 
 
 def test_what_a_killed_process_left_is_swept(tmp_path):

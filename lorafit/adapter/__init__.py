@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.adapter.base import check_downloaded as check_downloaded
     from lorafit.adapter.base import common_base as common_base
     from lorafit.adapter.base import is_model as is_model
     from lorafit.adapter.base import named_alone as named_alone
@@ -53,7 +54,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "base": "common_base is_model named_alone tokenizer_place",
+        "base": "check_downloaded common_base is_model named_alone tokenizer_place",
         "continued": "check_continues modules_of put_in settings_of",
         "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base check_converted left_in_base locate read_config recorded_quantize replaces_its_base run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",

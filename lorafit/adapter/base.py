@@ -39,6 +39,14 @@ def common_base(adapters: Sequence[str], model: str | None = None) -> tuple[Mode
     return source, chart_of(source)
 
 
+def check_downloaded(adapters: Sequence[str], source: ModelSource) -> None:
+    """Once the weights of a base of the Hub are here: compare them with those that these adapters were trained on, as
+    `common_base` compares those that were here before. Raises RequestError when they differ."""
+    if not source.local:
+        for adapter in adapters:
+            check_base(adapter, source.place)
+
+
 def named_alone(name: str, base: str | None) -> bool:
     """Whether a person named a model where an adapter may stand. Raises RequestError when they named a `base` too."""
     alone = is_model(name)

@@ -102,8 +102,11 @@ def changes_its_base(config: Mapping[str, Any]) -> bool:
 
 def replaces_its_base(folder: str | Path) -> bool:
     """Whether the base is another one after an adapter was on it: by its settings, or since its file holds weights of
-    the base, which PEFT loads over them."""
-    return changes_its_base(read_config(folder)) or any(n.endswith(BASE_LAYER) for n in tensor_names(folder))
+    the base, an embedding say, which PEFT loads over them."""
+    own = ("lora_", "trainable_tokens")
+    return changes_its_base(read_config(folder)) or any(
+        all(part not in name for part in own) for name in tensor_names(folder)
+    )
 
 
 def left_in_base(folder: str | Path) -> str:
@@ -197,11 +200,11 @@ def locate(adapter: str) -> str:
     """
     path = Path(adapter).expanduser()
     name, revision = split_revision(adapter)
+    if adapter.startswith("~"):
+        return str(path)
     if path.exists() or path.is_symlink() or name.count("/") != 1 or not HUB_ID.fullmatch(name):
         return adapter
-    if (
-        name.startswith(("./", "../", "~")) or Path(name.partition("/")[0]).is_dir()
-    ):  # a folder's name, misspelt
+    if name.startswith(("./", "../")) or Path(name.partition("/")[0]).is_dir():  # a folder's name, misspelt
         return adapter
     from huggingface_hub import snapshot_download
 
@@ -337,7 +340,7 @@ def base_of(folder: str | Path) -> str:
     if not isinstance(base, str) or not base:
         raise RequestError(f"the adapter `{folder}` names no base model", "name it with --model")
     named = isinstance(revision, str) and revision and HUB_ID.fullmatch(base) and not Path(base).exists()
-    return f"{base}@{revision}" if named and "/" in base else base
+    return f"{base}@{revision}" if named else base
 
 
 def tensor_names(folder: str | Path) -> list[str]:

@@ -80,7 +80,9 @@ def spell(
 
 def pattern_value(patterns: Mapping[str, float], name: str, default: float) -> float:
     """The value that PEFT's `rank_pattern` or `alpha_pattern` has for a module of that name."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", name):
-            return value
-    return default
+    return next((value for pattern, value in patterns.items() if matches(pattern, name)), default)
+
+
+def matches(pattern: str, name: str) -> bool:
+    """Whether PEFT takes a key of `rank_pattern` or `alpha_pattern` for a module of that name."""
+    return re.match(rf"(.*\.)?({pattern})$", name) is not None

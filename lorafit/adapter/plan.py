@@ -14,6 +14,7 @@ from typing import Any
 from lorafit.adapter.peft_names import Spelling, pattern_value, spell
 from lorafit.adapter.plan_checks import (
     bare_layers,
+    check_patterns,
     check_peft_can,
     check_rank,
     fused_notes,
@@ -152,6 +153,7 @@ def resolve(
     chosen = _layers(model_map, stacks, candidates, choice)
     slots = tuple(s for s in candidates if s.layer in chosen[s.stack])
     _check_chosen(model_map, preset, candidates, slots, chosen)
+    check_patterns(preset.lora, slots)
     if preset.roles:
         notes += missing_roles(model_map, preset.roles, candidates, slots)
         notes += fused_notes(preset.roles, slots, strict)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lorafit.adapter.peft_names import pattern_value
-from lorafit.errors import RequestError
+from lorafit.adapter.peft_names import matches, pattern_value
+from lorafit.errors import RequestError, closest
 from lorafit.model import (
     ATTENTIONS,
     DEFAULT_PARTS,
@@ -18,7 +18,7 @@ from lorafit.model import (
     quantised_params,
     sum_params,
 )
-from lorafit.settings import Lora, Preset, RunConfig
+from lorafit.settings import Lora, Preset, RunConfig, takes_from_base
 from lorafit.units import index_ranges, percent, short
 
 STARTS = (True, False, "gaussian", "orthogonal")  # that read no weight of the base
@@ -175,6 +175,18 @@ def check_peft_can(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> No
         )
 
 
+def check_patterns(lora: Lora, slots: Sequence[Slot]) -> None:
+    """Raises RequestError for a key of `rank_pattern` or `alpha_pattern` that names no chosen module: it would do
+    nothing."""
+    for name, patterns in (("rank_pattern", lora.rank_pattern), ("alpha_pattern", lora.alpha_pattern)):
+        for pattern in patterns:
+            if not any(matches(pattern, slot.path) for slot in slots):
+                tails = {slot.path.rpartition(".")[2] for slot in slots}
+                raise RequestError(
+                    f"{name} names `{pattern}`, and no chosen module is called so", closest(pattern, tails)
+                )
+
+
 def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[str]:
     """What a quantised base quantises, and what it does not; nothing for a plain one.
 
@@ -191,7 +203,7 @@ def quantised_notes(model_map: ModelMap, lora: Lora, config: RunConfig) -> list[
             "leave --quantize out",
         )
     start = lora.init_lora_weights
-    if isinstance(start, str) and start.lower().startswith(("pissa", "olora", "corda")):
+    if takes_from_base(start):
         raise RequestError(
             f"{what} does not go with a `{start}` start, which takes a part out of the base's weights",
             "init_lora_weights: true in the preset, or --quantize none",

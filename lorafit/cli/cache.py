@@ -30,15 +30,14 @@ def cache(
 
     screen = Screen(json)
     folder = str(caches.cache_folder())
-    found = [*caches.kept(), *caches.small_kinds()]
     if remove:
-        keys = [entry.key for entry in found] if remove == "all" else [remove]
-        freed = sum(caches.remove(key) for key in keys)
+        many, freed = caches.remove_all() if remove == "all" else (1, caches.remove(remove))
         if json:
-            screen.document({"removed": len(keys), "bytes": freed})
+            screen.document({"removed": many, "bytes": freed})
         else:
-            show_removed(screen, len(keys), freed)
+            show_removed(screen, many, freed)
         return
+    found = [*caches.kept(), *caches.small_kinds()]
     if json:
         screen.document({"folder": folder, "caches": found})
     else:

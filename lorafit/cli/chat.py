@@ -133,7 +133,7 @@ def _opened(
     quantize, notes = quantisation(given, adapters, found)
 
     with without_collecting():
-        from lorafit.adapter import attach, left_in_base
+        from lorafit.adapter import attach, check_downloaded, left_in_base
         from lorafit.data import chat_template_of, prepare
         from lorafit.evaluate import Chat, Generator, Sampling, stored_settings
         from lorafit.forward import Forward
@@ -158,6 +158,7 @@ def _opened(
             f"{needs} a chat template, and lines are continued as plain text", "add --no-plain"
         )
     loaded: Any = load_model(source, pick_dtype(given.get("dtype", "auto"), device), device, quantize)
+    check_downloaded(adapters, source)
     forward = Forward.of(loaded, found.task)
     generator = Generator(tokenizer, forward, device, found.max_positions, Sampling(*drawn))
     loaded = attach(loaded, adapters[0]) if adapters else loaded
@@ -190,7 +191,7 @@ def _talk(view: ChatView, chat: Chat) -> Iterator[dict[str, Any]]:
         if command in ("/quit", "/exit", "/q"):
             return
         if command == "/reset":
-            chat.turns.clear()
+            chat.forget()
             view.screen.note("the conversation is forgotten")
         elif command == "/help":
             view.help()
@@ -212,7 +213,12 @@ def _talk(view: ChatView, chat: Chat) -> Iterator[dict[str, Any]]:
             if chat.forgotten:
                 view.screen.note(f"{chat.forgotten} earlier turns no longer fit and were left out")
                 chat.forgotten = 0
-            yield {"prompt": asked, "answer": said, "of": "base" if base else _who(chat), "stopped": stopped}
+            yield {
+                "prompt": asked or chat.asked,
+                "answer": said,
+                "of": "base" if base else _who(chat),
+                "stopped": stopped,
+            }
 
 
 def _who(chat: Chat) -> str:

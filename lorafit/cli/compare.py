@@ -12,7 +12,7 @@ import typer
 from lorafit.cli.app import app
 from lorafit.cli.options import Config, Debug, Json, Quiet, Verbose, run_options
 from lorafit.cli.shell import stopping
-from lorafit.errors import RequestError
+from lorafit.errors import FAILED, RequestError
 from lorafit.operations import COMPARES, bounds
 from lorafit.settings import DATA, OUTPUT, TRAINING, WHAT
 
@@ -161,6 +161,8 @@ def compare(
         sys.stdout.write(table_text(answer))
     else:
         show_answer(screen, answer)
+    if not answer.choices:
+        raise typer.Exit(FAILED)
 
 
 def _prepared(screen: Screen, of: Candidates, workers: int) -> Compared:

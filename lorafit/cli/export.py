@@ -104,6 +104,6 @@ def export(
         overwrite=overwrite,
     )
     if commands:
-        show_conversion(screen, conversion.command(), here=conversion.program is not None)
+        show_conversion(screen, conversion.download, conversion.command(), conversion.program is not None)
         return
     show_export(screen, run_export(conversion))

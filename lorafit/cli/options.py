@@ -102,7 +102,7 @@ Push = Annotated[
     Optional[str],
     _option(
         "--push-to-hub",
-        help="Push the result to the Hub, as a private repository.",
+        help="Push the result to the Hub; a new repository is private.",
         panel=OUTPUT,
         metavar="OWNER/NAME",
     ),

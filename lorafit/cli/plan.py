@@ -104,5 +104,5 @@ def plan(
         return
     # the demo's rows are shown by `train`
     look = made.data if made.settings.data else None
-    command = train_command(flags, made.settings, config, made.processes)
+    command = train_command(flags, made.settings, config, made.processes) if made.trainable else ""
     show_plan(screen, made.plan, made.found, made.estimate, made.fit, look, command, made.settings)

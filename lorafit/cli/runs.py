@@ -45,7 +45,7 @@ def runs(
     json: Json = False,
     debug: Debug = False,
 ) -> None:
-    """List finished, running and unfinished runs: settings, losses, speed, date."""
+    """List finished, running and unfinished runs: settings, losses, time, date."""
     from lorafit.report import find_runs, runs_text, sorted_by
     from lorafit.screen import Screen, show_runs
 

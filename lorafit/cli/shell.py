@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from lorafit.distributed import connect, launched, only_train, outlast_first
+from lorafit.distributed import connect, is_first, only_train, outlast_first
 from lorafit.errors import DONE, FAILED, INTERRUPTED, TERMINATED, LorafitError, OneProcess, RequestError
 from lorafit.operations import ours
 from lorafit.outputs import last_run
@@ -58,6 +58,17 @@ class Boundary(TyperGroup):
                 _drop_output()
                 code = _report(LorafitError("cannot write the output: no space left on the device"), FAILED)
                 sys.exit(code)
+            if isinstance(error, RuntimeError) and "home directory" in str(
+                error
+            ):  # pathlib, of `~nobody/model`
+                named = next((word for word in args or sys.argv[1:] if "~" in word), "~")
+                sys.exit(
+                    _report(
+                        RequestError(
+                            f"`{named}`: there is no such user, or no home folder", "name the whole path"
+                        )
+                    )
+                )
             if debug:
                 raise
             text = str(error).strip().splitlines()
@@ -90,7 +101,7 @@ def _report(error: LorafitError, code: int | None = None) -> int:
     """Show an error; the exit code. Of several processes the first shows an error of all, and another what only
     it can know, or what was not expected."""
     code = error.exit_code if code is None else code
-    if not launched().first and not isinstance(error, (OneProcess, Unexpected)):
+    if not is_first() and not isinstance(error, (OneProcess, Unexpected)):
         if code not in (INTERRUPTED, TERMINATED):
             outlast_first()
         return code
@@ -111,7 +122,8 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
     command = "lorafit " + next((word for word in arguments if not word.startswith("-")), "")
     if context is not None:
         command = f"lorafit {context.info_name}" if context.parent is not None else "lorafit"
-    name = getattr(error, "option_name", "")
+    # an option that is not there; one without its value has a name, and no possibilities
+    name = getattr(error, "option_name", "") if hasattr(error, "possibilities") else ""
     known = (
         [flag for parameter in context.command.params for flag in parameter.opts] if name and context else []
     )
@@ -124,7 +136,7 @@ def _usage(error: Any, arguments: list[str]) -> LorafitError:
     if name and getattr(error, "possibilities", None):
         return RequestError(f"there is no option `{name}`", f"did you mean {error.possibilities[0]}?")
     if (extra := re.search(r"unexpected extra arguments? ?(?:\(s\))? ?\((.*)\)", message)) is not None:
-        return _too_many(command, extra[1], arguments)
+        return _too_many(command, extra[1], arguments, context)
     if (wrong := _bad_number(getattr(error, "param", None), arguments)) is not None:
         return wrong
     offer = (
@@ -150,15 +162,27 @@ def _bad_number(parameter: Any, arguments: list[str]) -> LorafitError | None:
     takes = "a whole number" if number == "int" else "a number"
     takes += f" from {low:g} on" if low is not None else ""
     takes += f", at most {high:g}" if high is not None and high < 1e6 else ""
-    return RequestError(f"{flag} is `{arguments[arguments.index(flag) + 1]}`: it takes {takes}")
+    given = [value for word, value in pairwise(arguments) if word == flag]
+    wrong = next((value for value in given if not _within(value, number, low, high)), given[0])
+    return RequestError(f"{flag} is `{wrong}`: it takes {takes}")
+
+
+def _within(text: str, kind: str, low: float | None, high: float | None) -> bool:
+    """Whether a text is a number of that kind within the bounds."""
+    try:
+        value = int(text) if kind == "int" else float(text)
+    except ValueError:
+        return False
+    return (low is None or value >= low) and (high is None or value <= high)
 
 
 YES, NO = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 
 
-def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
+def _too_many(command: str, extra: str, arguments: list[str], context: Any) -> LorafitError:
     """An argument too many, and what it was probably meant as."""
-    first = extra.split()[0]
+    words = [word for word in arguments if extra == word or extra.startswith(f"{word} ")]
+    first = max(words, key=len, default=extra.split()[0])
     switches = {option.flag: option for option in OPTIONS.values() if isinstance(option.default, bool)}
     followed = (last for last, word in pairwise(arguments) if word == first)
     switch = next((last for last in followed if last in switches), "")
@@ -166,7 +190,17 @@ def _too_many(command: str, extra: str, arguments: list[str]) -> LorafitError:
         off = f"write --no-{switch[2:]}" if switches[switch].training else f"leave out {switch}"
         hint = off if first.lower() in NO else f"write {switch} alone"
         return RequestError(f"{switch} takes no value, and `{first}` follows it", hint)
-    before = next((word for word in arguments[1:] if not word.startswith("-") and word != first), "RUN")
+    valued = {
+        flag for each in context.command.params if not getattr(each, "is_flag", False) for flag in each.opts
+    }
+    before = next(
+        (
+            word
+            for last, word in pairwise(arguments)
+            if not word.startswith("-") and last not in valued and word != first
+        ),
+        "RUN",
+    )
     hint = f"see `{command} --help`"
     if command == "lorafit merge":
         hint = shlex.join([*command.split(), before, "--adapter", first, "-o", "DIR"])
@@ -206,7 +240,7 @@ def run_to_the_end(app: typer.Typer) -> NoReturn:
     from lorafit.screen import allow_ascii
 
     code: Any = DONE
-    if not launched().first:  # the first process answers
+    if not is_first():
         sys.stdout = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
     for name in ("stdout", "stderr"):  # closed by the caller, `>&-`: Python has None there
         if getattr(sys, name) is None:

@@ -125,16 +125,19 @@ def fill_all(
         in_memory = len(keys) if where == "memory" else 0
         sweep = sweep_of(base.streamed, token * max(passing.sizes), base.device, in_memory)
     prefixes = []
-    for stack, cut in cuts:
-        store: StateStore = MemoryStore(size)
-        if where == "disk":
-            about = {"about": f"{base.found.model}, layers 0–{cut - 1}", "tokens": passing.rows.look.tokens}
-            store = DiskStore(places[stack, cut], frozenset(keys), about)
-        prefix = trials[cut].prefix if trials else Prefix.below(base.model, stack, cut)
-        prefix.store = Lasting(store)
-        shared.states[stack, cut] = SharedStates(prefix.store, where, prefix.forms, shared.forward)
-        prefixes.append(prefix)
     try:
+        for stack, cut in cuts:
+            store: StateStore = MemoryStore(size)
+            if where == "disk":
+                about = {
+                    "about": f"{base.found.model}, layers 0–{cut - 1}",
+                    "tokens": passing.rows.look.tokens,
+                }
+                store = DiskStore(places[stack, cut], frozenset(keys), about)
+            prefix = trials[cut].prefix if trials else Prefix.below(base.model, stack, cut)
+            prefix.store = Lasting(store)
+            shared.states[stack, cut] = SharedStates(prefix.store, where, prefix.forms, shared.forward)
+            prefixes.append(prefix)
         yield from _filled(prefixes, base, passing, shared.forward or forward, sweep)
     except OSError as error:  # the disk is full: each candidate makes its own
         shared.close()

@@ -307,7 +307,8 @@ def _stored(source: DataSource, config: RunConfig, maker: Tokens, tick: Callable
         "counts": asdict(counts), "default_template": maker.tokenizer.chat_template == DEFAULT_TEMPLATE,
     }  # fmt: skip
     assert writer.folder is not None
-    finish(writer.folder, entry, index)
+    if finish(writer.folder, entry, index) != entry:
+        shutil.rmtree(writer.folder, ignore_errors=True)
     again = opened(entry)
     if again is None:
         raise RunError(f"what was written to `{entry}` is not what is there", "check the disk")

@@ -129,20 +129,19 @@ def _source(path: Path, name: str) -> DataSource:
 
 def resembles_json(source: DataSource) -> bool:
     """Whether a file holds JSON lines, whatever its name: its first two lines are objects, or its only one."""
+    lines: list[str] = []
     try:
         with opened_file(source) as (file, _):
-            start = file.read(1 << 20)
-    except (OSError, EOFError, zlib.error, ValueError, RequestError):
+            while len(lines) < 2 and (raw := file.readline(LONGEST_LINE)):
+                line = raw.decode("utf-8-sig", errors="replace").strip()
+                if line and line[0] != "{":
+                    return False
+                lines += [line] if line else []
+        return len(lines) > (source.kind == "json") and all(
+            isinstance(json.loads(each), dict) for each in lines
+        )
+    except (OSError, EOFError, zlib.error, ValueError, RecursionError, RequestError):
         return False  # reading it says what is wrong
-    whole = len(start) < 1 << 20
-    lines = start.decode("utf-8-sig", errors="replace").splitlines()
-    lines = [line for line in (lines if whole else lines[:-1]) if line.strip()][:2]
-    if not lines or (source.kind == "json" and len(lines) < 2):
-        return False
-    try:
-        return all(line.lstrip()[0] == "{" and isinstance(json.loads(line), dict) for line in lines)
-    except (ValueError, RecursionError):
-        return False
 
 
 def _hub(spec: str) -> DataSource:

@@ -36,6 +36,7 @@ from lorafit.data.messages import (
     weight_of,
 )
 from lorafit.data.source import DataSource, Tick
+from lorafit.data.token_rows import tokens_of
 from lorafit.errors import RequestError, closest
 
 BLOCK = 4_000_000  # characters of a document that are read at once
@@ -280,7 +281,10 @@ def _format_of(row: Message, source: DataSource, number: int) -> str:
     asked = next((key for key in ASKED if key in row), None)
     answered = next((key for key in ANSWERED if key in row and key != asked), None)
     hint = "rows hold `messages`, `conversations`, `prompt` and `completion`, `instruction` and `output`, `text`, or `input_ids` and `labels`"
-    if asked and answered:
+    if "instruction" in row and answered:
+        more = ",input=context" if "context" in row and "input" not in row else ""
+        hint = f"--map output={answered}{more}"
+    elif asked and answered:
         hint = f"--map prompt={asked},completion={answered}"
     elif source.kind in ("csv", "tsv"):
         hint = f"the first line names the columns; {hint}"
@@ -339,16 +343,20 @@ def _example(
                 return Example(where, prompt=prompt, completion=completion, number=number, group=group)
             turns = (_turn("user", prompt), _turn("assistant", completion))
         case "tokens":
-            ids, labels, each = _tokens(row, where)
+            ids, labels, each = tokens_of(row, where)
             return Example(where, ids=ids, labels=labels, each=each, number=number, group=group)
         case _:
             text = _string(row, "text", where)
             if not text.strip():
                 raise Blank
             return Example(where, text=text, number=number, group=group)
-    if isinstance(row.get("system"), str) and row["system"] and turns[0]["role"] != "system":
-        turns = (_turn("system", row["system"]), *turns)
-        asked += bool(asked)
+    if system := row.get("system"):
+        if isinstance(system, str) and turns[0]["role"] != "system":
+            turns = (_turn("system", system), *turns)
+            asked += bool(asked)
+        elif system != turns[0]["content"]:
+            why = "the conversation has one" if isinstance(system, str) else f"it is {kind_of(system)}"
+            reading.counts.leave_out(f"a `system` column: {why}", where, str(system))
     return _conversation(row, turns, asked, where, number, group, reading.counts, kept_nulls)
 
 
@@ -404,30 +412,6 @@ def _conversation(
     return Example(
         where, plain, tools, asked, number=number, group=group, skipped=frozenset(skipped), weights=weights
     )
-
-
-def _tokens(row: Message, where: str) -> tuple[tuple[int, ...], tuple[int, ...], tuple[float, ...]]:
-    """(ids, labels, weights of the labels) that are given as they are; without labels all are learned, and
-    without weights each counts 1."""
-    ids = from_text(row.get("input_ids"), where, "input_ids")
-    labels = from_text(row.get("labels"), where, "labels")
-    labels = ids if labels is None else labels
-    for name, value, least in (("input_ids", ids, 0), ("labels", labels, -100)):
-        whole = isinstance(value, (list, tuple)) and all(type(i) is int and i >= least for i in value)
-        if not whole or any(-100 < i < 0 for i in value):
-            raise RequestError(f"`{where}`: `{name}` is not a list of token ids")
-    if not ids:
-        raise Blank
-    weights = from_text(row.get("weights"), where, "weights") or ()
-    if weights and not (
-        isinstance(weights, (list, tuple))
-        and len(weights) == len(labels)
-        and all(type(w) in (int, float) and 0 <= w < float("inf") for w in weights)
-    ):
-        raise RequestError(f"`{where}`: `weights` is not a list of numbers from 0 on, one for each label")
-    if weights:  # a label of weight 0 is read, not learned
-        labels = [-100 if not weight else label for label, weight in zip(labels, weights, strict=True)]
-    return tuple(ids), tuple(labels), tuple(map(float, weights))
 
 
 def _instruction(row: Message, where: str) -> tuple[Message, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from typing import Any
 
 from lorafit.errors import RequestError, closest
@@ -195,7 +196,26 @@ def tools_of(row: Message, where: str, kept_nulls: Iterable[str] = KEPT_NULLS) -
         return ()
     if not isinstance(value, list):
         raise RequestError(f"`{where}`: `tools` is not a list of tools")
-    return tuple(without_nulls(value, kept_nulls))
+    return tuple(without_nulls([_schema(tool) for tool in value], kept_nulls))
+
+
+def _schema(tool: Any) -> Any:
+    """A tool, where it or its `parameters` are written as JSON text, as it is meant: an object."""
+    tool = _object(tool)
+    if not isinstance(tool, dict):
+        return tool
+    if isinstance(inner := _object(tool.get("function")), dict):
+        return {**tool, "function": _schema(inner)}
+    return {**tool, "parameters": _object(tool["parameters"])} if "parameters" in tool else tool
+
+
+def _object(value: Any) -> Any:
+    """The object that a text is as JSON; anything else as it is."""
+    if isinstance(value, str):
+        with suppress(ValueError, RecursionError):
+            found = json.loads(value)
+            return found if isinstance(found, dict) else value
+    return value
 
 
 def weight_of(turn: Message, where: str) -> float:

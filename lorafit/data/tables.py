@@ -46,6 +46,9 @@ def read_table(
             header.pop()
         if not header:
             return
+        numbered = not header[0]  # pandas' index: a column without a name, before all others
+        if numbered:
+            header[0] = UNNAMED
         _check(header, f"{source.name}:{number}")
         for row in table:
             if not row:
@@ -81,6 +84,9 @@ def _delimiter_of(header: str, usual: str) -> str:
 
 def _shown(delimiter: str) -> str:
     return "\\t" if delimiter == "\t" else delimiter
+
+
+UNNAMED = "(unnamed)"
 
 
 def _check(header: list[str], where: str) -> None:

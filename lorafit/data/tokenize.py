@@ -66,6 +66,12 @@ class Tokens:
                 "--loss-on all: this model reads one text and writes another, which alone is learned",
                 "leave it out",
             )
+        if self.task == "seq2seq" and getattr(self.tokenizer, "tgt_lang", "none") is None:
+            raise RequestError(
+                f"this tokenizer ({type(self.tokenizer).__name__}) marks the languages of both texts, and none is set: all "
+                "answers would be marked as the source's",
+                "set `src_lang` and `tgt_lang` in the model's tokenizer_config.json",
+            )
         if self.task == "masked":
             self.frame = self.encoder.begin, self.encoder.behind  # [CLS] [SEP], <s> </s>
             if self.room < 1:

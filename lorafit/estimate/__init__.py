@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
+    from lorafit.estimate.device import free_on as free_on
+    from lorafit.estimate.device import parse_room as parse_room
     from lorafit.estimate.forecast import Fit as Fit
     from lorafit.estimate.forecast import Forecast as Forecast
-    from lorafit.estimate.forecast import free_on as free_on
-    from lorafit.estimate.forecast import parse_room as parse_room
     from lorafit.estimate.forecast import predicted as predicted
     from lorafit.estimate.forecast import prepare as prepare
     from lorafit.estimate.formulas import flops_per_token as flops_per_token
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "forecast": "Fit Forecast free_on parse_room predicted prepare",
+        "device": "free_on parse_room",
+        "forecast": "Fit Forecast predicted prepare",
         "formulas": "flops_per_token",
         "glibc_heap": "give_back_freed keep_freed start_over",
         "memory_trace": "MemoryTrace",

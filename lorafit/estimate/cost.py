@@ -58,6 +58,7 @@ def estimate(
     free: int = 0,
     free_on_disk: int = 0,
     room: int = 0,
+    unreadable: str = "",
     notes: Sequence[str] = (),
 ) -> Estimate:
     """Peak memory of a training step in bytes, FLOPs per token, and seconds.
@@ -67,7 +68,8 @@ def estimate(
     `free_on_disk` (bytes) decide where it is kept; `room` (bytes) is what is free on the device, 0 where that does
     not matter. Of several `processes`, `shape` and `free` are those of one; they share the work, and a ring sends
     2 (W - 1) / W of the gradients' bytes a step (Patarasuk and Yuan, Bandwidth optimal all-reduce algorithms, 2009).
-    Raises RequestError where layers that were to be streamed cannot be.
+    `unreadable` is why the checkpoint's layers cannot be read one by one. Raises RequestError where layers that were to
+    be streamed cannot be.
     """
     profile = profile or by_formula(plan, model_map, shape)
 
@@ -80,8 +82,7 @@ def estimate(
         return replace(choose(prefix_cache, passes, size, free, free_on_disk, False), bytes=size)
 
     cache = states(work.passes if work else 0.0)
-    rate = ASSUMED_RATE.get(device, 1e11)
-    timing = timing or _assumed(profile, shape, rate)
+    timing = timing or _assumed(profile, shape, ASSUMED_RATE.get(device, 1e11))
     sent, link = 2 * (processes - 1) / processes * plan.adapter_bytes, LINK_RATE.get(device, 3e8)
     timing = replace(timing, step=timing.step + sent / link)
     memory = _memory(plan, model_map, shape, profile, optimizer, cache, device)
@@ -89,7 +90,7 @@ def estimate(
     if base is not None:
         memory, timing = on_each(base, memory, timing, shape, work, processes, link)
     residency = Residency("resident", "")
-    reason = not_streamable(model_map, plan, shape, processes, profile.refusal)
+    reason = not_streamable(model_map, plan, shape, processes, profile.refusal or unreadable)
     if shape.residency != "resident" and not reason:
         # streamed layers run once, however short the run
         once = states(max(2.0, work.passes if work else 0.0))
@@ -117,7 +118,7 @@ def estimate(
         prefix_cache=cache,
         prefix_residency=residency,
         assumptions=(
-            *_assumptions(shape, profile, timing, device, rate, optimizer),
+            *_assumptions(shape, profile, timing, device, optimizer),
             *_dequantising(model_map, shape, timing),
             *(_shared(processes, sent, link, base, cache) if processes > 1 else ()),
             *_streaming(residency),
@@ -207,13 +208,13 @@ def _seconds(
 
 
 def _assumptions(
-    shape: Shape, profile: Profile, timing: Timing, device: str, rate: float, optimizer: str
+    shape: Shape, profile: Profile, timing: Timing, device: str, optimizer: str
 ) -> tuple[str, ...]:
     """What an estimate rests on, in words."""
     memory = "memory: a simulated step" if profile.simulated else "memory: formulas"
     if profile.heap and not shape.sharded:
         memory += ", its allocations replayed through this machine's malloc"
-    seconds = "time: {} {}FLOP/s assumed".format(*scaled(rate))
+    seconds = "time: {} {}FLOP/s assumed".format(*scaled(ASSUMED_RATE.get(device, 1e11)))
     if timing.source:
         agree = percent(timing.spread, 1)
         seconds = f"time: {timing.source}, the fastest of several tries, which agree within {agree}"

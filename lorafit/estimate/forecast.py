@@ -6,10 +6,6 @@ plan a second time does not need torch.
 
 from __future__ import annotations
 
-import os
-import platform
-import re
-import sys
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -23,16 +19,24 @@ from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
 from lorafit.estimate.changes import changes
 from lorafit.estimate.cost import estimate
+from lorafit.estimate.device import device_of, dtype_of, free_on, machine_of, memory_of, torch_device
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
 from lorafit.estimate.kept import Kept
 from lorafit.estimate.sharding import divided
 from lorafit.estimate.terms import ITEMSIZE, Estimate, Profile, Shape, Timing, Work
 from lorafit.events import DataReport, Predicted
-from lorafit.model import ModelMap, ModelSource, held_as, pick_device, weight_bytes
+from lorafit.model import (
+    ModelMap,
+    ModelSource,
+    held_as,
+    local_folder,
+    stream_refusal,
+    weight_bytes,
+    weight_files,
+)
 from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
-from lorafit.system import free_disk, free_memory, without_collecting
-from lorafit.units import parse_bytes
+from lorafit.system import free_disk, without_collecting
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -58,45 +62,6 @@ class Fit:
     free: int
     fits: bool
     alternatives: tuple[Alternative, ...] = ()
-
-
-def device_of(name: str, elsewhere: bool) -> str:
-    """The kind of device to plan for: `cpu`, `cuda` or `mps`.
-
-    `elsewhere` plans for another machine's device. Raises RequestError for an unknown device, or one
-    that this machine does not have.
-    """
-    kind = name.partition(":")[0]
-    if kind not in ("auto", "cpu", "cuda", "mps"):
-        raise RequestError(f"there is no device `{name}`", "--device cpu, cuda or mps")
-    if elsewhere:
-        return "cuda" if kind == "auto" else kind
-    if kind == "auto":
-        if Path("/proc/driver/nvidia").exists() or Path("/dev/nvidia0").exists():
-            return str(_torch_device(name).type)
-        return "mps" if sys.platform == "darwin" and platform.machine() == "arm64" else "cpu"
-    return kind if kind == "cpu" else str(_torch_device(name).type)
-
-
-def _torch_device(name: str) -> Any:
-    with without_collecting():
-        return pick_device(name)
-
-
-def dtype_of(config: RunConfig, device: str) -> str:
-    """The dtype that `train` computes in: `auto` is bfloat16 on a GPU, else float32."""
-    if config.dtype != "auto":
-        return config.dtype
-    return "bfloat16" if device == "cuda" else "float32"
-
-
-def free_on(device: str) -> int:
-    """Free bytes on a device of this machine."""
-    if device != "cuda":
-        return free_memory()
-    import torch
-
-    return int(torch.cuda.mem_get_info()[0])
 
 
 @dataclass(slots=True)
@@ -152,14 +117,13 @@ class Forecast:
         if not self.probing:
             return None
         shape = self._typical(self.shape)
-        machine = [platform.node(), platform.processor(), os.cpu_count(), self.device]
-        facts = [*self._facts(plan, shape), machine]
+        facts = [*self._facts(plan, shape), machine_of(self.device)]
         found = None if self.fresh else self.kept.get(Timing, facts)
         if found is None:
             with without_collecting():
                 from lorafit.estimate.timing import probe
             try:
-                found = probe(self.source, self.found, plan, shape, _torch_device(self.device), self.seconds)
+                found = probe(self.source, self.found, plan, shape, torch_device(self.device), self.seconds)
             except LorafitError as error:
                 self.notes.append(f"the device could not be timed: {error.message}")
                 return None
@@ -169,11 +133,17 @@ class Forecast:
             found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
         return found
 
+    def _unreadable(self) -> str:
+        """Why the layers of the checkpoint cannot be read one by one, where its weights are here; else empty."""
+        folder = local_folder(self.source.place)
+        return stream_refusal(self.source.place) if folder is not None and weight_files(folder) else ""
+
     def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
         """What a plan costs at this forecast's shape, with a timing of this plan."""
         profile = self.profile(plan, self.shape)
         typical = self.profile(plan, self._typical(self.shape))
         profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
+        free = memory_of(self.processes)
         return estimate(
             plan,
             self.found,
@@ -186,8 +156,9 @@ class Forecast:
             prefix_cache=self.config.prefix_cache,
             optimizer=self.config.optimizer,
             processes=self.processes,
-            free=min(free_memory(), self.room or free_memory()) if self.device == "cpu" else free_memory(),
+            free=min(free, self.room or free) if self.device == "cpu" else free,
             room=self.room,
+            unreadable=self._unreadable(),
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),
         )
@@ -375,6 +346,7 @@ def prepare(
             batch = look.rows
         steps = ceil(ceil(look.rows / batch) / config.accumulate)
         work = Work(look.tokens, steps, config.steps(steps), look.held_out_tokens)
+        notes += _cut_warmup(config, work.steps)
         longest, typical, supervised = look.lengths["max"], look.typical, look.share
     if config.compile:
         notes.append(
@@ -409,26 +381,21 @@ def prepare(
         look,
         fresh,
         processes,
-        free_on(device) if room is None else room,
+        free_on(device, processes) if room is None else room,
     )
     return made, config
+
+
+def _cut_warmup(config: RunConfig, steps: int) -> list[str]:
+    """A note where the warm-up is longer than the run."""
+    if config.warmup < max(1, steps):
+        return []
+    return [
+        f"--warmup {config.warmup:g} is cut to {steps - 1}: the run has {steps:,} "
+        f"step{'s' * (steps > 1)}, and the last is at the full rate"
+    ]
 
 
 def predicted(cost: Estimate, plan: Plan) -> Predicted:
     """An estimate as a run records it, to compare with what it measures."""
     return Predicted(cost.memory.peak, cost.seconds or 0.0, plan.trainable_params, cost.busy)
-
-
-def parse_room(text: str) -> tuple[int | None, int]:
-    """(processes, bytes of each) of `4x24GB`; of `24GB` the processes are None. Raises RequestError for
-    anything else."""
-    several = re.fullmatch(r"\s*(\d+)\s*[x×]\s*(.+)", text)
-    try:
-        if several is None:
-            return None, parse_bytes(text)
-        return max(1, int(several[1])), parse_bytes(several[2])
-    except ValueError:
-        raise RequestError(
-            f"--fit is `{text}`: it takes a size",
-            "with a unit, e.g. 24GB, 24GiB or 800MB; 4x24GB is four processes with 24 GB each",
-        ) from None

@@ -31,7 +31,17 @@ from lorafit.forward import (
     refusal,
     trained_in,
 )
-from lorafit.model import ModelMap, ModelSource, Slot, config_of, held_as, model_class, on_meta, pretend
+from lorafit.model import (
+    ModelMap,
+    ModelSource,
+    Slot,
+    config_of,
+    first_line,
+    held_as,
+    model_class,
+    on_meta,
+    pretend,
+)
 
 # The names of the depth in configs.
 DEPTHS = ("num_hidden_layers", "num_layers", "n_layer", "n_layers", "decoder_layers", "num_decoder_layers")
@@ -168,7 +178,7 @@ def simulate_step(
             model, short, forward, meta_batch(shape, found.task), device, times, reach=device == "cpu"
         )
     except Exception as error:  # the code of some models needs values
-        raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
+        raise NotSimulated(f"{type(error).__name__}: {first_line(error)[:160]}") from error
     body = base_of(model)
     return _profile(run, shape, refusal(found, short.cut, trained_in(body), body, training=True))
 
@@ -280,6 +290,8 @@ def alike(source: ModelSource, found: ModelMap, plan: Plan) -> dict[Any, list[in
     if stack.shared or stack.depth < 6:
         return {}
     config = config_of(source).get_text_config(decoder=True)
+    if getattr(config, "hidden_size_per_layer_input", 0):  # an embedding has a part for each layer
+        return {}
     kinds = getattr(config, "layer_types", None)
     kinds = kinds if isinstance(kinds, list) and len(kinds) == stack.depth else [""] * stack.depth
     adapted = {slot.path for slot in plan.slots}

@@ -16,7 +16,15 @@ from lorafit.estimate.glibc_heap import keep_freed
 from lorafit.estimate.simulate import NotSimulated, alike, blocks_of, first_tensor, meta_batch, planned_model
 from lorafit.estimate.terms import SURE, Shape, Timing
 from lorafit.forward import Forward, base_of, blocks_below
-from lorafit.model import ModelMap, ModelSource, dequantised, held_as, is_quantised, quantise_pretended
+from lorafit.model import (
+    ModelMap,
+    ModelSource,
+    dequantised,
+    first_line,
+    held_as,
+    is_quantised,
+    quantise_pretended,
+)
 from lorafit.system import free_memory
 from lorafit.units import bytes_text
 
@@ -64,7 +72,9 @@ def probe(
     try:
         taken, rows, length = _tries(once, shape, seconds, device)
     except Exception as error:  # a model's code may fail on random weights, and memory may run out
-        raise NotSimulated(f"{type(error).__name__}: {str(error).splitlines()[0][:160]}") from error
+        raise NotSimulated(f"{type(error).__name__}: {first_line(error)[:160]}") from error
+    if device.type == "cuda":  # what the blocks took is free again for the run
+        torch.cuda.empty_cache()
     # other work on the machine only adds time, so the fastest try is the best estimate
     whole, replayed, step = min(taken)
     spent = _dequantising(blocks, below, times, dtype, device)  # of a micro-batch, however many tokens it has
@@ -108,8 +118,8 @@ def _dequantising(
 
 def _now(device: torch.device) -> float:
     """The clock, once the device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
     return time.perf_counter()
 
 

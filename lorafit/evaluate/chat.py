@@ -47,7 +47,7 @@ class Chat:
     forgotten: int = 0  # turns that no longer fitted
     answers: int = 0
     apart: str = ""
-    asked: str = ""  # the last question, where there are no turns
+    asked: str = ""  # the last question
 
     def ask(self, text: str) -> Iterator[str]:
         """The pieces of the answer, as they come; it becomes part of the conversation, also where the reader
@@ -64,6 +64,11 @@ class Chat:
             if self.template is not None:
                 self.turns += [_turn("user", text), _turn("assistant", said)]
 
+    def forget(self) -> None:
+        """Begin anew: what was asked and answered is no part of the conversation."""
+        self.turns.clear()
+        self.asked = ""
+
     def ask_base(self, text: str = "") -> Iterator[str]:
         """What the model without its adapter says to a text, or to the last question again. It is no part of the
         conversation.
@@ -73,7 +78,7 @@ class Chat:
         before = self.turns
         if self.apart:
             raise RequestError(f"the base cannot be asked here: {self.apart}", "lorafit chat MODEL asks it")
-        if not text and not before and not self.asked:
+        if not text and not self.asked:
             raise RequestError("nothing was asked yet", "/base TEXT asks the base")
         try:
             if not text and self.template is None:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from lorafit.adapter import changes_its_base, read_config, tensor_names
+from lorafit.adapter import changes_its_base, check_downloaded, read_config, tensor_names
 from lorafit.evaluate.score import Evaluator
 from lorafit.forward import (
     COMFORTABLE,
@@ -68,6 +68,7 @@ class EvaluatedBase:
             self.model = self.streamed.model
         else:
             self.model = load_model(self.source, self.dtype, self.device, self.quantize)
+        check_downloaded(self.adapters, self.source)
         self.cuts = {path: cut or self._cut(path) for path in self.adapters}
         make = Forward.plain if cut else Forward.of
         return make(self.model, self.found.task)
@@ -85,7 +86,8 @@ class EvaluatedBase:
             evaluators = [replace(each, forward=forward) for each in evaluators]
             trials[0].prefix.store = MemoryStore(self._state_bytes(evaluators))
             self.prefixes = {self.streamed.cut: trials[0].prefix}
-            sweep = sweep_of(self.streamed, 0, self.device, sum(len(each.keys) for each in evaluators))
+            count = sum(len(each.keys) for each in evaluators)
+            sweep = sweep_of(self.streamed, self._largest_state(evaluators), self.device, count)
         else:
             self.prefixes = self._prefixes(evaluators)
         run = partial(evaluators[0].forward.run, self.model) if evaluators else lambda batch: None
@@ -146,6 +148,11 @@ class EvaluatedBase:
 
     def _state_bytes(self, evaluators: Sequence[Evaluator]) -> int:
         return self.found.hidden_size * self.dtype.itemsize * sum(each.processed for each in evaluators)
+
+    def _largest_state(self, evaluators: Sequence[Evaluator]) -> int:
+        """Bytes of the states of the largest micro-batch."""
+        tokens = (len(p) * int(each.rows.lengths[list(p)].max()) for each in evaluators for p in each.parts)
+        return self.found.hidden_size * self.dtype.itemsize * max(tokens, default=1)
 
     def _prefixes(self, evaluators: Sequence[Evaluator]) -> dict[int, Prefix]:
         """A prefix for each cut, so far as their states have room in memory, the highest cuts first."""

@@ -109,6 +109,7 @@ class DiskStore:
     proved: bool = True  # made here, or one of its states compared with a fresh pass
     keeps: bool = True  # what is not whole is left for another process to go on with
     filling: Path | None = None
+    double: Path | None = None  # where it is whole, and another process has filled the same entry before
     file: Any = None
 
     def __post_init__(self) -> None:
@@ -201,8 +202,9 @@ class DiskStore:
         assert self.filling is not None
         (self.filling / cache.JOURNAL).unlink()
         self.file.close()
-        self.file = (cache.finish(self.filling, self.folder, index) / STATES).open("rb")
-        self.whole, self.filling = True, None
+        place = cache.finish(self.filling, self.folder, index)
+        self.file = (place / STATES).open("rb")
+        self.whole, self.filling, self.double = True, None, None if place == self.folder else place
 
     def filled(self) -> None:
         self.keeps = False
@@ -221,6 +223,8 @@ class DiskStore:
             self.file.close()
             cache.leave(self.filling)
         self.file.close()
+        if self.double is not None:
+            shutil.rmtree(self.double, ignore_errors=True)
 
 
 def same_state(stored: torch.Tensor, fresh: torch.Tensor) -> bool:

@@ -8,12 +8,11 @@ from lorafit.lazy import door
 
 if TYPE_CHECKING:
     from lorafit.merge.merge import MergeSettings as MergeSettings
-    from lorafit.merge.merge import base_folder as base_folder
     from lorafit.merge.merge import merge_adapters as merge_adapters
 
 __getattr__ = door(
     __name__,
     {
-        "merge": "MergeSettings base_folder merge_adapters",
+        "merge": "MergeSettings merge_adapters",
     },
 )

@@ -7,6 +7,7 @@ files that are not safetensors) goes through the whole model, with a note that s
 
 from __future__ import annotations
 
+import shlex
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -15,7 +16,7 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from lorafit.adapter import check_converted, recorded_quantize, run_of, tokenizer_place
+from lorafit.adapter import check_converted, check_downloaded, recorded_quantize, run_of, tokenizer_place
 from lorafit.data import Row, write_generation_config
 from lorafit.digests import seal
 from lorafit.errors import RequestError, RunError
@@ -28,31 +29,13 @@ from lorafit.merge.write import Work, streamed_work, through_the_model
 from lorafit.model import (
     ModelMap,
     ModelSource,
-    local_folder,
-    not_downloaded,
+    base_folder,
     open_file,
     shards,
-    split_revision,
 )
-from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
+from lorafit.outputs import CARD, EDITABLE, called, check_target, put_in_place, work_folder, writing
 from lorafit.report import Run, merged_card, read_back
 from lorafit.results import MergeReport, Verified, WeightProof
-
-FETCHED = (
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "*.spm",
-    "*.tiktoken",
-    "*.txt",
-    "LICENSE*",
-    "LICENCE*",
-    "NOTICE*",
-    "USE_POLICY*",
-    "additional_chat_templates/*",
-)
 
 UNVERIFIED = ".unverified"
 
@@ -68,31 +51,6 @@ class MergeSettings:
     dtype: str = ""
     max_shard: int = 0
     verify: bool = True
-
-
-def base_folder(source: ModelSource) -> Path:
-    """The folder of the base's files; downloaded when it is a hub model. Raises RequestError."""
-    if source.local:
-        return Path(source.place)
-    from huggingface_hub import snapshot_download
-
-    name, revision = split_revision(source.place)
-    try:
-        found = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
-        if not shards(found):
-            found = Path(
-                snapshot_download(name, revision=revision or None, allow_patterns=[*FETCHED, "*.bin"])
-            )
-    except RequestError:
-        raise
-    except Exception as error:  # each kind of network and hub error is named
-        kept = local_folder(source.place)
-        if kept is not None and shards(kept):
-            return kept
-        raise RequestError(
-            f"the base `{source.place}`: {not_downloaded(error)}", "check the network"
-        ) from None
-    return found
 
 
 def merge_adapters(
@@ -119,7 +77,7 @@ def merge_adapters(
     local = [Path(source.place)] if source.local else []
     check_target(output, settings.overwrite, (*(folder for folder, _ in adapters), *local))
     started = time.perf_counter()
-    base = base_folder(source)
+    base = _base(source, adapters)
     held = replace(source, place=str(base))
     notes = _trained_on_another(adapters)
     with writing(output, "merge again"):
@@ -172,23 +130,31 @@ def merge_adapters(
     return report
 
 
+def _base(source: ModelSource, adapters: Sequence[tuple[Path, float]]) -> Path:
+    """The folder of the base's files, those that the adapters were trained on. Raises RequestError."""
+    found = base_folder(source)
+    check_downloaded([str(folder) for folder, _ in adapters], source)
+    return found
+
+
 def _check_base(source: ModelSource, model_map: ModelMap) -> None:
     """Raises RequestError for a base whose weights are quantised."""
     if model_map.quantised is not None:
         raise RequestError(
             f"`{source.name}` is quantised ({model_map.quantised.kind}): a merge would round it again, "
             "and is not base + adapter",
-            "serve the adapter beside its base, or train on the original model with --quantize nf4",
+            "--model names the model it was quantised from, to merge into its full weights; or serve the adapter beside "
+            "its base",
         )
 
 
 def _trained_on_another(adapters: Sequence[tuple[Path, float]]) -> list[str]:
     """A note for each adapter that was trained on a quantised base: the full one that it is merged into differs."""
-    kinds = {folder.name: recorded_quantize(folder) for folder, _ in adapters}
+    kinds = {folder: recorded_quantize(folder) for folder, _ in adapters}
     return [
-        f"`{name}` was trained on a base in {kind} and is merged into the full weights, which differ from those; "
-        f"`lorafit eval {name} --quantize none` measures what was merged"
-        for name, kind in kinds.items()
+        f"`{called(folder)}` was trained on a base in {kind} and is merged into the full weights, which differ from those; "
+        f"`lorafit eval {shlex.quote(str(folder))} --quantize none` measures what was merged"
+        for folder, kind in kinds.items()
         if kind != "none"
     ]
 

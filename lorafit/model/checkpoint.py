@@ -18,7 +18,7 @@ from lorafit.model.quantised import stored_quantisation
 
 DATA_FILES = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".md", ".gz", ".zst", ".zip")
 
-VOCABULARY = (
+VOCABULARY: tuple[str, ...] = (
     "vocab.json", "vocab.txt", "vocab-*.json", "merges.txt", "*.model", "*.spm", "*.tiktoken", "added_tokens.json",
     "tekken.json", "emoji.json", "sentencepiece*",
 )  # fmt: skip
@@ -157,7 +157,8 @@ def quantisation(config: Mapping[str, Any]) -> str:
         return ""
     method = str(found.get("quant_method") or "")
     if not method:
-        method = "bitsandbytes" if any("bit" in key for key in found) else "unknown method"
+        ours = any("load_in" in key for key in found)
+        method = "bitsandbytes" if ours else "MLX" if "group_size" in found else "unknown method"
     bits = found.get("bits") or found.get("w_bit")
     if not bits and (found.get("load_in_4bit") or found.get("_load_in_4bit")):
         bits = 4

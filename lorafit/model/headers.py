@@ -82,14 +82,21 @@ def open_file(path: Path) -> TensorFile:
     return TensorFile(path, raw, tuple(entries))
 
 
+class NotThere(RequestError):
+    """An index names a file that is not in its folder."""
+
+
 def shards(folder: Path) -> list[Path]:
     """The safetensors files of a model folder, in the index's order; empty when it has none.
 
+    One whole file is taken before an index, as transformers takes it: an index beside it is left of other files.
     Raises RequestError for an index that names files outside the folder or missing ones.
     """
     index = folder / INDEX
+    if (folder / SINGLE).is_file():
+        return [folder / SINGLE]
     if not index.is_file():
-        return [folder / SINGLE] if (folder / SINGLE).is_file() else []
+        return []
     try:
         table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         names = list(dict.fromkeys(table.values()))
@@ -99,7 +106,7 @@ def shards(folder: Path) -> list[Path]:
         if not isinstance(name, str) or Path(name).name != name:
             raise RequestError(f"`{index}` names a file outside its folder: `{name}`")
         if not (folder / name).is_file():
-            raise RequestError(f"`{index}` names `{name}`, which is not there", "download it again")
+            raise NotThere(f"`{index}` names `{name}`, which is not there", "download it again")
     return [folder / name for name in names]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from lorafit.digests import file_digest
 from lorafit.errors import RequestError
-from lorafit.model.headers import open_file, shards
+from lorafit.model.headers import NotThere, open_file, shards
 from lorafit.model.source import split_revision
 from lorafit.system import installed
 
@@ -56,15 +56,27 @@ def digests_of(files: Sequence[Path]) -> list[str]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder: safetensors files, else PyTorch's; empty when it has none.
+    """The weight files of a model folder: safetensors files, else PyTorch's; empty when it has none, and for a
+    snapshot of the hub's cache whose download was interrupted: it goes on when the weights are loaded.
 
-    Raises RequestError for an index that names files which are not there.
+    Raises RequestError for an index of another folder that names files which are not there.
     """
-    if files := shards(folder):
+    try:
+        files = shards(folder)
+    except NotThere:
+        if not _of_the_hub(folder):
+            raise
+        return []
+    if files:
         return files
     if (folder / PICKLED_INDEX).is_file():
         return sorted(folder.glob("pytorch_model*.bin"))
     return [folder / PICKLED] if (folder / PICKLED).is_file() else []
+
+
+def _of_the_hub(folder: Path) -> bool:
+    """Whether a folder is a snapshot in the hub's cache."""
+    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
 
 
 def local_folder(place: str) -> Path | None:
@@ -83,11 +95,15 @@ def local_folder(place: str) -> Path | None:
 
 
 def stream_refusal(place: str) -> str:
-    """Why blocks of that checkpoint cannot be read one at a time; empty where they can."""
+    """Why blocks of that checkpoint cannot be read one at a time; empty where they can, or where a model of the hub is
+    not downloaded yet."""
     if int(installed("transformers").partition(".")[0] or 0) < 5:
         return "it needs transformers 5"
     folder = local_folder(place)
-    return "" if folder is not None and shards(folder) else "there are no .safetensors files"
+    files = weight_files(folder) if folder is not None else []
+    if not files and not Path(place).exists():
+        return ""
+    return "" if files and files[0].suffix == ".safetensors" else "there are no .safetensors files"
 
 
 def shard_refusal(place: str) -> str:
@@ -105,8 +121,8 @@ def sampled(place: str) -> str:
     Empty for what is not a folder of safetensors files. Raises RequestError for a damaged file.
     """
     folder = local_folder(place)
-    files = shards(folder) if folder is not None else []
-    if not files:
+    files = weight_files(folder) if folder is not None else []
+    if not files or files[0].suffix != ".safetensors":
         return ""
     found = hashlib.sha256()
     for path in files:

@@ -43,7 +43,8 @@ def _connects(address: str) -> bool:
     with suppress(OSError):
         if not proxy_bypass(target.hostname or ""):
             proxies = getproxies()
-            target = urlsplit(proxies.get(target.scheme) or proxies.get("all") or address)
+            proxy = proxies.get(target.scheme) or proxies.get("all") or address
+            target = urlsplit(proxy if "://" in proxy else f"http://{proxy}")
     port = target.port or (80 if target.scheme == "http" else 443)
     try:
         socket.create_connection((target.hostname or "", port), SECONDS).close()

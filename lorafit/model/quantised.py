@@ -12,12 +12,13 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 from lorafit.errors import RequestError
+from lorafit.system import on_apple_gpu
 
 if TYPE_CHECKING:
     from lorafit.model.map import ModelMap
 
 NONE = "none"
-KINDS = (NONE, "nf4", "int8")
+KINDS: tuple[str, ...] = (NONE, "nf4", "int8")
 
 BLOCK, OUTER_BLOCK = 64, 256  # values that share a scale, and scales that share one
 CODE, OUTER_CODE = 16, 256  # values of the tables that codes stand for, float32
@@ -56,8 +57,10 @@ class Quantised:
                 f"{what} does not go with --dtype float16: small gradients are lost there",
                 "--dtype bfloat16, or float32",
             )
-        if device.startswith("mps"):
-            raise RequestError(f"{what} does not run on {device}", f"--device cpu{other}")
+        if device.startswith("mps") or (device == "auto" and on_apple_gpu()):
+            raise RequestError(
+                f"{what} does not run on {'mps' if device == 'auto' else device}", f"--device cpu{other}"
+            )
 
 
 def stored_quantisation(config: Mapping[str, Any]) -> Quantised | None:

@@ -15,7 +15,7 @@ from lorafit.model.network import hub_reached, why_offline
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
-REVISION = re.compile(r"([\w.-]+/[\w.-]+)@([\w.][\w./-]*)")  # a branch, a tag or a commit behind an id
+REVISION = re.compile(r"([\w.-]+(?:/[\w.-]+)?)@([\w.][\w./-]*)")  # a branch, a tag or a commit behind an id
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,6 +17,7 @@ import torch
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.classes import config_of, model_class
+from lorafit.model.download import base_folder
 from lorafit.model.headers import TensorEntry, TensorFile, open_file, shards
 from lorafit.model.identity import local_folder, stream_refusal
 from lorafit.model.safetensors_io import read_tensor
@@ -113,6 +114,7 @@ def load_tensors(
     from transformers.core_model_loading import convert_and_load_state_dict_in_model as convert
 
     try:
+        trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
         tensors = {entry.name: read(file, entry) for file, entry in stored}
         with _silently():
             info, _ = convert(model, tensors, settings)
@@ -124,7 +126,7 @@ def load_tensors(
             f"the checkpoint does not fit the model at `{odd[0]}`", "check that the files are whole"
         )
     for name, parameter in model.named_parameters():
-        if "lora_" not in name and parameter.requires_grad:
+        if name not in trained and parameter.requires_grad:  # the loader makes new ones
             parameter.requires_grad_(False)
 
 
@@ -220,6 +222,7 @@ def load_streamed(
 
     Raises RequestError where the checkpoint cannot be read so or does not fill the model.
     """
+    base_folder(source)
     if reason := stream_refusal(source.place):
         raise RequestError(f"the layers cannot be streamed: {reason}", "--prefix-residency resident")
     made, block = build(source, dtype, device, attention), re.compile(re.escape(stack) + r"\.(\d+)\.")

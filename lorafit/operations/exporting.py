@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.adapter import check_converted, common_base, locate, modules_of, named_alone, read_config
 from lorafit.errors import RequestError, RunError
-from lorafit.model import local_folder
+from lorafit.model import local_folder, split_revision, weight_files
 from lorafit.operations.options import GGUF_TYPES
 from lorafit.report import Adapted, why_not_gguf, why_not_merged_gguf
 from lorafit.results import ExportReport
@@ -47,6 +47,17 @@ class Conversion:
     arguments: tuple[str, ...]
     adapted: Adapted | None
     hub: ModelSource | None = None  # a model whose files may not be on this machine yet
+
+    @property
+    def download(self) -> list[str]:
+        """The command that gets the model's weights; empty where they are on this machine."""
+        if self.hub is None:
+            return []
+        folder = local_folder(self.hub.place)
+        if folder is not None and weight_files(folder):
+            return []
+        name, revision = split_revision(self.hub.place)
+        return ["hf", "download", name, *(["--revision", revision] if revision else [])]
 
     def command(self, target: Path | None = None) -> list[str]:
         """The converter's command line."""
@@ -166,7 +177,7 @@ def export(conversion: Conversion) -> ExportReport:
         again = f"lorafit export {shlex.quote(conversion.place)} --to gguf --llama-cpp llama.cpp"
         raise RequestError(f"llama.cpp's {name} is not on this machine", f"{CLONE}, then {again}")
     if conversion.hub is not None:  # the converter reads a folder
-        from lorafit.merge import base_folder
+        from lorafit.model import base_folder
 
         folder = str(base_folder(conversion.hub))
         conversion = replace(conversion, arguments=(folder, *conversion.arguments[1:]))

@@ -12,7 +12,7 @@ from lorafit.adapter import check_continues, locate, planned
 from lorafit.data import find_sources
 from lorafit.errors import RequestError
 from lorafit.estimate import free_on, parse_room, prepare
-from lorafit.model import chart_of, check_tokenizer, find
+from lorafit.model import chart_of, check_tokenizer, find, weight_files
 from lorafit.operations.compiling import check_compile
 from lorafit.operations.going_on import going_on
 from lorafit.operations.progress import Bar, no_bar
@@ -50,6 +50,7 @@ class Planned:
     settings: RunConfig
     found: ModelMap
     processes: int = 1
+    trainable: bool = True  # false where only a config is here, and no weights
 
     def as_json(self) -> dict[str, Any]:
         """The document of `lorafit plan --json`."""
@@ -67,6 +68,12 @@ class _Asked:
     found: ModelMap
     processes: int
     room: int | None
+
+    @property
+    def trainable(self) -> bool:
+        """Whether the model that was named has weights, or may get them from the Hub."""
+        place = Path(self.source.place)
+        return not self.source.local or (place.is_dir() and bool(weight_files(place)))
 
 
 def plan_run(
@@ -91,12 +98,12 @@ def plan_run(
     if asked.settings.from_adapter:
         check_continues(made, locate(asked.settings.from_adapter), asked.source.place)
     if not estimate:
-        return Planned(made, None, None, None, asked.settings, asked.found, asked.processes)
+        return Planned(made, None, None, None, asked.settings, asked.found, asked.processes, asked.trainable)
     ahead, settings, free = _forecast(asked, probe, fresh, bar)
     timing = ahead.timing(made)
     cost = ahead.estimate(made, timing)
     fitting = ahead.fit(made, asked.chosen, cost, timing, free)
-    return Planned(made, ahead.look, cost, fitting, settings, asked.found, asked.processes)
+    return Planned(made, ahead.look, cost, fitting, settings, asked.found, asked.processes, asked.trainable)
 
 
 def plan_matrix(
@@ -182,4 +189,4 @@ def _forecast(asked: _Asked, probe: bool, fresh: bool, bar: Bar) -> tuple[Foreca
             room=asked.room,
             tick=tick,
         )
-    return ahead, settings, free_on(ahead.device) if asked.room is None else asked.room
+    return ahead, settings, free_on(ahead.device, asked.processes) if asked.room is None else asked.room

@@ -154,7 +154,7 @@ def _epochs(runs: Sequence[Run]) -> Html:
             mfu = epoch.get("mfu")
             rows.append(
                 [
-                    *([run.folder.name] if len(runs) > 1 else []),
+                    *([run.name] if len(runs) > 1 else []),
                     str(epoch["epoch"]),
                     f"{epoch['loss']:.3f}",
                     count(epoch["tokens"]),
@@ -173,7 +173,7 @@ def _predicted(runs: Sequence[Run]) -> Html:
     rows: list[list[str]] = []
     for run in runs:
         report, guess = run.report, run.report.get("predicted")
-        name = [run.folder.name] if len(runs) > 1 else []
+        name = [run.name] if len(runs) > 1 else []
         if losses := report["eval"]:
             before, after = losses["before"]["loss"], losses["after"]["loss"]
             rows.append([*name, "held-out loss", "", f"{figures(before, 4)} → {figures(after, 4)}", ""])
@@ -318,7 +318,7 @@ def _said(run: Run) -> Html:
         for label in ("reference", "before", "after")
         if said[label] or label != "reference"
     ]
-    head = el("h2", f"A held-out row, before and after {run.folder.name}")
+    head = el("h2", f"A held-out row, before and after {run.name}")
     return el("section", head, el("p", el("strong", str(said["prompt"]))), el("dl", parts))
 
 
@@ -346,9 +346,7 @@ def _data(run: Run) -> Html:
             + el("div", pieces, cls="said")
         )
     noted = el("ul", [el("li", note) for note in notes]) if notes else ""
-    return el(
-        "section", el("h2", f"Data of {run.folder.name}"), el("p", about), noted, [Html(row) for row in rows]
-    )
+    return el("section", el("h2", f"Data of {run.name}"), el("p", about), noted, [Html(row) for row in rows])
 
 
 def _environment(run: Run) -> Html:
@@ -357,7 +355,7 @@ def _environment(run: Run) -> Html:
     if not facts:
         return Html("")
     rows = [[str(name).replace("_", " "), str(value)] for name, value in facts.items() if value]
-    return el("section", el("h2", f"Environment of {run.folder.name}"), table(["", "value"], rows, 9))
+    return el("section", el("h2", f"Environment of {run.name}"), table(["", "value"], rows, 9))
 
 
 def _settings(run: Run) -> Html:
@@ -369,6 +367,6 @@ def _settings(run: Run) -> Html:
     ]
     return el(
         "details",
-        el("summary", f"All settings of {run.folder.name}"),
+        el("summary", f"All settings of {run.name}"),
         table(["setting", "value", "from"], rows, 9),
     )

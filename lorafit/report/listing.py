@@ -112,12 +112,16 @@ def _loss(value: Any) -> float | None:
     return _number(value.get("loss")) if isinstance(value, Mapping) else None
 
 
+SHOWN_AS = {"rate": "learning_rate", "time": "seconds"}  # columns that the table calls otherwise
+
+
 def sorted_by(rows: Sequence[RunRow], column: str) -> list[RunRow]:
     """The rows by a column, the smallest first; `-after` is the other way round. What is not known comes last.
 
     Raises RequestError for a column that is not there.
     """
     name = column.removeprefix("-").replace("-", "_")
+    name = SHOWN_AS.get(name, name)
     if name not in COLUMNS:
         raise RequestError(f"--sort: there is no column `{name}`", closest(name, COLUMNS))
     known = [row for row in rows if getattr(row, name) not in (None, "")]

@@ -114,7 +114,7 @@ def merged_card(
     base = _public_name(base)
     rows: list[tuple[str, str]] = [("base", _code(base))]
     for run, weight in parts:
-        rows.append(("adapter", _code(run.folder.name) + (f" × {weight:g}" if weight != 1 else "")))
+        rows.append(("adapter", _code(run.name) + (f" × {weight:g}" if weight != 1 else "")))
         if run.settings:
             what = run.settings.get("preset") or ", ".join(map(str, run.settings.get("modules") or ()))
             layers = run.settings.get("layers") or "the preset's"
@@ -151,17 +151,24 @@ def merged_card(
             "```",
             "",
             *_uses(uses_of_merged(family, task, Path(report.output).name, base), task),
-            *[f"\n{note}." for note in report.notes],
+            *[f"\n{_for_others(note, parts)}." for note in report.notes],
             "",
         ]
     )
 
 
+def _for_others(note: str, parts: Sequence[tuple[Run, float]]) -> str:
+    """A note without the adapters' places on this machine."""
+    for run, _ in parts:
+        note = note.replace(shlex.quote(str(run.folder)), shlex.quote(run.name))
+    return note
+
+
 def _merge_command(parts: Sequence[tuple[Run, float]], output: str) -> str:
     """The command that made it."""
     if len(parts) == 1 and parts[0][1] == 1:
-        return f"lorafit merge {shlex.quote(parts[0][0].folder.name)} -o {output}"
-    given = " ".join(f"--adapter {shlex.quote(f'{run.folder.name}={weight:g}')}" for run, weight in parts)
+        return f"lorafit merge {shlex.quote(parts[0][0].name)} -o {output}"
+    given = " ".join(f"--adapter {shlex.quote(f'{run.name}={weight:g}')}" for run, weight in parts)
     return f"lorafit merge {given} -o {output}"
 
 

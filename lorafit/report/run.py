@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
-from lorafit.outputs import EVENTS, RUN_FILE
+from lorafit.outputs import EVENTS, RUN_FILE, called
 from lorafit.settings import read_yaml
 from lorafit.units import count
 
@@ -29,6 +29,10 @@ class Run:
     folder: Path
     settings: dict[str, Any]
     events: tuple[dict[str, Any], ...]
+
+    @property
+    def name(self) -> str:
+        return called(self.folder)
 
     def first(self, kind: str) -> dict[str, Any]:
         """The first event of a kind; empty if there is none."""

@@ -57,7 +57,7 @@ def verdict(runs: Sequence[Run], report: EvalReport | None) -> Html:
             name = a.path if len(report.adapters) > 1 else "The adapter"
             sentences.append(f"{name} {_effect(a, report.rows)}: loss {report.base.loss:.4f} → {a.loss:.4f}.")
     else:
-        sentences = [_of_run(run, run.folder.name if len(runs) > 1 else "The adapter") for run in runs]
+        sentences = [_of_run(run, run.name if len(runs) > 1 else "The adapter") for run in runs]
     several = len(sentences) > 1 and report is not None
     shown = (
         el("p", text, cls="soft" if number and several else "verdict")

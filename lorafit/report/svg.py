@@ -36,7 +36,7 @@ def curves(runs: Sequence[Run]) -> Html:
     if not picture:
         return Html("")
     legend = [
-        el("span", Html(f'<span style="color:var(--c{n % COLOURS})">●</span> '), run.folder.name, cls="key")
+        el("span", Html(f'<span style="color:var(--c{n % COLOURS})">●</span> '), run.name, cls="key")
         for n, run in enumerate(runs)
     ]
     parts: list[Html] = [

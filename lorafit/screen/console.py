@@ -14,13 +14,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from rich.cells import cell_len
+from rich.cells import cell_len, set_cell_size
 from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.text import Text
 
-from lorafit.distributed import launched
+from lorafit.distributed import is_first
 from lorafit.errors import LorafitError
 from lorafit.jsonio import jsonable
 from lorafit.screen.ascii import allow_ascii, is_unicode
@@ -46,7 +46,7 @@ class Screen:
 
     def __init__(self, as_json: bool = False, quiet: bool = False, verbose: bool = False) -> None:
         self.as_json = as_json
-        self.quiet = quiet or not launched().first
+        self.quiet = quiet or not is_first()
         self.verbose = verbose
         self.said = 0  # lines on stderr, so far
         self.out = _console(sys.stdout)
@@ -107,9 +107,10 @@ class Screen:
 
     def error(self, error: LorafitError) -> None:
         """`error: …` and `hint: …`."""
-        self.talk.print(f"[bold red]error:[/] {escape(error.message)}", highlight=False, soft_wrap=True)
-        if error.hint:
-            self.talk.print(f"[bold]hint:[/] {escape(error.hint)}", highlight=False, soft_wrap=True)
+        for word, style, text in (("error:", "bold red", error.message), ("hint:", "bold", error.hint)):
+            if text:
+                line = Text.assemble((word, style), f" {text.translate(CONTROLS)}")
+                self.talk.print(line, highlight=False, soft_wrap=True)
 
     @contextmanager
     def bar(
@@ -151,7 +152,7 @@ class Table:
 
     def add_row(self, *cells: str | Text) -> None:
         """A row, as markup or as texts; cells at the end may be left out."""
-        texts = [Text.from_markup(cell) if isinstance(cell, str) else cell for cell in cells]
+        texts = [Text.from_markup(cell, emoji=False) if isinstance(cell, str) else cell for cell in cells]
         self.rows.append([*texts, *(Text() for _ in self.names[len(texts) :])])
 
     @property
@@ -220,7 +221,7 @@ def table_of(*columns: str, right: int = 0, fold: int = 1) -> Table:
 def _print(console: Console, text: str | Text | Table) -> int:
     """Print it; the number of lines."""
     if isinstance(text, str):
-        text = Text.from_markup(text)
+        text = Text.from_markup(text, emoji=False)
     if isinstance(text, Table):
         lines = list(text.lines(console))
     else:
@@ -260,7 +261,8 @@ def _console(stream: Any) -> Console:
     allow_ascii(stream)
     width = None
     if not stream.isatty():
-        width = int(os.environ.get("COLUMNS", "0") or 0) or 100
+        columns = os.environ.get("COLUMNS", "")
+        width = (int(columns) if columns.isdecimal() else 0) or 100
     return Console(file=stream, width=width, soft_wrap=False)
 
 
@@ -269,5 +271,6 @@ def times_text(*sizes: int) -> str:
 
 
 def clip(text: str, most: int = 400) -> str:
-    line = " ".join(text.split())
-    return line if cell_len(line) <= most else f"{line[: most - 1]}…"
+    """The text on one line, at most so many columns of it; `…` where it was cut."""
+    line = " ".join(text.split()).translate(CONTROLS)
+    return line if cell_len(line) <= most else f"{set_cell_size(line, most - 1).rstrip()}…"

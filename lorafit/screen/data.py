@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rich.cells import chop_cells
 from rich.text import Text
 
 from lorafit.events import DataReport
@@ -132,9 +133,10 @@ def _show_piece(screen: Screen, text: str, learned: bool, answer: bool) -> None:
     bar, style = ("┃ ", "bold") if learned else ("│ ", "dim")
     room = max(20, console.width - LABEL - 4)
     shown = text.translate(CONTROLS).replace("\n", "⏎")
-    lines = [shown[at : at + room] for at in range(0, len(shown), room)] or [""]
+    lines = chop_cells(shown, room) or [""]
     if len(lines) > PIECE_LINES:
-        lines = [*lines[: PIECE_LINES - 1], "…" + shown[-(room - 1) :]]
+        tail = chop_cells(shown[::-1][:room], room - 1)[0][::-1]
+        lines = [*lines[: PIECE_LINES - 1], f"…{tail}"]
     for line in lines:
         row = Text.assemble(" " * (LABEL + 2), (bar, "" if learned else "dim"), (line, style))
         row.no_wrap, row.overflow = True, "crop"

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import PurePath
 
 from rich.markup import escape
 
+from lorafit.outputs import called
 from lorafit.report import name_without
 from lorafit.results import AdapterScore, EvalReport, Group, Score
 from lorafit.screen.console import LABEL, Screen, Table, clip, table_of
@@ -46,13 +46,8 @@ def show_eval(screen: Screen, report: EvalReport) -> None:
         for a, name in zip(group.adapters, named, strict=True):
             _say(screen, name, _significance(a, group.rows))
     if report.benchmarks:
-        names = {"base": name_without(report.paths), **dict(zip(report.paths, named, strict=True))}
-        table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
-        for b in report.benchmarks:
-            error = "" if b.stderr is None else f"± {b.stderr:.4f}"
-            table.add_row(f"  {escape(b.task)}", escape(b.metric), names[b.model], f"{b.value:.4f}", error)
         screen.answer()
-        screen.answer(table)
+        screen.answer(_benchmarks_table(report, named))
     for a, name in zip(report.adapters, named, strict=bool(report.adapters)):
         for most, rows in ((True, a.best), (False, a.worst)):
             for row in rows:
@@ -91,7 +86,7 @@ def _short_names(paths: Sequence[str]) -> list[str]:
     """What the adapters are called, in tables and text alike: by their folder where that tells them apart."""
     if len(paths) == 1:
         return ["adapter"]
-    names = [PurePath(path).name or path for path in paths]
+    names = [called(path) for path in paths]
     return names if len(set(names)) == len(names) else list(paths)
 
 
@@ -122,7 +117,9 @@ def _scores_table(base: Score, adapters: Sequence[AdapterScore], named: Sequence
     columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
     columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
-    labels = named if len(adapters) > 1 else [a.path for a in adapters]
+    # a folder in the Hub's cache by its hub id
+    alone = [name if "/" in (name := called(a.path)) else a.path for a in adapters]
+    labels = named if len(adapters) > 1 else alone
     for label, score in ((name_without(adapters), base), *zip(labels, adapters, strict=True)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]
         if exact:
@@ -142,6 +139,17 @@ def _significance(score: AdapterScore, rows: int) -> str:
     return f"{'better' if score.high < 0 else 'worse'} than the base {interval}"
 
 
+def _benchmarks_table(report: EvalReport, named: Sequence[str]) -> Table:
+    """One line per task, metric and model."""
+    names = {"base": name_without(report.paths), **dict(zip(report.paths, named, strict=True))}
+    table = table_of("task", "metric", "model", "value", "", right=2, fold=0)
+    for b in report.benchmarks:
+        error = "" if b.stderr is None else f"± {b.stderr:.4f}"
+        cells = (f"  {escape(b.task)}", escape(b.metric), escape(names[b.model]))
+        table.add_row(*cells, f"{b.value:.4f}", error)
+    return table
+
+
 def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Table:
     """One line per group and adapter."""
     table = table_of(by, "rows", "tokens", "model", "loss", "accuracy", "difference", right=3, fold=0)
@@ -158,6 +166,12 @@ def _groups_table(by: str, groups: Sequence[Group], named: Sequence[str]) -> Tab
         )
         for a, name in zip(group.adapters, named, strict=True):
             table.add_row(
-                "", "", "", name, f"{a.loss:.4f}", f"{a.accuracy:.1%}", f"{a.delta:+.4f} ± {a.stderr:.4f}"
+                "",
+                "",
+                "",
+                escape(name),
+                f"{a.loss:.4f}",
+                f"{a.accuracy:.1%}",
+                f"{a.delta:+.4f} ± {a.stderr:.4f}",
             )
     return table

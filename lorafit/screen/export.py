@@ -28,9 +28,11 @@ def show_export(screen: Screen, report: ExportReport) -> None:
     )
 
 
-def show_conversion(screen: Screen, command: Sequence[str], here: bool) -> None:
-    """The converter's command, and where llama.cpp is not on this machine what gets it."""
-    lines = [*([] if here else [CLONE, "pip install gguf"]), shlex.join(command)]
+def show_conversion(screen: Screen, download: Sequence[str], command: Sequence[str], here: bool) -> None:
+    """The converter's command; before it what gets llama.cpp, where it is not on this machine, and the model's weights,
+    where these are not."""
+    lines = [*([] if here else [CLONE, "pip install gguf"])]
+    lines += [shlex.join(each) for each in (download, command) if each]
     if screen.as_json:
         screen.document({"commands": lines})
     else:

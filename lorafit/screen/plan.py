@@ -39,7 +39,8 @@ def show_plan(
     command: str,
     config: RunConfig,
 ) -> None:
-    """What would be adapted, its names in PEFT, the data, and the cost; `command` is the command that trains it."""
+    """What would be adapted, its names in PEFT, the data, and the cost; `command` is the command that trains it; empty
+    where there is none."""
     screen.answer(f"[bold]{escape(plan.model)}[/]  {escape(_title(plan))}")
     screen.answer()
     for label, text in _plan_lines(plan, found):
@@ -66,7 +67,7 @@ def show_plan(
             _show_alternatives(screen, fit, estimate)
     for note in plan.notes:
         screen.note(note, answer=True)
-    if fit is None or fit.fits:
+    if command and (fit is None or fit.fits):
         screen.command("next", command)
 
 

@@ -163,6 +163,11 @@ def _check_together(values: Mapping[str, Any], origin: Mapping[str, str]) -> Non
             "--scheduler constant has no warm-up, and --warmup asks for one",
             "--scheduler constant_with_warmup",
         )
+    if values["warmup"] > 1 and values["warmup"] % 1:
+        raise RequestError(
+            f"--warmup is {values['warmup']:g}: it takes a share of the run below 1, or whole steps",
+            f"--warmup {ceil(values['warmup'])}",
+        )
     if values["patience"] and not values["eval_steps"]:
         raise RequestError("--patience counts evaluations, and there are none", "e.g. --eval-steps 50")
     if values["min_delta"] and not values["patience"]:

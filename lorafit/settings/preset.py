@@ -31,7 +31,7 @@ FOLDERS = (HERE / "_presets", HERE.parent / "presets")
 LONGEST = 1_000_000  # bytes of the largest YAML file that is read
 
 
-STARTS = ("pissa", "olora", "corda")  # the words that PEFT's names for them begin with
+STARTS = ("pissa", "olora", "corda", "lora_ga")  # the words that PEFT's names for them begin with
 
 
 def takes_from_base(init: Any) -> bool:

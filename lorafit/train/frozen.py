@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -127,29 +127,40 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
             prefix.always = True
     if job.world.agreed(bool(reason)):
         return refused(reason or "another process found a replay to differ from a whole pass")
-    prefix.store = MemoryStore(size)
-    if shared is not None:
+    made = {first.key: state} if first is not None and job.streamed is None else {}
+    if shared is not None:  # filled already
         prefix.store, prefix.forms = shared.store, shared.forms
     elif choice.where == "disk":
-        store, why = _disk_store(job, held_out, place, cut)
+        store, why = _disk_store(job, held_out, place, cut, made)
         if store is None:
             return Frozen(caching=PrefixCache("off", why))
         prefix.store = store
-    if first is not None and job.streamed is None and shared is None:  # which is filled already
-        prefix.store.put(first.key, state)
+    else:
+        prefix.store = MemoryStore(size)
+        for key, kept in made.items():
+            prefix.store.put(key, kept)
     sweep = _sweep(job, held_out, choice, row_bytes)
     return Frozen(
         prefix, PrefixCache(choice.where, choice.reason, cut, size, job.streamed is not None), sweep, trial
     )
 
 
-def _disk_store(job: Job, held_out: Evaluator, place: Path, cut: int) -> tuple[DiskStore | None, str]:
-    """(the states' folder; why there is none, where the run goes on without). Raises OneProcess where it does not."""
+def _disk_store(
+    job: Job, held_out: Evaluator, place: Path, cut: int, made: Mapping[str, torch.Tensor]
+) -> tuple[DiskStore | None, str]:
+    """(the states' folder, with those that are `made`; why there is none, where the run goes on without). Raises
+    OneProcess where it does not."""
     layers = f"layers 0–{cut - 1}" if cut > 1 else "layer 0"
     about = {"about": f"{job.found.model}, {layers}", "tokens": job.rows.look.tokens}
+    store = None
     try:
-        return DiskStore(place, frozenset([*job.keys, *held_out.keys]), about), ""
+        store = DiskStore(place, frozenset([*job.keys, *held_out.keys]), about)
+        for key, state in made.items():
+            store.put(key, state)
+        return store, ""
     except OSError as error:
+        if store is not None:
+            store.close()
         why = f"its file cannot be written: {error.strerror}"
         if job.config.prefix_cache == "auto" and job.world.alone and job.streamed is None:
             return None, why

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from lorafit.adapter import Plan, inject_plan, locate, put_in
+from lorafit.adapter import Plan, check_downloaded, inject_plan, locate, put_in
 from lorafit.data import Batch, MicroBatch, Row, Rows, batches, collate_rows, in_epoch, mask_row, run_along
 from lorafit.distributed import ALONE, World
 from lorafit.estimate import give_back_freed, keep_freed
@@ -373,6 +373,9 @@ def assemble(
     predicted: Predicted | None = None,
     world: World = ALONE,
 ) -> Job:
-    """Load the model and put the planned adapter in."""
+    """Load the model and put the planned adapter in. Raises RequestError, too, where an adapter to go on from turns out
+    to be of another base once that is downloaded."""
     base = load_base(source, found, config, plan, world)
+    if config.from_adapter:
+        check_downloaded([locate(config.from_adapter)], source)
     return put_on(base, config, plan, rows, tokenizer, folder, stop, predicted, world)

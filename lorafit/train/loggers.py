@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 import yaml
 
-from lorafit.adapter import write_base
-from lorafit.data import save_rows
+from lorafit.adapter import save_tokenizer, write_base
+from lorafit.data import end_tokens, save_rows, write_generation_config
 from lorafit.events import Compiling, Event, Filling, Note, Started, TrainReport, record
 from lorafit.outputs import CARD, EVENTS, HELD_OUT, PAGE, RUN_FILE, writing
 from lorafit.report import adapter_card, make_page, read_back
@@ -119,8 +119,13 @@ def recorded(
             settings = job.config.as_file()
             whole = {**settings, "environment": first.environment}
             run_file = yaml.safe_dump(whole, sort_keys=False, allow_unicode=True)
-            (folder.work / RUN_FILE).write_text(run_file, encoding="utf-8")
+            draft = folder.work / f".{RUN_FILE}"  # a resumed run's file is whole at any moment
+            draft.write_text(run_file, encoding="utf-8")
+            draft.replace(folder.work / RUN_FILE)
             write_base(folder.work, job.found.model, job.fingerprint, job.config.quantize)
+            # what was learned, and where its answers end: checkpoints are used with them
+            save_tokenizer(job.tokenizer, folder.work)
+            write_generation_config(folder.work, ends=end_tokens(job.tokenizer))
             save_rows(job.rows.held_out, folder.work / HELD_OUT)
             notes = _tell(active, lambda listener: listener.start(first, settings))
             for event in chain([first], notes, events):

@@ -14,8 +14,7 @@ from signal import SIGTERM
 
 import torch
 
-from lorafit.adapter import adapted_names, compare, save_adapter, save_tokenizer
-from lorafit.data import end_tokens, write_generation_config
+from lorafit.adapter import adapted_names, compare, save_adapter
 from lorafit.digests import check
 from lorafit.distributed import lost
 from lorafit.errors import Interrupted, OutOfMemory, RequestError, RunError
@@ -286,8 +285,6 @@ def _end(
     adapter in its place; the report."""
     if job.world.first:
         save_adapter(job.model, job.folder.work)
-        save_tokenizer(job.tokenizer, job.folder.work)
-        write_generation_config(job.folder.work, ends=end_tokens(job.tokenizer))
     if last is None and held_out.rows:
         last = _held_out_loss(job, held_out)
         yield Evaluated(

@@ -13,7 +13,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from lorafit.adapter.folder import check_values, locate, read_config
+from lorafit.adapter.folder import CONFIG, check_values, locate, read_config, replaces_its_base
 from lorafit.errors import RequestError
 from lorafit.model.chart import chart_of
 from lorafit.model.source import find
@@ -162,6 +162,43 @@ def test_settings_that_change_the_meaning_are_refused_by_name(
         done = run(*command)
         assert done.code == 2 and f"`{key}`" in done.err, done.err
     assert not (tmp_path / "m").exists()
+
+
+def test_an_adapter_as_lora_ga_leaves_it_is_refused(bases, tmp_path, run):
+    foreign(bases[False], tmp_path / "a")
+    config = json.loads((tmp_path / "a" / CONFIG).read_text())
+    (tmp_path / "a" / CONFIG).write_text(json.dumps({**config, "init_lora_weights": "lora_ga"}))
+    done = run("merge", tmp_path / "a", "-o", tmp_path / "m")
+    assert done.code == 2 and "`lora_ga` start needs it" in done.err
+
+
+def test_an_adapter_whose_file_holds_the_bases_embedding_replaces_its_base(bases, tmp_path):
+    foreign(bases[False], tmp_path / "a", trainable_token_indices={"embed_tokens": [3]})
+    assert not replaces_its_base(tmp_path / "a")
+    path = tmp_path / "a" / "adapter_model.safetensors"
+    extra = {"base_model.model.model.embed_tokens.weight": torch.ones(2, 2)}
+    save_file({**load_file(path), **extra}, path, {"format": "pt"})
+    assert replaces_its_base(tmp_path / "a")
+
+
+def test_a_vocabulary_that_was_enlarged_is_named(bases, tmp_path, run, pairs):
+    larger = AutoModelForCausalLM.from_pretrained(bases[False])
+    size = larger.config.vocab_size
+    larger.resize_token_embeddings(size + 5)
+    larger.save_pretrained(tmp_path / "larger")
+    foreign(tmp_path / "larger", tmp_path / "a", modules_to_save=["embed_tokens"])
+    done = run("eval", tmp_path / "a", "--model", bases[False], "--data", pairs, "--samples", 0)
+    assert done.code == 2 and f"enlarged from {size:,} to {size + 5:,}" in done.err, done.err
+    assert f"resize_token_embeddings({size + 5})" in done.err
+
+
+def test_a_home_is_found_wherever_a_folder_is_named(bases, tmp_path, run, pairs, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    foreign(bases[False], tmp_path / "a")
+    assert locate("~/a") == str(tmp_path / "a")
+    (tmp_path / "run.yaml").write_text(f"from_adapter: ~/a\ndata: [{pairs}]\nmax_steps: 1\nmax_length: 64\n")
+    done = run("train", "--config", tmp_path / "run.yaml", "-o", tmp_path / "r", "-q")
+    assert done.code == 0, done.err
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

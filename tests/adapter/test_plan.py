@@ -208,7 +208,7 @@ def test_everything_excluded(maps):
 @pytest.mark.parametrize(
     "lora",
     [Lora(use_dora=True), Lora(use_rslora=True), Lora(bias="all"), Lora(bias="lora_only"), Lora(modules_to_save=("lm_head",)),
-     Lora(rank_pattern={"q": 4, "up": 2}), Lora(r=3, rank_pattern={r".*\.3\..*": 5})],
+     Lora(rank_pattern={"q_proj": 4, "fc1|up_proj": 2}), Lora(r=3, rank_pattern={r".*\.3\..*": 5})],
     ids=["dora", "rslora", "bias all", "bias lora_only", "modules_to_save", "rank_pattern", "rank by layer"],
 )  # fmt: skip
 def test_counts_hold_for_all_of_loras_settings(maps, lora):

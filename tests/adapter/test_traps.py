@@ -40,6 +40,19 @@ def test_a_misspelt_name_beside_a_good_one_is_not_dropped(llama):
         resolve(llama, named("q_proj", "v_porj"), "all")
 
 
+@pytest.mark.parametrize("kind", ["rank_pattern", "alpha_pattern"])
+def test_a_pattern_that_names_no_chosen_module_is_not_dropped(llama, kind):
+    def preset(pattern):
+        return parse({"roles": ["up", "down"], "lora": {kind: {pattern: 4}}}, "mine")
+
+    with pytest.raises(RequestError, match=f"{kind} names `down_porj`") as error:
+        resolve(llama, preset("down_porj"), "high")
+    assert error.value.hint == "did you mean `down_proj`?"
+    with pytest.raises(RequestError, match="no chosen module"):
+        resolve(llama, preset(r".*\.0\.mlp\.down_proj"), "high")
+    assert resolve(llama, preset("down_proj"), "high").slots
+
+
 def test_a_full_path_does_not_slip_past_the_layers(llama):
     with pytest.raises(RequestError, match="lies in none of the chosen layers"):
         resolve(llama, named("q_proj", "model.layers.0.self_attn.v_proj"), "high")

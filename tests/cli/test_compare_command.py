@@ -1,9 +1,12 @@
 import csv
 import json
 import re
+from importlib import import_module
 from io import StringIO
 
 import pytest
+
+from lorafit.errors import RunError
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +38,18 @@ def test_the_answer_comes_first_then_the_table_and_the_files(tiny, pairs, tmp_pa
     assert "small" in page and "<script" not in page and not re.search(r"(src|href)=.http", page)
     for name in ("small", "large"):
         assert (out / name / "run.yaml").is_file()
+
+
+def test_a_comparison_without_a_result_is_a_failure(tiny, pairs, tmp_path, run, monkeypatch):
+    def fails(job):
+        raise RunError("the loss is not a number")
+        yield
+
+    monkeypatch.setattr(import_module("lorafit.compare.run"), "run", fails)
+    words = ("--presets", "ffn", "--layers", "high", "--max-steps", 4, "--max-length", 64, "--workers", 1)
+    for more, shown in (("--json",), "the loss is not a number"), ((), "No candidate finished."):
+        done = run("compare", tiny("llama"), "--data", pairs, *words, *more, "-o", tmp_path / str(len(more)))
+        assert done.code == 1 and shown in done.out, done.err
 
 
 def test_the_same_command_with_resume_has_nothing_left_to_do(tiny, pairs, tmp_path, run, grid):

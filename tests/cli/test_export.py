@@ -141,6 +141,17 @@ def test_without_llama_cpp_the_commands_are_shown(run, adapter, tiny, tmp_path, 
     assert result.code == 2 and "there is no convert_lora_to_gguf.py in --llama-cpp" in result.err
 
 
+def test_a_model_that_is_not_downloaded_is_downloaded_first(run, tiny, tmp_path, hub, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    home = in_hub_cache(tiny("llama"), hub, ref="v2")
+    assert not any(
+        "hf download" in line for line in run("export", "ada/tiny@v2", "--commands").out.splitlines()
+    )
+    next((home / "snapshots").rglob("model.safetensors")).unlink()
+    *_, first, last = run("export", "ada/tiny@v2", "--commands", "--json").document["commands"]
+    assert first == "hf download ada/tiny --revision v2" and "convert_hf_to_gguf.py" in last
+
+
 def test_a_model_of_the_hub_is_a_folder_to_the_converter(run, tiny, tmp_path, hub, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (snapshot,) = (in_hub_cache(tiny("llama"), hub) / "snapshots").iterdir()

@@ -1,6 +1,7 @@
 """Mistakes people make, and what they are told: what was wrong, with the value, and what to do next."""
 
 import json
+import os
 import pathlib
 import re
 import shutil
@@ -50,6 +51,14 @@ TYPED = [
     (["chat", "x", "--temperature", "hot"], "--temperature is `hot`", "a number from 0 on, at most 10"),
     (["chat", "x", "--max-new-tokens", "0"], "--max-new-tokens is `0`", "a whole number from 1 on"),
     (["data", "--row", "x"], "--row is `x`", "a whole number from 1 on"),
+    (["data", "--row", "1", "--row", "x"], "--row is `x`", "a whole number from 1 on"),
+    (["chat", "x", "--model"], "'--model' requires an argument", "lorafit chat --help"),
+    (["merge", "x", "-o", "m", "--adapter"], "'--adapter' requires an argument", "lorafit merge --help"),
+    (["train", "demo", "my data.jsonl"], "`my data.jsonl`", "--data 'my data.jsonl'"),
+    (["merge", "-o", "out", "--dtype", "float32", "a", "b"], "`b`", "lorafit merge a --adapter b -o DIR"),
+    (["train", "--warmup", "1.5"], "--warmup is 1.5", "--warmup 2"),
+    (["inspect", "~no-such-person/model"], "`~no-such-person/model`", "name the whole path"),
+    (["runs", ".", "--sort", "spee"], "no column `spee`", ""),
 ]
 
 
@@ -117,6 +126,33 @@ KNOWN = {
 def test_names_of_other_tools_are_answered(run, name, ours):
     done = run("train", name, "1")
     assert done.code == 2 and f"there is no option `{name}`" in done.err and ours in done.err, done.err
+
+
+def test_a_launcher_whose_variables_cannot_be_read_is_an_error(forked):
+    done = forked.run("presets", env={**os.environ, "WORLD_SIZE": "x", "RANK": "0"})
+    assert done.returncode == 2 and done.stdout == "" and "WORLD_SIZE is `x`" in done.stderr, done.stderr
+
+
+def test_columns_that_are_no_number_are_not_read(run, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80x")
+    assert run("presets").code == 0
+
+
+def test_a_warm_up_longer_than_the_run_is_told(run):
+    def notes(*more):
+        found = run("plan", "demo", "--max-steps", 5, "--no-probe", "--json", *more).document
+        return [note for note in found["estimate"]["assumptions"] if "--warmup" in note]
+
+    (note,) = notes("--warmup", 100)
+    assert note.startswith("--warmup 100 is cut to 4: the run has 5 steps")
+    assert not notes("--warmup", 4) and not notes("--warmup", 0.9)
+
+
+def test_a_config_without_weights_offers_no_training(run, tiny, tmp_path):
+    shutil.copyfile(tiny("llama") / "config.json", tmp_path / "config.json")
+    for place in (tmp_path / "config.json", tmp_path):
+        assert "next" not in run("plan", place, "--no-estimate").out
+    assert "lorafit train" in run("plan", tiny("llama"), "--no-estimate").out
 
 
 def test_every_answer_is_an_option_of_train(run):

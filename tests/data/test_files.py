@@ -457,6 +457,17 @@ def test_json_lines_under_any_name(tmp_path, name):
     ]
 
 
+@pytest.mark.parametrize("name", ["d.json", "d.txt", "d"])
+@pytest.mark.parametrize(
+    "odd", ["\u2028", "\u0085", "\f", "x" * (1 << 20)], ids=["LS", "NEL", "FF", "a long line"]
+)
+def test_json_lines_are_known_whatever_their_texts_hold(tmp_path, name, odd):
+    rows = [{"prompt": f"a{odd}", "completion": "b"}, *PAIR]
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    (tmp_path / name).write_text(text.replace("\\f", "\f") if odd == "\u2028" else text, encoding="utf-8")
+    assert [example.prompt for example in found(tmp_path / name)] == [row["prompt"] for row in rows]
+
+
 def test_text_that_is_wanted_as_text_stays_text(tmp_path):
     path = write(tmp_path, "d.txt", *PAIR)
     assert "completion" in found(path, format="document")[0].text
@@ -479,6 +490,7 @@ def test_sub_folders_are_read_and_splits_told_apart(tmp_path):
         ("d.csv", "\ufeffsep=;\r\nprompt;completion\r\na, b;c\r\n;\r\n;\r\n", {}),
         ("d.csv", 'prompt,completion,\r\n"a, b",c,\r\n,,\r\n', {}),
         ("d.csv", "prompt\tcompletion\na, b\tc\n", {}),
+        ("d.csv", ',prompt,completion\n0,"a, b",c\n', {}),  # pandas' index
         ("d.csv", "prompt~completion\na, b~c\n", {"csv_delimiter": "~"}),
         ("d.tsv", 'prompt\tcompletion\na, b\t"c\n', {"csv_quote": "none"}),
     ],
@@ -514,6 +526,37 @@ def test_ids_and_labels_are_taken_as_they_are(tmp_path):
         rows_of(write(tmp_path, "e.jsonl", {"input_ids": [1, 2, 3], "labels": [1, 2]}, *rows))
     with pytest.raises(RequestError, match="not a list of token ids"):
         rows_of(write(tmp_path, "f.jsonl", {"input_ids": [1, "a"]}, *rows))
+
+
+@pytest.mark.parametrize("padded", ["behind", "before"])
+def test_what_an_attention_mask_leaves_out_is_not_learned(tmp_path, padded):
+    def row(n, **more):
+        ids, mask = [5, 6, n, 0, 0], [1, 1, 1, 0, 0]
+        turned = slice(None, None, -1) if padded == "before" else slice(None)
+        return {"input_ids": ids[turned], "attention_mask": mask[turned], **more}
+
+    wanted = {n: [n, 6, 5] if padded == "before" else [5, 6, n] for n in range(8, 12)}
+    made = rows_of(write(tmp_path, "d.jsonl", *(row(n) for n in wanted)))
+    for got in (*made.train, *made.held_out):
+        assert list(got.ids) == wanted[got.number + 7] and list(got.labels)[1:] == list(got.ids)[1:]
+    made = rows_of(
+        write(
+            tmp_path,
+            "w.jsonl",
+            *(row(n, labels=row(n)["input_ids"], weights=[1, 1, 1, 2, 2]) for n in wanted),
+        )
+    )
+    assert all(len(got.ids) == len(got.labels) == 3 for got in made.train)
+    for mask in ([1, 1], "x", [1, 1, 1, 2, 0]):
+        with pytest.raises(RequestError, match="`attention_mask` is not"):
+            rows_of(write(tmp_path, "e.jsonl", row(8, attention_mask=mask)))
+
+
+def test_a_decoders_labels_have_nothing_to_do_with_the_mask(tmp_path):
+    from lorafit.data.token_rows import tokens_of
+
+    row = {"input_ids": [5, 6, 0, 0], "attention_mask": [1, 1, 0, 0], "labels": [7, 8, 9, 2]}
+    assert tokens_of(row, "here") == ((5, 6), (7, 8, 9, 2), ())
 
 
 # -- templates and options

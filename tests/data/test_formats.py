@@ -136,6 +136,53 @@ def test_tools_pass_through(tmp_path):
     assert example.messages[1]["tool_calls"][0]["function"] == {"name": "add", "arguments": {"a": 1}}
 
 
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "function": {"name": "f", "parameters": '{"type": "object"}'}},
+        {"type": "function", "function": json.dumps({"name": "f", "parameters": {"type": "object"}})},
+        json.dumps({"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}),
+    ],
+    ids=["its parameters", "its function", "itself"],
+)
+def test_a_tool_that_is_written_as_json_text_is_the_object(tmp_path, tool):
+    turns = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "tools": [tool]}))
+    (example,) = found(tmp_path / "a.jsonl")
+    assert example.tools == (
+        {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}},
+    )
+
+
+def test_a_system_column_that_is_not_read_is_told(tmp_path):
+    from lorafit.data.counts import Counts
+    from lorafit.data.example import Reading
+
+    turns = [
+        {"role": "system", "content": "s"},
+        {"role": "user", "content": "a"},
+        {"role": "assistant", "content": "b"},
+    ]
+    for system, told in (("s", False), ("", False), ("t", True), (5, True)):
+        (tmp_path / "a.jsonl").write_text(json.dumps({"messages": turns, "system": system}))
+        (source,) = sources(str(tmp_path / "a.jsonl"))
+        counts = Counts()
+        (example,) = read(source, reading=Reading(counts=counts))[1]
+        assert [t["content"] for t in example.messages] == ["s", "a", "b"]
+        assert bool(counts.left_out) == told, system
+
+
+def test_an_instruction_without_an_output_is_mapped_whole(tmp_path):
+    for row, hint in (
+        ({"instruction": "i", "input": "x", "response": "r"}, "--map output=response"),
+        ({"instruction": "i", "context": "x", "response": "r"}, "--map output=response,input=context"),
+    ):
+        (tmp_path / "a.jsonl").write_text(json.dumps(row))
+        with pytest.raises(RequestError) as error:
+            found(tmp_path / "a.jsonl")
+        assert error.value.hint == hint
+
+
 def test_columns_under_other_names(tmp_path):
     (tmp_path / "a.csv").write_text("id,question,answer\n1,What?,That.\n")
     with pytest.raises(RequestError) as error:

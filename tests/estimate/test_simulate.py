@@ -6,10 +6,11 @@ import pytest
 import torch
 from families import FAMILIES, build_config
 from jobs import job_for
+from transformers import Gemma3nTextConfig
 
 from lorafit.adapter.plan import resolve
 from lorafit.estimate import simulate
-from lorafit.estimate.simulate import _profile, meta_batch, simulate_step, track
+from lorafit.estimate.simulate import _profile, alike, meta_batch, simulate_step, track
 from lorafit.estimate.terms import Shape
 from lorafit.forward.head import Forward
 from lorafit.model.chart import chart_of
@@ -92,6 +93,30 @@ def test_how_a_model_is_called_is_tried_once_for_all_bands(monkeypatch):
     assert len(tried) == 2 and [way.head for way in simulate._WAYS.values()] == ["apart", "inside"]
     simulate._WAYS.clear()
     assert simulate_step(source, found, plans[1], Shape(2, 64), "cpu", whole_depth=True) == alone[1]
+
+
+def test_an_embedding_with_a_part_for_each_layer_needs_them_all():
+    config = Gemma3nTextConfig(
+        vocab_size=256, vocab_size_per_layer_input=256, hidden_size=32, intermediate_size=48, num_hidden_layers=40,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0, num_kv_shared_layers=16,
+        hidden_size_per_layer_input=8, laurel_rank=4, altup_num_inputs=2, activation_sparsity_pattern=[0.0] * 40,
+    )  # fmt: skip
+    source = named(config)
+    found = chart_of(source)
+    plan = resolve(found, load_preset("attention"), "high")
+    made = simulate_step(source, found, plan, Shape(2, 64), "cpu")
+    assert alike(source, found, plan) == {} and made.forward > made.prefix > 0
+
+
+def test_an_error_without_a_word_is_an_error_of_the_simulation(monkeypatch):
+    def fails(*_, **__):
+        raise AssertionError
+
+    monkeypatch.setattr(simulate, "track", fails)
+    source = named(build_config("llama"))
+    found = chart_of(source)
+    with pytest.raises(simulate.NotSimulated, match="AssertionError"):
+        simulate_step(source, found, resolve(found, load_preset("all"), "high"), Shape(2, 64), "cpu")
 
 
 def test_fewer_key_heads_are_counted_on_a_gpu_too(monkeypatch):

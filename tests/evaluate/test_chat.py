@@ -78,6 +78,12 @@ def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
     assert talk([ASKED], trained, "-q").err == ""
 
 
+def test_what_is_forgotten_is_not_asked_of_the_base(trained, talk):
+    done = talk([ASKED, "/base", "/reset", "/base"], trained, "--json", "--max-new-tokens", 3)
+    assert done.code == 2 and "nothing was asked yet" in done.err
+    assert [turn["prompt"] for turn in done.document["turns"]] == [ASKED, ASKED]
+
+
 def test_input_that_is_not_utf_8_is_named_with_its_line(trained, run, monkeypatch):
     stdin = io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8")
     monkeypatch.setattr("sys.stdin", stdin)
@@ -306,7 +312,13 @@ def test_the_base_is_asked_the_last_question_also_in_plain_text(talk, pairs, run
     first = talk(lines[:1], tmp_path / "r")
     assert first.code == 2 and "nothing was asked yet" in first.err
     turns = talk(lines[1:], tmp_path / "r", "--max-new-tokens", 3, "--json").document["turns"]
-    asked = [("Ada lent", "adapter"), ("", "base"), ("Otto lost", "adapter"), ("", "base"), ("Mara", "base")]
+    asked = [
+        ("Ada lent", "adapter"),
+        ("Ada lent", "base"),
+        ("Otto lost", "adapter"),
+        ("Otto lost", "base"),
+        ("Mara", "base"),
+    ]
     assert [(t["prompt"], t["of"]) for t in turns] == asked
     alone = talk(["Ada lent", "Otto lost"], "demo", "--plain", "--max-new-tokens", 3, "--json").document[
         "turns"

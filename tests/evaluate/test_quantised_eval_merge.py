@@ -1,5 +1,6 @@
 """`lorafit eval` and `lorafit merge` of runs on a quantised base."""
 
+import shlex
 import shutil
 
 import pytest
@@ -81,10 +82,13 @@ def test_a_merge_is_the_full_base_and_the_adapter(kind, run, trained, tiny, tmp_
     assert done.code == 0, done.err
     found = done.document
     assert any(
-        f"was trained on a base in {kind} and is merged into the full weights" in n for n in found["notes"]
+        f"was trained on a base in {kind} and is merged into the full weights" in n
+        and f"`lorafit eval {shlex.quote(str(trained(kind)))} --quantize none`" in n
+        for n in found["notes"]
     )
     assert found["verify"]["max_logit_diff"] <= found["verify"]["tolerance"] and found["verify"]["weights"]
-    assert f"trained on a base in {kind}" in (tmp_path / "m" / "README.md").read_text()
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"trained on a base in {kind}" in card and str(trained(kind).parent) not in card
     ids = torch.arange(3, 40)[None]
     whole = attach(load_model(find(str(tiny("llama"))), torch.float32, CPU), trained(kind)).eval()
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)

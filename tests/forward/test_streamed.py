@@ -15,7 +15,8 @@ from lorafit import cache
 from lorafit.adapter.folder import WEIGHTS
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Filling, PrefixCache
-from lorafit.forward import Sweep
+from lorafit.forward import Choice, Sweep
+from lorafit.forward.prefix_store import DiskStore
 from lorafit.model import find, load_model, load_streamed
 from lorafit.train import frozen, loop
 from lorafit.train.loggers import recorded
@@ -90,6 +91,34 @@ def test_an_untied_embedding_is_let_go_and_a_tied_one_kept(tiny, pairs, tmp_path
     job, _ = trained(tiny("gemma2"), pairs, tmp_path / "tied")
     assert job.found.tied_head
     assert not job.model.get_base_model().get_input_embeddings().weight.is_meta
+
+
+def test_biases_that_are_trained_stay_trained(tiny, pairs, tmp_path):
+    preset = tmp_path / "biases.yaml"
+    preset.write_text("roles: [q, k, v]\nlora: {r: 4, bias: lora_only}\n")
+    for name, residency in (("streamed", "stream"), ("resident", "resident")):
+        more = {"preset": str(preset), "prefix_residency": residency, "prefix_cache": "memory"}
+        trained(tiny("gpt_neox"), pairs, tmp_path / name, **more)
+    found = adapter_of(tmp_path / "streamed")
+    assert any("bias" in name for name in load_file(tmp_path / "streamed" / WEIGHTS))
+    assert found == adapter_of(tmp_path / "resident")
+
+
+@pytest.mark.parametrize("when", ["at the first state", "at once"])
+def test_a_disk_without_room_leaves_a_resident_run_without_the_cache(
+    tiny, pairs, tmp_path, monkeypatch, when
+):
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setattr(DiskStore, "put" if "state" in when else "_begin", full)
+    monkeypatch.setattr(frozen, "choose", lambda *_: Choice("disk", "memory is full", 1))
+    more = {"prefix_residency": "resident", "prefix_cache": "auto"}
+    _, events = trained(tiny("llama"), pairs, tmp_path / "run", **more)
+    (cached,) = (e for e in events if isinstance(e, PrefixCache))
+    assert cached.where == "off" and "No space left" in cached.reason
+    assert losses(events)
 
 
 def test_states_on_disk_are_filled_in_groups_and_found_again(tiny, pairs, tmp_path, monkeypatch):

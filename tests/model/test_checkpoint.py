@@ -49,6 +49,7 @@ def refused(run, model, *words, pairs):
         ({"quant_method": "fp8", "weight_block_size": [128, 128]}, "fp8"),
         ({"quant_method": "compressed-tensors", "format": "pack-quantized"}, "compressed-tensors"),
         ({"quant_method": "mxfp4"}, "mxfp4"),
+        ({"group_size": 64, "bits": 4}, "MLX, 4 bits"),
         ({"load_in_4bit": True, "bnb_4bit_quant_type": "af4"}, "bitsandbytes, 4 bits"),
         (
             {"quant_method": "bitsandbytes", "_load_in_8bit": True, "llm_int8_has_fp16_weight": True},

@@ -12,12 +12,12 @@ from hub_cache import in_hub_cache
 from safetensors.torch import load_file, save_file
 
 from lorafit import digests
-from lorafit.adapter.folder import check_base, write_base
+from lorafit.adapter.folder import base_of, check_base, write_base
 from lorafit.errors import RequestError
 from lorafit.forward.prefix_store import DiskStore, states_key
 from lorafit.model import identity
 from lorafit.model.identity import fingerprint, sampled
-from lorafit.model.source import find
+from lorafit.model.source import find, split_revision
 
 
 def change(folder, name, row, file="model.safetensors"):
@@ -58,6 +58,27 @@ def test_a_blob_that_was_changed_in_place_is_read(tiny, hub):
     raw[-5] ^= 1
     blob.write_bytes(bytes(raw))
     assert fingerprint("ada/tiny") != was
+
+
+def test_a_revision_of_a_name_without_an_owner(tiny, hub, tmp_path, run):
+    in_hub_cache(tiny("gpt2"), hub, name="gpt2", revision="b" * 40, ref="v2", linked=False)
+    for named in (["gpt2@v2"], ["gpt2", "--revision", "v2"]):
+        assert run("inspect", *named[:1] if "@" in named[0] else ["gpt2@v2"], "--json").code == 0
+        assert run("plan", *named, "--no-estimate", "--json").code == 0
+    assert split_revision("gpt2@v2") == ("gpt2", "v2") and fingerprint("gpt2@v2") == fingerprint(
+        str(tiny("gpt2"))
+    )
+    (tmp_path / "a").mkdir()
+    config = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "base_model_name_or_path": "gpt2",
+        "revision": "v2",
+    }
+    (tmp_path / "a" / "adapter_config.json").write_text(json.dumps(config))
+    save_file({"a": torch.ones(1)}, tmp_path / "a" / "adapter_model.safetensors")
+    assert base_of(tmp_path / "a") == "gpt2@v2"
 
 
 def test_revisions_are_bases_of_their_own(tiny, hub, tmp_path, run):

@@ -117,6 +117,11 @@ def test_rows_are_sorted_by_any_column_with_what_is_unknown_last(place, run):
     assert [row["after"] for row in rows] == [*map(str, losses), ""]
     back = run("runs", folder, "--json", "--sort", "-after").document["runs"]
     assert [row["after"] for row in back] == [*losses[::-1], None]
+    for shown, name in (("rate", "learning_rate"), ("-time", "-seconds")):  # as the table calls them
+        assert (
+            run("runs", folder, "--json", "--sort", shown).out
+            == run("runs", folder, "--json", "--sort", name).out
+        )
     wrong = run("runs", folder, "--sort", "aftr")
     assert wrong.code == 2 and "did you mean `after`" in wrong.err
 

@@ -18,7 +18,9 @@ from lorafit import digests
 from lorafit.adapter.folder import WEIGHTS, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Started, Stepped, TrainReport
+from lorafit.train import loop
 from lorafit.train.checkpoint import trainable
+from lorafit.train.loggers import recorded
 from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 # Python for a process that kills itself inside a save: while the checkpoint of that step is written.
@@ -229,6 +231,25 @@ def test_a_finished_run_asked_for_more_is_refused(tiny, pairs, tmp_path, run):
     (tmp_path / "notes").mkdir()
     done = run("train", tiny("llama"), "--data", pairs, "-o", tmp_path / "notes", "--resume")
     assert done.code == 2 and "is not a run" in done.err
+
+
+def test_a_checkpoint_of_an_unfinished_run_has_its_template_and_its_end(tiny, pairs, tmp_path, run):
+    """What was learned to be the turns' form and their end goes with the checkpoint into a model."""
+    (tmp_path / "mine.jinja").write_text(
+        "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}\n{% endfor %}"
+    )
+    job = job_for(
+        tiny("llama"), tmp_path / "r", data=(str(pairs),), preset="ffn", layers="last:1", max_length=64, save_steps=1,
+        epochs=1, chat_template=str(tmp_path / "mine.jinja"), as_chat=True,
+    )  # fmt: skip
+    events = recorded(job, loop.run(job))
+    next(event for event in events if isinstance(event, Stepped) and event.step == 2)
+    job.folder.release()
+    checkpoint = tmp_path / "r.partial" / "checkpoint-1"
+    done = run("merge", checkpoint, "-o", tmp_path / "m")
+    assert done.code == 0, done.err
+    assert (tmp_path / "m" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
+    events.close()
 
 
 def test_what_is_kept_of_a_diverged_run_is_the_last_good_adapter(tiny, pairs, tmp_path):
