@@ -194,8 +194,13 @@ def through_the_model(
     model: Any = load_model(source, stored_dtype(source), torch.device("cpu"))
     made = Work(streamed=False)
     touched = {n for folder, _ in adapters for n in tensor_names(folder)}
+    # PEFT adapts the head along with the embedding only while the two are one
+    together = any(read_config(folder).get("ensure_weight_tying") for folder, _ in adapters) and any(
+        ".lora_embedding_" in name for name in touched
+    )
+    adapted: Any = attach_all(model, adapters) if together else None
     untied = _untie(model, touched)
-    adapted = attach_all(model, adapters)
+    adapted = adapted or attach_all(model, adapters)
     made.adapted = len(adapted_names(adapted))
     try:
         merged: Any = adapted.merge_and_unload()
@@ -249,11 +254,12 @@ def _copied(
 def _untie(model: Any, touched: set[str]) -> tuple[str, str] | tuple[()]:
     """Give the head a weight of its own, where it is the embedding's and an adapter adapts one of the two;
     the names of both."""
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
+    ends = model.get_output_embeddings(), model.get_input_embeddings()
+    names = {id(module): name for name, module in model.named_modules()}
+    head, embedding = (getattr(end, "base_layer", end) for end in ends)  # where an adapter is on them already
     if head is None or embedding is None or getattr(head, "weight", 0) is not getattr(embedding, "weight", 1):
         return ()
-    names = {id(module): name for name, module in model.named_modules()}
-    pair = names[id(head)], names[id(embedding)]
+    pair = names[id(ends[0])], names[id(ends[1])]
     # trained tokens: PEFT replaces the same rows of both, which stay one
     touched = {tensor for tensor in touched if "token_adapter" not in tensor}
     if not any(f".{name}." in f".{tensor}" for name in pair for tensor in touched):

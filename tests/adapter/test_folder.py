@@ -72,6 +72,20 @@ def test_embeddings_and_heads_merge_to_what_peft_computes(bases, tmp_path, run, 
     assert any("tie_word_embeddings" in note for note in report.notes) == (tied and not dora)
 
 
+@pytest.mark.parametrize("how", ["target_modules", "modules_to_save"])
+def test_a_tied_pair_that_peft_keeps_tied(bases, tmp_path, run, pairs, how):
+    """PEFT adapts the head along with the embedding, or saves it once more."""
+    names = {
+        "target_modules": ["q_proj"],
+        how: ["q_proj", "embed_tokens"] if how == "target_modules" else ["embed_tokens"],
+    }
+    wanted = logits(foreign(bases[True], tmp_path / "a", ensure_weight_tying=True, **names))
+    done = run("merge", tmp_path / "a", "-o", tmp_path / "m")
+    assert done.code == 0 and "verified" in done.out, done.err
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "m", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), wanted, atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("trained", ["lm_head", "embed_tokens"])
 def test_a_part_of_a_tied_pair_that_was_trained_whole(bases, tmp_path, trained):
     wanted = logits(foreign(bases[True], tmp_path / "a", modules_to_save=[trained]))
