@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from lorafit.adapter.folder import locate as locate
     from lorafit.adapter.folder import read_config as read_config
     from lorafit.adapter.folder import recorded_quantize as recorded_quantize
+    from lorafit.adapter.folder import recorded_tokenizer as recorded_tokenizer
     from lorafit.adapter.folder import replaces_its_base as replaces_its_base
     from lorafit.adapter.folder import run_of as run_of
     from lorafit.adapter.folder import save_adapter as save_adapter
@@ -56,7 +57,7 @@ __getattr__ = door(
     {
         "base": "check_downloaded common_base is_model named_alone tokenizer_place",
         "continued": "check_continues modules_of put_in settings_of",
-        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base check_converted left_in_base locate read_config recorded_quantize replaces_its_base run_of save_adapter tensor_names write_base",
+        "folder": "BASE BASE_LAYER CONFIG WEIGHTS base_of changes_its_base check_converted left_in_base locate read_config recorded_quantize recorded_tokenizer replaces_its_base run_of save_adapter tensor_names write_base",
         "inject": "adapted_names attach attach_all compare inject_plan",
         "peft_names": "pattern_value",
         "plan": "ADAPTER_ITEMSIZE Plan Target lora_params planned resolve",

@@ -6,7 +6,7 @@ import json
 import re
 import shlex
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
@@ -103,10 +103,13 @@ def changes_its_base(config: Mapping[str, Any]) -> bool:
 def replaces_its_base(folder: str | Path) -> bool:
     """Whether the base is another one after an adapter was on it: by its settings, or since its file holds weights of
     the base, an embedding say, which PEFT loads over them."""
+    return changes_its_base(read_config(folder)) or _holds_weights(folder)
+
+
+def _holds_weights(folder: str | Path) -> bool:
+    """Whether an adapter's file holds weights of the base beside its own."""
     own = ("lora_", "trainable_tokens")
-    return changes_its_base(read_config(folder)) or any(
-        all(part not in name for part in own) for name in tensor_names(folder)
-    )
+    return any(all(part not in name for part in own) for name in tensor_names(folder))
 
 
 def left_in_base(folder: str | Path) -> str:
@@ -114,11 +117,13 @@ def left_in_base(folder: str | Path) -> str:
     config = read_config(folder)
     if takes_from_base(config.get("init_lora_weights")):
         return f"the adapter's `{config['init_lora_weights']}` start took a part out of it"
-    return "the adapter trains biases, which stay in it" if config.get("bias", "none") != "none" else ""
+    if config.get("bias", "none") != "none":
+        return "the adapter trains biases, which stay in it"
+    return "the adapter's file holds weights of it" if _holds_weights(folder) else ""
 
 
 def check_converted(*folders: str | Path) -> None:
-    """Raises RequestError for an adapter as PiSSA or OLoRA leave it: its matrices belong to what their start left of
+    """Raises RequestError for an adapter as PiSSA, OLoRA or LoRA-GA leave it: its matrices belong to what their start left of
     the base, and mean something else on the whole base. lorafit saves such adapters for the base as it was."""
     for folder in folders:
         start = read_config(folder).get("init_lora_weights")
@@ -284,11 +289,22 @@ def _converting(path: Path) -> str:
     return f'cd {shlex.quote(str(path))} && python -c "{program}"'
 
 
-def write_base(folder: Path, name: str, fingerprint: str, quantize: str = "none") -> None:
+def write_base(
+    folder: Path, name: str, fingerprint: str, quantize: str = "none", tokenizer: Sequence[str] = ()
+) -> None:
     """Keep what an adapter was trained on beside it: `base.json`. `fingerprint` is the identity of the
-    base's weights (model.identity), `quantize` how they were quantised when they were loaded."""
-    text = json.dumps({"model": name, "fingerprint": fingerprint, "quantize": quantize}, indent=1)
-    (folder / BASE).write_text(text + "\n", encoding="utf-8")
+    base's weights (model.identity), `quantize` how they were quantised when they were loaded, `tokenizer` the names of
+    its files."""
+    found = {"model": name, "fingerprint": fingerprint, "quantize": quantize, "tokenizer": [*tokenizer]}
+    (folder / BASE).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+
+
+def recorded_tokenizer(folder: Path) -> list[str]:
+    """The names of the files that a run's tokenizer is made of, as the run recorded them."""
+    try:
+        return [*map(str, json.loads((folder / BASE).read_text(encoding="utf-8"))["tokenizer"])]
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
 
 
 def check_base(folder: str | Path, place: str) -> str:

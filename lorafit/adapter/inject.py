@@ -147,7 +147,7 @@ def attach(
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         detail = next((line for line in lines if "size mismatch" in line), lines[0] if lines else "")
         raise RequestError(
-            f"the adapter `{folder}` does not fit its base: {detail[:220]}", _why_not(detail)
+            f"the adapter `{folder}` does not fit its base: {detail[:220]}", _why_not(detail, model)
         ) from None
     missing = loaded.missing_keys
     if not config.get("target_parameters"):  # it names experts as earlier versions did
@@ -186,15 +186,16 @@ def _really_missing(model: PeftModel, names: Sequence[str]) -> list[str]:
     return [name for name in names if not unused(name)]
 
 
-def _why_not(mismatch: str) -> str:
+def _why_not(mismatch: str, model: Any) -> str:
     """What may be the matter with an adapter, by what torch says of a tensor whose shape is another."""
     shapes = [list(map(int, found.split(","))) for found in re.findall(r"Size\(\[([\d, ]+)\]\)", mismatch)]
-    if len(shapes) == 2 and "lora_" not in mismatch:
-        (theirs, *inner), (ours, *others) = shapes
-        if inner == others and theirs > ours:
+    tokens = model.get_input_embeddings().weight.shape[0]
+    if len(shapes) == 2 and [len(shape) for shape in shapes] == [2, 2]:
+        (theirs, inner), (ours, other) = shapes
+        if inner == other and theirs > ours == tokens:
             return (
-                f"its base's vocabulary was enlarged from {ours:,} to {theirs:,}: resize_token_embeddings({theirs}) on the "
-                "base, save it, and name it with --model"
+                f"its base's vocabulary was enlarged from {ours:,} to {theirs:,}: call resize_token_embeddings({theirs}) on "
+                "the base, save it, and name it with --model"
             )
     return "it was trained on another model, or the base has changed"
 

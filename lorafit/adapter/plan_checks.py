@@ -183,7 +183,7 @@ def check_patterns(lora: Lora, slots: Sequence[Slot]) -> None:
             if not any(matches(pattern, slot.path) for slot in slots):
                 tails = {slot.path.rpartition(".")[2] for slot in slots}
                 raise RequestError(
-                    f"{name} names `{pattern}`, and no chosen module is called so", closest(pattern, tails)
+                    f"{name} names `{pattern}`, and no chosen module has that name", closest(pattern, tails)
                 )
 
 

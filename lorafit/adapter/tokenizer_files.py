@@ -41,18 +41,17 @@ def files_of_tokenizer(place: str) -> list[Path]:
     )
 
 
-def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
     """Write the tokenizer that a run used: the files of the place that `load_tokenizer` read it from as they are, and over them a chat template and special tokens that the run changed.
 
-    Where tokens were added, or the base has no tokenizer files of its own, transformers writes all of it.
-    Raises OSError where the folder cannot be written.
+    Where tokens were added, or the base has no tokenizer files of its own, transformers writes all of it. The names of
+    the files. Raises OSError where the folder cannot be written.
     """
     place = tokenizer.name_or_path
     files = files_of_tokenizer(place)
     own = load_tokenizer(place, place) if files else None
     if own is None or own.get_vocab() != tokenizer.get_vocab():
-        tokenizer.save_pretrained(folder)
-        return
+        return [Path(name).name for name in tokenizer.save_pretrained(folder)]
     new_template = own.chat_template != tokenizer.chat_template
     tokens = {
         name: getattr(tokenizer, name)
@@ -71,6 +70,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
     if tokens:
         _change(folder / CONFIG, tokens, must=True)
         _change(folder / SPECIAL, tokens)
+    return [path.name for path in files]
 
 
 def _write_template(folder: Path, template: Any) -> None:

@@ -104,23 +104,23 @@ def look_ahead(
 
     Raises RequestError where fewer than FEWEST steps do.
     """
-    made = _forecast(source, found, candidates, look, tick)
+    made = _forecast(source, found, candidates, look, tick, workers)
     where, why = _residency(found, made)
     candidates = tuple(
         replace(one, config=one.config.settled("prefix_residency", "auto", where, why))
         for one in made.candidates
     )
     if all(cost.residency[0] == where for cost in made.costs.values()):
-        made = replace(made, candidates=candidates, workers=workers)
+        made = replace(made, candidates=candidates)
     else:
-        made = replace(_forecast(source, found, candidates, look, tick, made.timing), workers=workers)
+        made = _forecast(source, found, candidates, look, tick, workers, made.timing)
     steps = {name: cost.steps or 1 for name, cost in made.costs.items()}
     if budget is not None:
         most = _fitting(made, budget)
     if most is None or most >= max(steps.values()):
         return made
     cut = [replace(one, config=_limited(one, most)) for one in made.candidates]
-    return replace(_forecast(source, found, cut, look, tick, made.timing), workers=workers)
+    return _forecast(source, found, cut, look, tick, workers, made.timing)
 
 
 def _fitting(made: Ahead, budget: float) -> int:
@@ -162,6 +162,7 @@ def _forecast(
     candidates: Sequence[Candidate],
     look: DataReport,
     tick: Tick,
+    workers: int,
     timing: Timing | None = None,
 ) -> Ahead:
     done, costs, seconds, forecasts, notes = [], {}, {}, {}, []
@@ -169,7 +170,9 @@ def _forecast(
     states: dict[tuple[tuple[str, int], ...], int] = {}
     fill = 0.0
     for number, one in enumerate(candidates):
-        ahead, config = prepare(one.config, source, found, look=look, seconds=1.0)
+        ahead, config = prepare(
+            one.config, source, found, look=look, seconds=1.0, threads=1 if workers > 1 else 0
+        )
         one = replace(one, config=config)
         if first is None:
             first, timing = (one, ahead), timing or ahead.timing(one.plan)
@@ -201,6 +204,7 @@ def _forecast(
         notes=tuple(dict.fromkeys(notes)),
         tokenizer=sum(path.stat().st_size for path in files_of_tokenizer(source.place) if path.is_file()),
         timing=timing,
+        workers=workers,
     )
 
 

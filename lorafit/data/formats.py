@@ -355,8 +355,12 @@ def _example(
             turns = (_turn("system", system), *turns)
             asked += bool(asked)
         elif system != turns[0]["content"]:
-            why = "the conversation has one" if isinstance(system, str) else f"it is {kind_of(system)}"
-            reading.counts.leave_out(f"a `system` column: {why}", where, str(system))
+            why = (
+                "the conversation has a system turn"
+                if isinstance(system, str)
+                else f"it is {kind_of(system)}"
+            )
+            reading.counts.note(f"a `system` column is not used where {why}")
     return _conversation(row, turns, asked, where, number, group, reading.counts, kept_nulls)
 
 

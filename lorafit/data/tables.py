@@ -46,9 +46,7 @@ def read_table(
             header.pop()
         if not header:
             return
-        numbered = not header[0]  # pandas' index: a column without a name, before all others
-        if numbered:
-            header[0] = UNNAMED
+        header[0] = header[0] or UNNAMED  # pandas' index: a column without a name, before all others
         _check(header, f"{source.name}:{number}")
         for row in table:
             if not row:

@@ -46,6 +46,12 @@ def _attended(row: Message, where: str, length: int) -> list[int]:
     mask = from_text(row.get("attention_mask"), where, "attention_mask")
     if mask is None:
         return list(range(length))
-    if not isinstance(mask, (list, tuple)) or len(mask) != length or any(each not in (0, 1) for each in mask):
-        raise RequestError(f"`{where}`: `attention_mask` is not a list of 0 and 1, one for each id")
+    if (
+        not isinstance(mask, (list, tuple))
+        or len(mask) != length
+        or any(type(each) not in (int, bool) for each in mask)
+    ):
+        raise RequestError(
+            f"`{where}`: `attention_mask` is not a list of numbers, one for each id", "0 leaves an id out"
+        )
     return [place for place, each in enumerate(mask) if each]

@@ -66,12 +66,6 @@ class Tokens:
                 "--loss-on all: this model reads one text and writes another, which alone is learned",
                 "leave it out",
             )
-        if self.task == "seq2seq" and getattr(self.tokenizer, "tgt_lang", "none") is None:
-            raise RequestError(
-                f"this tokenizer ({type(self.tokenizer).__name__}) marks the languages of both texts, and none is set: all "
-                "answers would be marked as the source's",
-                "set `src_lang` and `tgt_lang` in the model's tokenizer_config.json",
-            )
         if self.task == "masked":
             self.frame = self.encoder.begin, self.encoder.behind  # [CLS] [SEP], <s> </s>
             if self.room < 1:
@@ -241,6 +235,13 @@ class Tokens:
         texts = [pair for pair in pairs if isinstance(pair[0], str)]
         if not texts:
             return [Encoded(list(ids), list(labels)) for ids, labels in pairs]
+        if getattr(self.tokenizer, "tgt_lang", "") is None and (
+            source := getattr(self.tokenizer, "src_lang", "")
+        ):
+            self.counts.note(
+                f"the tokenizer marks prompts and completions alike as `{source}`: `src_lang` and `tgt_lang` in the model's "
+                "tokenizer_config.json set other languages"
+            )
         sources = iter(self.tokenizer([source for source, _ in texts], verbose=False)["input_ids"])
         targets = iter(
             self.tokenizer(text_target=[target for _, target in texts], verbose=False)["input_ids"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import platform
 import re
@@ -9,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from lorafit.distributed import launched
 from lorafit.errors import RequestError
 from lorafit.model import pick_device
 from lorafit.settings import RunConfig
@@ -37,17 +39,30 @@ def device_of(name: str, elsewhere: bool) -> str:
     return kind if kind == "cpu" else str(torch_device(name).type)
 
 
-def torch_device(name: str) -> Any:
-    """The device of that name. A GPU by its number is the one that is asked from now on."""
+def torch_device(name: str, gpu: int | None = None) -> Any:
+    """The device of that name, the GPU of that number."""
     with without_collecting():
-        device = pick_device(name)
-    local = os.environ.get("LOCAL_RANK", "")
-    number = int(local) if local.isdecimal() else device.index
-    if device.type == "cuda" and number is not None:
+        return pick_device(name if gpu is None else f"{name}:{gpu}")
+
+
+def gpu_of(name: str) -> int | None:
+    """The number of the GPU that a run on that device uses on this machine: the one that is named or, of several
+    processes, this one's; None is torch's own choice, or no GPU."""
+    world, (kind, _, number) = launched(), name.partition(":")
+    if kind == "cpu":
+        return None
+    if not world.alone:
+        return world.local_rank
+    return int(number) if number.isdecimal() else None
+
+
+def give_back(device: Any) -> None:
+    """Give the memory of a GPU back that nothing holds any more: torch keeps it for this process."""
+    if device.type == "cuda":
         import torch
 
-        torch.cuda.set_device(number)
-    return device
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def dtype_of(config: RunConfig, device: str) -> str:
@@ -57,13 +72,13 @@ def dtype_of(config: RunConfig, device: str) -> str:
     return "bfloat16" if device == "cuda" else "float32"
 
 
-def free_on(device: str, processes: int = 1) -> int:
+def free_on(device: str, processes: int = 1, gpu: int | None = None) -> int:
     """Free bytes for each of that many processes on a device of this machine; each has a GPU of its own."""
     if device != "cuda":
         return memory_of(processes)
     import torch
 
-    return int(torch.cuda.mem_get_info()[0])
+    return int(torch.cuda.mem_get_info(gpu)[0])
 
 
 def memory_of(processes: int) -> int:
@@ -71,16 +86,17 @@ def memory_of(processes: int) -> int:
     return free_memory() // (1 if "LOCAL_WORLD_SIZE" in os.environ else processes)
 
 
-def machine_of(device: str) -> list[Any]:
-    """What a timing is of: this host, its device, and as much of its processor as there is for this process."""
-    found = [platform.node(), platform.processor(), os.cpu_count(), device]
+def machine_of(device: str, gpu: int | None = None, threads: int = 0) -> list[Any]:
+    """What a timing is of: this host, its device, and as much of its processor as there is for this process; `threads`
+    are those that torch was told to use, 0 where it chooses."""
+    found = [platform.node(), platform.processor(), os.cpu_count(), device, threads]
     found += [os.environ.get(name, "") for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")]
     if hasattr(os, "sched_getaffinity"):
         found.append(len(os.sched_getaffinity(0)))
     if device == "cuda":
         import torch
 
-        found.append(torch.cuda.get_device_name())
+        found.append(torch.cuda.get_device_name(gpu))
     return found
 
 

@@ -19,7 +19,16 @@ from lorafit.data import MASKED_SHARE
 from lorafit.errors import LorafitError, RequestError
 from lorafit.estimate.changes import changes
 from lorafit.estimate.cost import estimate
-from lorafit.estimate.device import device_of, dtype_of, free_on, machine_of, memory_of, torch_device
+from lorafit.estimate.device import (
+    device_of,
+    dtype_of,
+    free_on,
+    give_back,
+    gpu_of,
+    machine_of,
+    memory_of,
+    torch_device,
+)
 from lorafit.estimate.formulas import by_formula
 from lorafit.estimate.glibc_heap import library
 from lorafit.estimate.kept import Kept
@@ -30,13 +39,11 @@ from lorafit.model import (
     ModelMap,
     ModelSource,
     held_as,
-    local_folder,
-    stream_refusal,
+    unreadable,
     weight_bytes,
-    weight_files,
 )
 from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
-from lorafit.system import free_disk, without_collecting
+from lorafit.system import free_disk, free_memory, without_collecting
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -87,6 +94,14 @@ class Forecast:
     fresh: bool = False  # times the device again, even if a timing is kept
     processes: int = 1
     room: int = 0  # bytes that a run may take of the device
+    gpu: int | None = None  # its number, where it is not torch's own choice
+    threads: int = 0  # that torch was told to use; 0: its own choice
+    elsewhere: bool = False  # the device is another machine's
+
+    @property
+    def free(self) -> int:
+        """Bytes that are free now for a process of the run, on the device of this machine."""
+        return free_on(self.device, self.processes, self.gpu)
 
     def profile(self, plan: Plan, shape: Shape) -> Profile:
         """The simulated step, or the formulas where the model's code cannot be simulated."""
@@ -117,33 +132,31 @@ class Forecast:
         if not self.probing:
             return None
         shape = self._typical(self.shape)
-        facts = [*self._facts(plan, shape), machine_of(self.device)]
+        facts = [*self._facts(plan, shape), machine_of(self.device, self.gpu, self.threads)]
         found = None if self.fresh else self.kept.get(Timing, facts)
         if found is None:
             with without_collecting():
                 from lorafit.estimate.timing import probe
+            device = torch_device(self.device, self.gpu)
             try:
-                found = probe(self.source, self.found, plan, shape, torch_device(self.device), self.seconds)
+                found = probe(self.source, self.found, plan, shape, device, self.seconds)
             except LorafitError as error:
                 self.notes.append(f"the device could not be timed: {error.message}")
                 return None
+            finally:
+                give_back(device)
             if found.sure:  # a busy machine's timing is not kept
                 self.kept.put(found, facts)
         if found.length < shape.length:  # longer rows cost more per token
             found = self._scaled(found, plan, replace(shape, length=found.length), plan, shape)
         return found
 
-    def _unreadable(self) -> str:
-        """Why the layers of the checkpoint cannot be read one by one, where its weights are here; else empty."""
-        folder = local_folder(self.source.place)
-        return stream_refusal(self.source.place) if folder is not None and weight_files(folder) else ""
-
     def estimate(self, plan: Plan, timing: Timing | None = None) -> Estimate:
         """What a plan costs at this forecast's shape, with a timing of this plan."""
         profile = self.profile(plan, self.shape)
         typical = self.profile(plan, self._typical(self.shape))
         profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
-        free = memory_of(self.processes)
+        free = free_memory() if self.elsewhere else memory_of(self.processes)
         return estimate(
             plan,
             self.found,
@@ -158,7 +171,7 @@ class Forecast:
             processes=self.processes,
             free=min(free, self.room or free) if self.device == "cpu" else free,
             room=self.room,
-            unreadable=self._unreadable(),
+            unreadable=unreadable(self.source.place),
             free_on_disk=free_disk(cache_folder()),
             notes=tuple(dict.fromkeys(self.notes)),
         )
@@ -319,13 +332,14 @@ def prepare(
     fresh: bool = False,
     processes: int = 1,
     room: int | None = None,
+    threads: int = 0,
     tick: Tick = lambda done, total: None,
 ) -> tuple[Forecast, RunConfig]:
     """The forecast of a run, and its settings completed from its rows.
 
     `config` is completed from the model. `look` is the report on rows that are read already; `fresh`
     times the device again, even if a timing is kept. `processes` share each micro-batch. `room` is what a run may
-    take of the device, by default what is free there.
+    take of the device, by default what is free there. `threads` are those that torch was told to use, if it was.
     """
     device = device_of(config.device, elsewhere)
     kept = Kept()
@@ -381,9 +395,12 @@ def prepare(
         look,
         fresh,
         processes,
-        free_on(device, processes) if room is None else room,
+        room or 0,
+        None if elsewhere else gpu_of(config.device),
+        threads,
+        elsewhere,
     )
-    return made, config
+    return replace(made, room=made.free) if room is None else made, config
 
 
 def _cut_warmup(config: RunConfig, steps: int) -> list[str]:

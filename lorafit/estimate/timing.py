@@ -73,8 +73,6 @@ def probe(
         taken, rows, length = _tries(once, shape, seconds, device)
     except Exception as error:  # a model's code may fail on random weights, and memory may run out
         raise NotSimulated(f"{type(error).__name__}: {first_line(error)[:160]}") from error
-    if device.type == "cuda":  # what the blocks took is free again for the run
-        torch.cuda.empty_cache()
     # other work on the machine only adds time, so the fastest try is the best estimate
     whole, replayed, step = min(taken)
     spent = _dequantising(blocks, below, times, dtype, device)  # of a micro-batch, however many tokens it has

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from lorafit.model.classes import model_class as model_class
     from lorafit.model.classes import on_meta as on_meta
     from lorafit.model.download import base_folder as base_folder
+    from lorafit.model.download import download_weights as download_weights
     from lorafit.model.headers import FLOATS as FLOATS
     from lorafit.model.headers import INDEX as INDEX
     from lorafit.model.headers import TensorEntry as TensorEntry
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from lorafit.model.identity import sampled as sampled
     from lorafit.model.identity import shard_refusal as shard_refusal
     from lorafit.model.identity import stream_refusal as stream_refusal
+    from lorafit.model.identity import unreadable as unreadable
     from lorafit.model.identity import weight_files as weight_files
     from lorafit.model.load import load_model as load_model
     from lorafit.model.load import load_tokenizer as load_tokenizer
@@ -85,14 +87,14 @@ __getattr__ = door(
         "chart": "chart_of map_of",
         "checkpoint": "DATA_FILES VOCABULARY check_tokenizer",
         "classes": "config_of model_class on_meta",
-        "download": "base_folder",
+        "download": "base_folder download_weights",
         "load": "load_model load_tokenizer pick_device pick_dtype stored_dtype",
         "map": "ModelMap Slot Stack Uncovered sum_params",
         "quantised": "KINDS Quantised held_as quantised_params weight_bytes",
         "quantised_linear": "Pretended dequantised is_quantised pretend quantise_pretended",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
-        "identity": "fingerprint local_folder sampled shard_refusal stream_refusal weight_files",
+        "identity": "fingerprint local_folder sampled shard_refusal stream_refusal unreadable weight_files",
         "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
         "sharded": "Sharded load_sharded local",
         "streamed": "Streamed let_go load_streamed",

@@ -57,7 +57,7 @@ def digests_of(files: Sequence[Path]) -> list[str]:
 
 def weight_files(folder: Path) -> list[Path]:
     """The weight files of a model folder: safetensors files, else PyTorch's; empty when it has none, and for a
-    snapshot of the hub's cache whose download was interrupted: it goes on when the weights are loaded.
+    snapshot of the hub's cache whose download was interrupted: loading the model by its id goes on with it.
 
     Raises RequestError for an index of another folder that names files which are not there.
     """
@@ -111,6 +111,12 @@ def shard_refusal(place: str) -> str:
     there yet."""
     if tuple(map(int, re.findall(r"\d+", installed("torch"))[:2])) < SHARDS:
         return "it needs torch {}.{}".format(*SHARDS)
+    return unreadable(place)
+
+
+def unreadable(place: str) -> str:
+    """Why the layers of a checkpoint that is on this machine cannot be read one by one; empty where they can, or where
+    no weights are there."""
     folder = local_folder(place)
     return stream_refusal(place) if folder is not None and weight_files(folder) else ""
 

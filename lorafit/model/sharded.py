@@ -17,7 +17,7 @@ import torch
 
 from lorafit.distributed import World
 from lorafit.errors import RequestError, RunError
-from lorafit.model.download import base_folder
+from lorafit.model.download import download_weights
 from lorafit.model.headers import TensorEntry, TensorFile
 from lorafit.model.identity import shard_refusal, stream_refusal
 from lorafit.model.safetensors_io import read_tensor, rows_of
@@ -78,7 +78,7 @@ def load_sharded(
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    base_folder(source)
+    download_weights(source)
     elsewhere = "" if device.type in ("cpu", "cuda") else f"it would be on {device.type}"
     if reason := shard_refusal(source.place) or stream_refusal(source.place) or elsewhere:
         raise RequestError(f"the base cannot be sharded: {reason}", "leave out --shard")

@@ -17,7 +17,7 @@ import torch
 
 from lorafit.errors import RequestError, RunError
 from lorafit.model.classes import config_of, model_class
-from lorafit.model.download import base_folder
+from lorafit.model.download import download_weights
 from lorafit.model.headers import TensorEntry, TensorFile, open_file, shards
 from lorafit.model.identity import local_folder, stream_refusal
 from lorafit.model.safetensors_io import read_tensor
@@ -222,7 +222,7 @@ def load_streamed(
 
     Raises RequestError where the checkpoint cannot be read so or does not fill the model.
     """
-    base_folder(source)
+    download_weights(source)
     if reason := stream_refusal(source.place):
         raise RequestError(f"the layers cannot be streamed: {reason}", "--prefix-residency resident")
     made, block = build(source, dtype, device, attention), re.compile(re.escape(stack) + r"\.(\d+)\.")

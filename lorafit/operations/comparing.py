@@ -23,7 +23,7 @@ from lorafit.compare import (
 )
 from lorafit.data import find_sources
 from lorafit.errors import RequestError
-from lorafit.estimate import TOO_MUCH, free_on
+from lorafit.estimate import TOO_MUCH
 from lorafit.model import chart_of, find, load_tokenizer, pick_device
 from lorafit.operations.planning import train_command
 from lorafit.operations.progress import Bar, no_bar
@@ -124,8 +124,8 @@ def prepare_comparison(of: Candidates, workers: int = 1, bar: Bar = no_bar) -> C
 def check_peak(ahead: Ahead) -> str:
     """A warning when the predicted peak is more than the free memory, else nothing. Raises RequestError when it is
     more than TOO_MUCH times that."""
-    device = next(iter(ahead.forecasts.values())).device
-    free = free_on(device)
+    one = next(iter(ahead.forecasts.values()))
+    device, free = one.device, one.free
     if ahead.peak <= free:
         return ""
     what = f"the largest candidate needs {bytes_text(ahead.peak)} at its peak, and {bytes_text(free)} are free on {device}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from lorafit.adapter import check_continues, locate, planned
 from lorafit.data import find_sources
 from lorafit.errors import RequestError
-from lorafit.estimate import free_on, parse_room, prepare
+from lorafit.estimate import parse_room, prepare
 from lorafit.model import chart_of, check_tokenizer, find, weight_files
 from lorafit.operations.compiling import check_compile
 from lorafit.operations.going_on import going_on
@@ -189,4 +189,4 @@ def _forecast(asked: _Asked, probe: bool, fresh: bool, bar: Bar) -> tuple[Foreca
             room=asked.room,
             tick=tick,
         )
-    return ahead, settings, free_on(ahead.device, asked.processes) if asked.room is None else asked.room
+    return ahead, settings, ahead.free if asked.room is None else asked.room

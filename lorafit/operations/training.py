@@ -15,7 +15,7 @@ from lorafit.adapter import check_continues, locate, planned
 from lorafit.data import find_sources
 from lorafit.distributed import World, asked_to_shard
 from lorafit.errors import OutOfMemory, RequestError
-from lorafit.estimate import TOO_MUCH, free_on, predicted, prepare
+from lorafit.estimate import TOO_MUCH, predicted, prepare
 from lorafit.model import chart_of, check_tokenizer, find, load_tokenizer, pick_device
 from lorafit.operations.compiling import check_compile
 from lorafit.operations.going_on import going_on
@@ -140,7 +140,7 @@ def check_memory(run: Prepared, force: bool) -> str:
 
     Raises RequestError when it is more than TOO_MUCH times that, unless `force`.
     """
-    free, peak = free_on(run.ahead.device), run.cost.memory.peak
+    free, peak = run.ahead.free, run.cost.memory.peak
     if peak <= free:
         return ""
     what = (
@@ -271,7 +271,7 @@ def _explained(run: Prepared) -> Iterator[None]:
 def _what_fits(run: Prepared) -> str:
     """The nearest settings that would have fitted, as a hint; empty if there are none."""
     peak = run.cost.memory.peak
-    free, timing = min(free_on(run.ahead.device), peak - 1), run.ahead.timing(run.plan)
+    free, timing = min(run.ahead.free, peak - 1), run.ahead.timing(run.plan)
     nearest = run.ahead.fit(run.plan, run.resolved.chosen, run.cost, timing, free).alternatives
     if not nearest:
         return ""

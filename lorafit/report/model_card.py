@@ -160,7 +160,8 @@ def merged_card(
 def _for_others(note: str, parts: Sequence[tuple[Run, float]]) -> str:
     """A note without the adapters' places on this machine."""
     for run, _ in parts:
-        note = note.replace(shlex.quote(str(run.folder)), shlex.quote(run.name))
+        here, there = (f"lorafit eval {shlex.quote(name)} " for name in (str(run.folder), run.name))
+        note = note.replace(here, there)
     return note
 
 

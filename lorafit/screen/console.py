@@ -80,7 +80,7 @@ class Screen:
         """`  label      text`, the text wrapped under itself, and cut after `most` lines unless that is 0."""
         console = self.out if answer else self.talk
         room = max(NARROWEST, console.width - LABEL - 2)
-        lines = _wrapped(console, Text(text), room) or [Text()]
+        lines = _wrapped(console, Text(text.translate(CONTROLS)), room) or [Text()]
         if 0 < most < len(lines):
             lines = [*lines[: most - 1], Text(f"{lines[most - 1].plain[: room - 1]}…")]
         for number, part in enumerate(lines):
@@ -88,7 +88,8 @@ class Screen:
 
     def lines_of(self, text: str) -> int:
         """The lines on stderr that `line` would take for a text."""
-        return len(_wrapped(self.talk, Text(text), max(NARROWEST, self.talk.width - LABEL - 2))) or 1
+        shown = Text(text.translate(CONTROLS))
+        return len(_wrapped(self.talk, shown, max(NARROWEST, self.talk.width - LABEL - 2))) or 1
 
     def command(self, label: str, text: str, answer: bool = True) -> None:
         """`  label      text`, a command or a path to be copied: one line, however narrow the terminal."""

@@ -135,8 +135,8 @@ def _show_piece(screen: Screen, text: str, learned: bool, answer: bool) -> None:
     shown = text.translate(CONTROLS).replace("\n", "⏎")
     lines = chop_cells(shown, room) or [""]
     if len(lines) > PIECE_LINES:
-        tail = chop_cells(shown[::-1][:room], room - 1)[0][::-1]
-        lines = [*lines[: PIECE_LINES - 1], f"…{tail}"]
+        last = (chop_cells(shown[::-1][:room], room - 1) or [""])[0]
+        lines = [*lines[: PIECE_LINES - 1], f"…{last[::-1]}"]
     for line in lines:
         row = Text.assemble(" " * (LABEL + 2), (bar, "" if learned else "dim"), (line, style))
         row.no_wrap, row.overflow = True, "crop"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Generator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import chain
@@ -160,7 +161,8 @@ def _disk_store(
         return store, ""
     except OSError as error:
         if store is not None:
-            store.close()
+            with suppress(OSError):  # what is still to be written does not fit either
+                store.close()
         why = f"its file cannot be written: {error.strerror}"
         if job.config.prefix_cache == "auto" and job.world.alone and job.streamed is None:
             return None, why

@@ -31,6 +31,7 @@ from lorafit.model import (
     ModelSource,
     Sharded,
     Streamed,
+    download_weights,
     fingerprint,
     held_as,
     load_model,
@@ -295,6 +296,8 @@ def load_base(
         import bitsandbytes  # noqa: F401  # its code is there before memory is counted
     if divides:
         import_module("torch.distributed.fsdp")  # likewise
+    if divides or config.prefix_residency == "stream":
+        download_weights(source)  # likewise: what that holds is not the run's
     load_kernels(device, dtype)
     before = memory_before(device)
     streamed = sharded = None

@@ -142,9 +142,19 @@ class RunFolder:
 def _not_a_run(folder: Path) -> str:
     """The name of something in a working folder that no run writes; empty where there is none."""
     names = sorted(path.name for path in folder.iterdir())
-    if names and RUN_FILE not in names:
+    if names and not {RUN_FILE, f".{RUN_FILE}"} & {*names}:
         return names[0]
-    return next((name for name in names if not WRITTEN.fullmatch(name)), "")
+    ours = {*_of_the_tokenizer(folder)}
+    return next((name for name in names if name not in ours and not WRITTEN.fullmatch(name)), "")
+
+
+def _of_the_tokenizer(folder: Path) -> list[str]:
+    """The files in a working folder that a tokenizer is made of, by the kinds that are known, and by what the run says:
+    tokenizers may write files of any name."""
+    from lorafit.adapter import TEMPLATES, TOKENIZER, is_one, recorded_tokenizer
+
+    known = [path.name for path in folder.iterdir() if is_one(path, (*TOKENIZER, *TEMPLATES))]
+    return [*known, *recorded_tokenizer(folder)]
 
 
 def _checkpoints(folder: Path) -> list[Path]:

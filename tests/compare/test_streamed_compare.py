@@ -125,7 +125,7 @@ def test_auto_streams_when_a_candidate_would_not_fit(pairs, tmp_path, monkeypatc
     whole = planned("mid,high")
     assert ways(whole) == {"resident"}
     largest = max(cost.memory.peak for cost in whole.costs.values())
-    monkeypatch.setattr("lorafit.estimate.forecast.free_on", lambda device, processes: largest)
+    monkeypatch.setattr("lorafit.estimate.forecast.free_on", lambda *_: largest)
     streamed = planned("mid,high")
     assert ways(streamed) == {"stream"} and streamed.peak < whole.peak
     assert streamed.candidates[0].config.why("prefix_residency").startswith("holding all layers takes")

@@ -14,13 +14,14 @@ SHOWN = device.GPUS
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A machine whose torch has GPUs; which of them is asked."""
+    """A machine whose torch has GPUs, and shows none where one is looked for; which of them were asked."""
     asked = []
     pick = lambda name: torch.device("cuda" if name == "auto" else name)  # noqa: E731
     monkeypatch.setattr(device, "pick_device", pick)
-    monkeypatch.setattr(torch.cuda, "set_device", asked.append)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (asked.append(gpu), (7, 8))[1])
     monkeypatch.setattr(device, "GPUS", ())
-    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    for name in ("LOCAL_RANK", "RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
     return asked
 
 
@@ -34,12 +35,27 @@ def test_auto_asks_torch_wherever_a_gpu_may_be(gpu, monkeypatch, tmp_path):
     assert {"/dev/nvidia0", "/dev/dxg", "/dev/kfd"} <= {*SHOWN}
 
 
-def test_a_gpu_by_its_number_or_its_processes_is_the_one_that_is_asked(gpu, monkeypatch):
-    assert device.device_of("cuda", False) == "cuda" and gpu == []
-    assert device.device_of("cuda:1", False) == "cuda" and gpu == [1]
+def test_a_gpu_by_its_number_or_its_process_is_the_one_that_is_asked(gpu, monkeypatch):
+    def asks(name):
+        return device.free_on("cuda", 1, device.gpu_of(name)) and gpu[-1]
+
+    assert asks("cuda:1") == 1 and asks("cuda") is None and asks("auto") is None
+    assert (
+        device.torch_device("cuda", 1) == torch.device("cuda", 1)
+        and device.torch_device("cuda").index is None
+    )
     monkeypatch.setenv("LOCAL_RANK", "3")
-    assert device.device_of("cuda", False) == "cuda" and gpu == [1, 3]
-    assert device.device_of("cpu", False) == "cpu" and gpu == [1, 3]
+    assert asks("cuda:1") == 1, "one process, whatever was left in the environment"
+    for name, value in (("RANK", "3"), ("WORLD_SIZE", "4")):
+        monkeypatch.setenv(name, value)
+    assert asks("cuda") == asks("auto") == 3 and device.gpu_of("cpu") is None
+
+
+def test_a_forecast_is_of_the_gpu_that_is_named(gpu, monkeypatch, run):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda gpu: f"card {gpu}")
+    found = run("plan", "demo", "--device", "cuda:1", "--no-probe", "--json").document
+    assert {*gpu} == {1} and found["fit"]["free"] == 7
+    assert device.machine_of("cuda", 1)[-1] == "card 1"
 
 
 def test_each_planned_process_has_its_share_of_the_memory(monkeypatch):
@@ -60,6 +76,7 @@ def test_plan_gives_each_process_its_share(run, monkeypatch):
 def test_a_timing_is_of_as_many_threads_as_it_had(monkeypatch):
     was = device.machine_of("cpu")
     assert device.machine_of("cpu") == was
+    assert device.machine_of("cpu", threads=1) != was  # as candidates of `compare --workers` are timed
     monkeypatch.setenv("OMP_NUM_THREADS", "7")
     assert device.machine_of("cpu") != was
 

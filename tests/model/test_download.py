@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from lorafit.errors import RequestError
-from lorafit.model import stream_refusal
+from lorafit.model import download_weights, find, stream_refusal
 from lorafit.model.headers import shards
 from lorafit.model.identity import fingerprint
 
@@ -108,9 +108,36 @@ def test_a_download_that_was_interrupted_goes_on(tiny, hub, tmp_path, monkeypatc
     (last, *_) = sorted(home.rglob("model-*.safetensors"), reverse=True)
     last.unlink()
     assert fingerprint("ada/tiny") == "" and stream_refusal("ada/tiny") == ""
+
+    def snapshot_download(*_, **__):
+        shutil.copyfile(tmp_path / "m" / last.name, last)
+        return str(last.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    download_weights(find("ada/tiny"))
+    assert fingerprint("ada/tiny") == fingerprint(str(tmp_path / "m")) != ""
+    monkeypatch.setattr("huggingface_hub.snapshot_download", pytest.fail)
+    download_weights(find("ada/tiny"))  # what is there is not asked for again
+    last.unlink()
     (tmp_path / "m" / last.name).unlink()
     with pytest.raises(RequestError, match="which is not there"):
         fingerprint(str(tmp_path / "m"))  # nothing else is coming into a folder
+
+
+def test_weights_that_cannot_be_had_are_named_with_the_reason(tiny, hub, monkeypatch):
+    home = in_hub_cache(tiny("llama"), hub, linked=False)
+    (weights,) = home.rglob("model.safetensors")
+    weights.unlink()
+    source, asked = find("ada/tiny"), {}
+    monkeypatch.setattr(
+        "huggingface_hub.snapshot_download", lambda *_, **how: asked.update(how) or str(weights.parent)
+    )
+    with pytest.raises(RequestError, match="are not on this machine, and HF_HUB_OFFLINE is set") as error:
+        download_weights(source)
+    assert "--prefix-residency resident" in error.value.hint
+    assert not any("*.bin" in pattern for pattern in asked["allow_patterns"]) and asked[
+        "ignore_patterns"
+    ] == ["*/*"]
 
 
 def test_one_whole_file_is_taken_before_an_index_as_transformers_takes_it(tiny, tmp_path):
@@ -135,7 +162,7 @@ def test_weights_that_are_no_safetensors_are_not_streamed_by_themselves(
     shutil.copytree(tiny("llama"), folder)
     torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
     (folder / "model.safetensors").unlink()
-    monkeypatch.setattr("lorafit.estimate.forecast.free_on", lambda device, processes: 1)  # nothing fits
+    monkeypatch.setattr("lorafit.estimate.forecast.free_on", lambda *_: 1)  # nothing fits
     plan = ("plan", folder, "--data", pairs, "--preset", "ffn", "--layers", "last:2", "--no-probe", "--json")
     assert run(*plan).document["estimate"]["prefix_residency"]["where"] == "resident"
     done = run(*plan, "--prefix-residency", "stream")

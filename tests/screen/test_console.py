@@ -22,8 +22,9 @@ def test_an_escape_sequence_in_a_text_is_shown_and_not_done(screen, monkeypatch)
     text = "a\x1b[2Jb\x9b31m"
     assert clip(text) == "a␛[2Jb�31m"
     screen.error(RequestError(f"`{text}` is wrong", f"not {text}"))
+    screen.note(text)
     said = screen.talk.file.getvalue()
-    assert "a␛[2Jb" in said and "\x1b" not in said and "hint: not a␛" in said
+    assert said.count("a␛[2Jb") == 3 and "a␛[2Jb" in said and "\x1b" not in said and "hint: not a␛" in said
 
 
 def test_a_name_with_colons_is_no_picture(screen):

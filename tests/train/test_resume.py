@@ -15,10 +15,11 @@ from jobs import events_of, job_for
 from safetensors.torch import load_file
 
 from lorafit import digests
+from lorafit.adapter import tokenizer_files
 from lorafit.adapter.folder import WEIGHTS, read_config
 from lorafit.errors import RequestError, RunError
 from lorafit.events import Started, Stepped, TrainReport
-from lorafit.train import loop
+from lorafit.train import loggers, loop
 from lorafit.train.checkpoint import trainable
 from lorafit.train.loggers import recorded
 from lorafit.train.run_folder import LAST_GOOD, RunFolder
@@ -250,6 +251,47 @@ def test_a_checkpoint_of_an_unfinished_run_has_its_template_and_its_end(tiny, pa
     assert done.code == 0, done.err
     assert (tmp_path / "m" / "chat_template.jinja").read_text() == (tmp_path / "mine.jinja").read_text()
     events.close()
+
+
+@pytest.mark.parametrize("names", [("tekken.json",), ("odd.codes",)], ids=["a known kind", "any name"])
+def test_a_tokenizer_of_other_files_is_no_obstacle(tiny, pairs, tmp_path, monkeypatch, names):
+    """Its files lie in the unfinished run from the start."""
+    folder = tmp_path / "m"
+    shutil.copytree(tiny("llama"), folder)
+    save = tokenizer_files.save_tokenizer
+
+    def with_more(tokenizer, target):
+        for name in names:
+            (target / name).write_text("{}")
+        return [*save(tokenizer, target), *(name for name in names if name.startswith("odd"))]
+
+    monkeypatch.setattr(loggers, "save_tokenizer", with_more)
+
+    def job(**more):
+        return job_for(
+            folder, tmp_path / "r", data=(str(pairs),), preset="ffn", layers="last:1", max_length=64, save_steps=1,
+            epochs=1, **more,
+        )  # fmt: skip
+
+    def ended_early(made):
+        events = recorded(made, loop.run(made))
+        next(event for event in events if isinstance(event, Stepped) and event.step == 2)
+        events.close()
+
+    ended_early(job())
+    assert (tmp_path / "r.partial" / names[0]).is_file()
+    ended_early(job(overwrite=True))
+    events_of(job(resume=True))
+    assert (tmp_path / "r" / names[0]).is_file()
+
+
+def test_a_run_that_was_killed_before_its_file_had_its_name_is_replaced(tiny, pairs, tmp_path):
+    (tmp_path / "r.partial").mkdir()
+    (tmp_path / "r.partial" / ".run.yaml").write_text("model: m\n")
+    job_for(
+        tiny("llama"), tmp_path / "r", data=(str(pairs),), preset="ffn", layers="last:1", overwrite=True
+    ).folder.release()
+    assert [*(tmp_path / "r.partial").iterdir()] == []
 
 
 def test_what_is_kept_of_a_diverged_run_is_the_last_good_adapter(tiny, pairs, tmp_path):
