@@ -112,7 +112,7 @@ class DataReport:
         if self.cut_away:
             yield f"{count(self.cut_away)} examples are dropped: nothing to learn is left of them once cut"
         if self.duplicates:
-            yield f"{rows_text(self.duplicates)} {'is' if self.duplicates == 1 else 'are'} the same as another"
+            yield f"{rows_text(self.duplicates)} {'is a duplicate' if self.duplicates == 1 else 'are duplicates'}"
         if self.overlap:
             yield (
                 f"{count(self.overlap)} of the {rows_text(self.held_out_rows)} held out "
@@ -120,7 +120,7 @@ class DataReport:
             )
         if self.no_end:
             yield (
-                f"what is learned of {rows_text(self.no_end)} ends with no end token: the model is not taught where to stop"
+                f"{rows_text(self.no_end)} {'ends' if self.no_end == 1 else 'end'} without an end token in the loss: where to stop is not learned from them"
             )
 
     @staticmethod

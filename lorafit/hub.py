@@ -23,7 +23,7 @@ def check(name: str) -> None:
     import huggingface_hub
 
     if not NAME.fullmatch(name):
-        raise RequestError(f"`{name}` is no name on the hub", "write it as owner/name")
+        raise RequestError(f"`{name}` is not a valid name on the Hub", "write it as owner/name")
     if huggingface_hub.get_token() is None:
         raise RequestError("not logged in to the Hub", "hf auth login, or set HF_TOKEN")
     if huggingface_hub.is_offline_mode():

@@ -95,7 +95,7 @@ if asked is not None:
         os.dup2(file, number)
         os.close(file)
     sys.argv = ["lorafit", *asked["words"]]
-    exec(asked["first"], {"__name__": "__main__"})
+    exec(asked["first"], globals() if asked["commanded"] else {"__name__": "__main__"})
     if asked["commanded"]:
         main()
     sys.stdout.flush()

@@ -239,8 +239,8 @@ def test_a_hub_that_refuses_loses_nothing(said, hub, tmp_path):
     [
         (("push", ".", "ada/lamps"), {}, "neither an adapter nor a model"),
         (("push", "nowhere", "ada/lamps"), {}, "there is no folder"),
-        (("train", "--push-to-hub", "lamps"), {}, "is no name on the hub"),
-        (("train", "--push-to-hub", "a/b/c"), {}, "is no name on the hub"),
+        (("train", "--push-to-hub", "lamps"), {}, "is not a valid name on the Hub"),
+        (("train", "--push-to-hub", "a/b/c"), {}, "is not a valid name on the Hub"),
         (("train", "--push-to-hub", "ada/lamps"), {"HF_TOKEN": ""}, "not logged in to the Hub"),
         (("train", "--push-to-hub", "ada/lamps"), {"HF_HUB_OFFLINE": "1"}, "HF_HUB_OFFLINE is set"),
     ],

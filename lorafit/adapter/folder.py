@@ -106,9 +106,9 @@ def replaces_its_base(folder: str | Path) -> bool:
     return changes_its_base(read_config(folder)) or _holds_weights(folder)
 
 
-def _holds_weights(folder: str | Path) -> bool:
-    """Whether an adapter's file holds weights of the base beside its own."""
-    own = ("lora_", "trainable_tokens")
+def _holds_weights(folder: str | Path, but: Sequence[str] = ()) -> bool:
+    """Whether an adapter's file holds weights of the base beside its own, `but` those of modules of these names."""
+    own = ("lora_", "trainable_tokens", *(f".{name}." for name in but))
     return any(all(part not in name for part in own) for name in tensor_names(folder))
 
 
@@ -119,7 +119,8 @@ def left_in_base(folder: str | Path) -> str:
         return f"the adapter's `{config['init_lora_weights']}` start took a part out of it"
     if config.get("bias", "none") != "none":
         return "the adapter trains biases, which stay in it"
-    return "the adapter's file holds weights of it" if _holds_weights(folder) else ""
+    whole = [*(config.get("modules_to_save") or ()), "base_layer"]  # of these PEFT keeps the base's own
+    return "the adapter's file holds weights of it" if _holds_weights(folder, whole) else ""
 
 
 def check_converted(*folders: str | Path) -> None:

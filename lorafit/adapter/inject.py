@@ -189,10 +189,12 @@ def _really_missing(model: PeftModel, names: Sequence[str]) -> list[str]:
 def _why_not(mismatch: str, model: Any) -> str:
     """What may be the matter with an adapter, by what torch says of a tensor whose shape is another."""
     shapes = [list(map(int, found.split(","))) for found in re.findall(r"Size\(\[([\d, ]+)\]\)", mismatch)]
-    tokens = model.get_input_embeddings().weight.shape[0]
     if len(shapes) == 2 and [len(shape) for shape in shapes] == [2, 2]:
         (theirs, inner), (ours, other) = shapes
-        if inner == other and theirs > ours == tokens:
+        tables = {
+            tuple(module.weight.shape) for module in model.modules() if isinstance(module, torch.nn.Embedding)
+        }
+        if inner == other and theirs > ours and (ours, other) in tables:
             return (
                 f"its base's vocabulary was enlarged from {ours:,} to {theirs:,}: call resize_token_embeddings({theirs}) on "
                 "the base, save it, and name it with --model"

@@ -365,7 +365,7 @@ def _beside(model_map: ModelMap, slots: Sequence[Slot], lora: Lora) -> tuple[int
         if both:
             raise RequestError(
                 f"modules_to_save `{name}` holds `{both[0].path}`, which the plan adapts",
-                "choose one of both",
+                "choose one of the two",
             )
         saved += sum(r.params for r in held)
     if lora.bias == "none":

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,12 +33,11 @@ def is_one(path: Path, patterns: tuple[str, ...]) -> bool:
     return known and (path.name == "additional_chat_templates" or not path.is_dir())
 
 
-def files_of_tokenizer(place: str) -> list[Path]:
-    """The files of the tokenizer that `load_tokenizer` reads from that place, as far as they are on this machine."""
-    base = local_folder(place) if place else None
-    return (
-        [p for p in sorted(base.iterdir()) if is_one(p, (*TOKENIZER, *TEMPLATES))] if base is not None else []
-    )
+def files_of_tokenizer(place: str, more: Iterable[str] = ()) -> list[Path]:
+    """The files of the tokenizer that `load_tokenizer` reads from that place, as far as they are on this machine; `more`
+    are names that its class reads."""
+    base, kinds = local_folder(place) if place else None, (*TOKENIZER, *TEMPLATES, *more)
+    return [path for path in sorted(base.iterdir()) if is_one(path, kinds)] if base is not None else []
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str]:
@@ -48,7 +47,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str
     the files. Raises OSError where the folder cannot be written.
     """
     place = tokenizer.name_or_path
-    files = files_of_tokenizer(place)
+    files = files_of_tokenizer(place, tokenizer.vocab_files_names.values())
     own = load_tokenizer(place, place) if files else None
     if own is None or own.get_vocab() != tokenizer.get_vocab():
         return [Path(name).name for name in tokenizer.save_pretrained(folder)]
@@ -70,7 +69,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> list[str
     if tokens:
         _change(folder / CONFIG, tokens, must=True)
         _change(folder / SPECIAL, tokens)
-    return [path.name for path in files]
+    return [path.name for path in files if (folder / path.name).exists()]
 
 
 def _write_template(folder: Path, template: Any) -> None:

@@ -97,7 +97,7 @@ def compare(
         bool,
         _flag(
             "--halving",
-            "Drop the worse half after a quarter and a half of the steps, beyond noise.",
+            "After 1/4 and again after 1/2 of the steps, drop the worse half, but for what is within noise of the rest.",
             TRAINING,
         ),
     ] = False,

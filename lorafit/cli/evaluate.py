@@ -69,7 +69,7 @@ def evaluate(
         Optional[list[str]],
         typer.Option(
             "--prompt",
-            help="Your own prompt, side by side; without --data, only this is run. Repeatable.",
+            help="A prompt of your own, answered by base and adapter; without --data, nothing else is run. Repeatable.",
             rich_help_panel=GENERATION,
             show_default=False,
         ),
@@ -81,7 +81,7 @@ def evaluate(
         typer.Option(
             "--max-new-tokens",
             **bounds("max_new_tokens"),
-            help="Maximum new tokens. [dim]\\[the reference's and 24; 128 for --prompt][/]",
+            help="Maximum new tokens. [dim]\\[the reference's + 24, at most 256; 128 for --prompt][/]",
             rich_help_panel=GENERATION,
             show_default=False,
         ),

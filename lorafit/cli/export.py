@@ -77,7 +77,7 @@ def export(
         bool,
         typer.Option(
             "--commands",
-            help="Show the converter's command and run nothing: llama.cpp need not be here.",
+            help="Show the converter's command without running it; llama.cpp need not be installed.",
             rich_help_panel=OUTPUT,
             show_default=False,
         ),

@@ -42,7 +42,7 @@ def merge(
         typer.Option(
             "--output",
             "-o",
-            help="Folder for the merged model; it must be named.",
+            help="Folder for the merged model (required).",
             metavar="DIR",
             rich_help_panel=OUTPUT,
             show_default=False,

@@ -49,7 +49,7 @@ def _attended(row: Message, where: str, length: int) -> list[int]:
     if (
         not isinstance(mask, (list, tuple))
         or len(mask) != length
-        or any(type(each) not in (int, bool) for each in mask)
+        or any(type(each) not in (int, bool, float) for each in mask)
     ):
         raise RequestError(
             f"`{where}`: `attention_mask` is not a list of numbers, one for each id", "0 leaves an id out"

@@ -235,13 +235,7 @@ class Tokens:
         texts = [pair for pair in pairs if isinstance(pair[0], str)]
         if not texts:
             return [Encoded(list(ids), list(labels)) for ids, labels in pairs]
-        if getattr(self.tokenizer, "tgt_lang", "") is None and (
-            source := getattr(self.tokenizer, "src_lang", "")
-        ):
-            self.counts.note(
-                f"the tokenizer marks prompts and completions alike as `{source}`: `src_lang` and `tgt_lang` in the model's "
-                "tokenizer_config.json set other languages"
-            )
+        self._check_languages()
         sources = iter(self.tokenizer([source for source, _ in texts], verbose=False)["input_ids"])
         targets = iter(
             self.tokenizer(text_target=[target for _, target in texts], verbose=False)["input_ids"]
@@ -251,6 +245,28 @@ class Tokens:
             else Encoded(list(source), list(target))
             for source, target in pairs
         ]  # fmt: skip
+
+    def _check_languages(self) -> None:
+        """A note where the tokenizer of a translation model takes the source's language for the answers' too.
+
+        Raises RequestError where it takes none.
+        """
+        tokenizer: Any = self.tokenizer
+        if getattr(tokenizer, "tgt_lang", "") is not None or not hasattr(tokenizer, "_switch_to_target_mode"):
+            return
+        try:
+            tokenizer._switch_to_target_mode()
+        except KeyError:
+            raise RequestError(
+                f"this tokenizer ({type(tokenizer).__name__}) marks the language of an answer, and none is set",
+                "`tgt_lang` in the model's tokenizer_config.json sets it",
+            ) from None
+        tokenizer._switch_to_input_mode()
+        if tokenizer.tgt_lang is not None:
+            self.counts.note(
+                f"the tokenizer marks prompts and completions alike as `{tokenizer.tgt_lang}`: `src_lang` and `tgt_lang` in "
+                "the model's tokenizer_config.json set other languages"
+            )
 
     def _apart(self, example: Example) -> Encoded:
         """Prompt and completion each encoded alone, where together they begin with one token of both."""

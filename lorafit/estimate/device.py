@@ -46,11 +46,9 @@ def torch_device(name: str, gpu: int | None = None) -> Any:
 
 
 def gpu_of(name: str) -> int | None:
-    """The number of the GPU that a run on that device uses on this machine: the one that is named or, of several
-    processes, this one's; None is torch's own choice, or no GPU."""
-    world, (kind, _, number) = launched(), name.partition(":")
-    if kind == "cpu":
-        return None
+    """The number of the GPU that a run on that device, a GPU, uses on this machine: the one that is named or, of
+    several processes, this one's; None is torch's own choice."""
+    world, number = launched(), name.partition(":")[2]
     if not world.alone:
         return world.local_rank
     return int(number) if number.isdecimal() else None

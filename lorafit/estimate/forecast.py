@@ -43,7 +43,7 @@ from lorafit.model import (
     weight_bytes,
 )
 from lorafit.settings import DATA, OPTIONS, Preset, RunConfig, derive_from_rows, weighted
-from lorafit.system import free_disk, free_memory, without_collecting
+from lorafit.system import free_disk, without_collecting
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
@@ -156,7 +156,7 @@ class Forecast:
         profile = self.profile(plan, self.shape)
         typical = self.profile(plan, self._typical(self.shape))
         profile = replace(profile, forward=typical.forward, backward=typical.backward, prefix=typical.prefix)
-        free = free_memory() if self.elsewhere else memory_of(self.processes)
+        free = self.room if self.elsewhere and self.device == "cpu" else memory_of(self.processes)
         return estimate(
             plan,
             self.found,
@@ -396,7 +396,7 @@ def prepare(
         fresh,
         processes,
         room or 0,
-        None if elsewhere else gpu_of(config.device),
+        gpu_of(config.device) if device == "cuda" and not elsewhere else None,
         threads,
         elsewhere,
     )

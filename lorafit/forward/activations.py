@@ -27,7 +27,8 @@ def checkpoint_activations(model: torch.nn.Module, frozen: Sequence[torch.nn.Mod
     base = base_of(model)
     if not getattr(base, "supports_gradient_checkpointing", True):
         raise RequestError(
-            f"--gradient-checkpointing: transformers has it not for {type(base).__name__}", "leave it out"
+            f"--gradient-checkpointing: transformers does not support it for {type(base).__name__}",
+            "leave it out",
         )
     if hasattr(base, "activation_checkpointing_enable"):  # its name in newer transformers
         base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})

@@ -39,7 +39,7 @@ def refused_by_map(found: ModelMap, cut: Mapping[str, int], training: bool = Tru
     if len(found.text_stacks) > 1:
         return f"`{found.model}` has several stacks"
     if len(cut) != 1:
-        return "adapters stand outside the text's one stack"
+        return "the adapted layers are not all in one stack"
     ((path, lowest),) = cut.items()
     if path not in {stack.path for stack in found.text_stacks} or found.stack(path).shared:
         return "the adapted layers are shared, or not of the text"

@@ -31,7 +31,7 @@ Anybody = Callable[[bool], bool]  # whether any of the processes that run the sa
 # Entered with the first of some blocks and the one after the last: while in it, they hold their weights.
 Held = Callable[[int, int], AbstractContextManager[None]]
 
-READS_BELOW = "something above the cut reads the layers below it"
+READS_BELOW = "a layer of the band or above reads the output of layers below it"
 
 
 def refusal(
@@ -89,11 +89,11 @@ def _noise_below(model: torch.nn.Module, above: tuple[str, ...]) -> str:
         if f"{name}.".startswith(above):
             continue
         if isinstance(module, torch.nn.modules.dropout._DropoutNd) and module.p > 0:
-            return f"dropout of {module.p} is active below the cut, in `{name}`"
+            return f"dropout of {module.p} is active below the band, in `{name}`"
         for key, value in vars(module).items():
             noisy = re.search(r"dropout|layerdrop|jitter", key)
             if noisy and isinstance(value, float) and value > 0 and not key.startswith("_"):
-                return f"{key} of {value} is active below the cut, in `{name or type(module).__name__}`"
+                return f"{key} of {value} is active below the band, in `{name or type(module).__name__}`"
     return ""
 
 

@@ -211,8 +211,10 @@ class DiskStore:
 
     def _forget(self) -> None:
         """Remove what is stored."""
-        self.file.close()
-        shutil.rmtree(self.filling or self.folder, ignore_errors=True)
+        try:
+            self.file.close()
+        finally:  # on a full disk what is still to be written fails once more
+            shutil.rmtree(self.filling or self.folder, ignore_errors=True)
 
     def close(self) -> None:
         """What is not whole is left to be gone on with, where it lacks what the run needs; else it goes, and so
@@ -220,8 +222,10 @@ class DiskStore:
         if self.damaged or (self.filling is not None and not (self.keeps and self.entries)):
             self._forget()
         elif self.filling is not None:
-            self.file.close()
-            cache.leave(self.filling)
+            try:
+                self.file.close()
+            finally:
+                cache.leave(self.filling)
         self.file.close()
         if self.double is not None:
             shutil.rmtree(self.double, ignore_errors=True)

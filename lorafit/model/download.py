@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from lorafit.errors import RequestError
-from lorafit.model.headers import shards
+from lorafit.model.headers import INDEX, SINGLE, shards
 from lorafit.model.identity import local_folder, weight_files
 from lorafit.model.network import why_offline
 from lorafit.model.source import ModelSource, not_downloaded, split_revision
@@ -53,31 +54,44 @@ def base_folder(source: ModelSource) -> Path:
 
 
 def download_weights(source: ModelSource) -> None:
-    """Bring the safetensors files of a model of the Hub into its cache, where they are not there: those of the model
-    itself, nothing that lies in folders beside it. Raises RequestError where there are none, or they are not reached.
+    """Bring the safetensors files of a model of the Hub into its cache, where they are not there: those that
+    transformers loads, and no other copies of the weights. Raises RequestError where there are none, or they are not
+    reached.
     """
     kept = None if source.local else local_folder(source.place)
     if source.local or (kept is not None and weight_files(kept)):
         return
+    found = _fetched(source, ["config.json", SINGLE, INDEX])
+    if not (found / SINGLE).is_file() and (found / INDEX).is_file():
+        found = _fetched(source, [INDEX, *_named_in(found / INDEX)])
+    if weight_files(found):
+        return
+    if why := why_offline():
+        raise RequestError(
+            f"the weights of `{source.place}` are not on this machine, and {why}", "check the network"
+        )
+    raise RequestError(
+        f"`{source.place}` has no .safetensors files, and the layers of others cannot be read one by one",
+        "--prefix-residency resident, and no --shard",
+    )
+
+
+def _fetched(source: ModelSource, names: list[str]) -> Path:
+    """The folder of these files of a model of the Hub, as far as it has them. Raises RequestError."""
     from huggingface_hub import snapshot_download
 
     name, revision = split_revision(source.place)
     try:
-        found = Path(
-            snapshot_download(
-                name,
-                revision=revision or None,
-                allow_patterns=["model*.safetensors", "*.safetensors.index.json", "config.json"],
-                ignore_patterns=["*/*"],
-            )
-        )
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=names))
     except Exception as error:  # each kind of network and hub error is named
         raise RequestError(
             f"the weights of `{source.place}`: {not_downloaded(error)}", "check the network"
         ) from None
-    if not weight_files(found):
-        why = why_offline() or "it has no .safetensors files"
-        raise RequestError(
-            f"the weights of `{source.place}` are not on this machine, and {why}",
-            "the layers of other files cannot be read one by one: --prefix-residency resident, and no --shard",
-        )
+
+
+def _named_in(index: Path) -> list[str]:
+    """The files that an index names. Raises RequestError for a damaged one."""
+    try:
+        return sorted({*json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RequestError(f"`{index}` is damaged: {error}", "download it again") from None

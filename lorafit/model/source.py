@@ -128,7 +128,7 @@ def _hub_config(model: str, revision: str) -> dict[str, Any]:
 def not_downloaded(error: BaseException) -> str:
     """Why the hub gave nothing, in words."""
     kind = type(error).__name__
-    if kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled"):
+    if kind in ("LocalEntryNotFoundError", "IncompleteSnapshotError", "OfflineModeIsEnabled"):
         return f"it is not in the local cache, and {why_offline() or 'the Hub was not reached'}"
     known = {
         "RepositoryNotFoundError": "there is no such repository on the Hub, or it is private",

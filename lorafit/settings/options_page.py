@@ -31,7 +31,7 @@ The folder of each run holds its run file. One of your own, for `lorafit train -
 
 | | from |
 |---|---|
-| `--learning-rate` | 5e-4 × (2000 / hidden size)^0.781, at most 1e-2; for Qwen the power is 0.0775 (*LoRA Without Regret*, 2025, and Tinker's cookbook). A small model gets a high rate: 0.0011 at 768, 0.0043 at the demo's 128 |
+| `--learning-rate` | 5e-4 × (2000 / hidden size)^0.781, at most 1e-2; for Qwen the power is 0.0775 (*LoRA Without Regret*, 2025, and Tinker's cookbook). A small model gets a high rate: 0.0011 at 768, 0.0043 at the demo's 128. It is meant for AdamW: set your own for `sgd` (higher) and `lion` (lower); `lion` and `adamw_8bit` need bitsandbytes |
 | `--batch-size` | a power of two from 1 to 32, for about 2,048 tokens in an optimizer step |
 | `--epochs` | as many as make about 250 steps, at most 3; with `--max-steps`, as many as that needs |
 | `--max-length` | the model's positions, at most 1,024 |

@@ -118,7 +118,7 @@ class RunConfig:
     from_adapter: str | None = option(
         None,
         text("a run's folder, an adapter or a hub id", "ADAPTER"),
-        "Go on from this adapter: a run's folder, or any PEFT LoRA adapter; model, modules and rank are its own.",
+        "Continue training this adapter: a run's folder or a PEFT LoRA adapter, with its model, modules, rank and alpha.",
         WHAT,
     )
     data: tuple[str, ...] = option(
@@ -138,7 +138,7 @@ class RunConfig:
     holdout: float = option(
         0.05,
         number(0, 0.5, "a share from 0 to 0.5; 0 holds nothing out"),
-        "Share of the training data to hold out; 0 holds nothing out.",
+        "Share of the training data to hold out, at most 200 examples; 0 holds nothing out.",
         DATA,
     )
     format: str = option("auto", one_of(*FORMATS), "Data format; `auto` detects it", DATA)
@@ -171,7 +171,7 @@ class RunConfig:
         DATA,
     )
     as_chat: bool = option(
-        False, FLAG, "Prompt and completion as a user's and an assistant's turn of the chat template.", DATA
+        False, FLAG, "Prompt and completion as a user and an assistant turn of the chat template.", DATA
     )
     on_bad_row: str = option("stop", one_of(*BAD_ROWS), "What to do with rows that cannot be used", DATA)
     group_by: str | None = option(
@@ -261,7 +261,7 @@ class RunConfig:
         1.0, number(0, 1e9, above=True), "Clip gradients to this norm.", TRAINING, training=True
     )
     seed: int = option(
-        0, whole(0), "Seed of the batches' order, the adapter's start and, without --data-seed, the held-out rows and batches.",
+        0, whole(0), "Seed of the batch order, the adapter's initialization and, without --data-seed, the held-out rows and batches.",
         TRAINING, training=True,
     )  # fmt: skip
     dtype: str = option(
@@ -279,7 +279,7 @@ class RunConfig:
         training=True,
     )
     shard: bool = option(
-        False, FLAG, "Divide the base among the processes of a run, by FSDP2; else each holds all of it.", TRAINING,
+        False, FLAG, "Shard the base across the processes of a run with FSDP2; otherwise each holds all of it.", TRAINING,
         training=True,
     )  # fmt: skip
     device: str = option("auto", DEVICE, "Device to compute on: `cpu`, `cuda`, `cuda:1` or `mps`.", TRAINING)
@@ -311,7 +311,7 @@ class RunConfig:
     prefix_residency: str = option(
         "auto",
         one_of(*RESIDENCIES),
-        "Hold the frozen layers below the band, or read each from disk as it runs, once; `auto` if they do not fit",
+        "Keep the frozen layers below the band in memory, or read each from disk when it runs; `auto` if they do not fit",
         TRAINING,
         training=True,
     )
@@ -332,7 +332,7 @@ class RunConfig:
     keep: int | None = option(
         None,
         whole(1),
-        "Keep the last N checkpoints beside the best, also after the run; without it, the last one until then.",
+        "Recent checkpoints to keep, also after the run, beside the best; without it the latest, until the run ends.",
         TRAINING,
         training=True,
     )
@@ -342,14 +342,14 @@ class RunConfig:
     patience: int | None = option(
         None,
         whole(1),
-        "Stop after N evaluations without a gain; needs --eval-steps.",
+        "Stop after N evaluations in a row without an improvement; needs --eval-steps.",
         TRAINING,
         training=True,
     )
     min_delta: float = option(
         0.0,
         number(0, 100),
-        "The fall in held-out loss that is a gain for --patience.",
+        "Improvements of the held-out loss up to this size do not count for --patience.",
         TRAINING,
         training=True,
     )
@@ -361,7 +361,7 @@ class RunConfig:
         training=True,
     )
     sample: bool = option(
-        True, FLAG, "Show what the model says to a held-out row, before and after.", OUTPUT, training=True
+        True, FLAG, "Show the model's answer to a held-out prompt, before and after.", OUTPUT, training=True
     )
     output: str | None = option(
         None,

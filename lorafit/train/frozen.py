@@ -107,7 +107,7 @@ def prepare(job: Job, forward: Forward, held_out: Evaluator, trial: Trial | None
     choice = choose(asked, passes, size, free_memory(), free_disk(states_folder()), place.exists())
     shared = job.states.get((stack, cut))
     if shared is not None:
-        choice = Choice(shared.where, "shared by all candidates with this cut", size)
+        choice = Choice(shared.where, "shared by all candidates whose band begins at this layer", size)
     where, reason = job.world.told([choice.where, choice.reason])
     choice = Choice(where, reason, size)
     if choice.where == "off":

@@ -287,6 +287,7 @@ def load_base(
     device, divides = pick_device(config.device), config.shard and not world.alone
     if device.type == "cuda" and not world.alone:
         device = torch.device("cuda", world.local_rank)
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
     if device.type == "cpu":
         (give_back_freed if divides else keep_freed)()
@@ -296,8 +297,14 @@ def load_base(
         import bitsandbytes  # noqa: F401  # its code is there before memory is counted
     if divides:
         import_module("torch.distributed.fsdp")  # likewise
-    if divides or config.prefix_residency == "stream":
-        download_weights(source)  # likewise: what that holds is not the run's
+    streams = config.prefix_residency == "stream" and plan is not None and not divides
+    if streams and plan is not None:
+        if reason := refused_by_map(found, plan.cut):
+            raise not_streamed(reason)
+        if held is not None:
+            raise not_streamed(f"the base is in {held.kind}")
+    if divides or streams:
+        download_weights(source)  # likewise: memory that downloading takes is not the run's
     load_kernels(device, dtype)
     before = memory_before(device)
     streamed = sharded = None
@@ -305,11 +312,7 @@ def load_base(
         stacks = [stack.path for stack in found.text_stacks]
         sharded = load_sharded(source, stacks, dtype, device, world, config.attention)
         model = sharded.model
-    elif config.prefix_residency == "stream" and plan is not None:
-        if reason := refused_by_map(found, plan.cut):
-            raise not_streamed(reason)
-        if held is not None:
-            raise not_streamed(f"the base is in {held.kind}")
+    elif streams and plan is not None:
         ((stack, cut),) = plan.cut.items()
         streamed = load_streamed(source, dtype, device, stack, cut, config.attention)
         model = streamed.model

@@ -122,7 +122,7 @@ def recorded(
             draft = folder.work / f".{RUN_FILE}"  # a resumed run's file is whole at any moment
             draft.write_text(run_file, encoding="utf-8")
             draft.replace(folder.work / RUN_FILE)
-            # how what is learned is written, and where its answers end: checkpoints are used with them
+            # the form of the turns, and the token that ends an answer: checkpoints are used with them
             names = save_tokenizer(job.tokenizer, folder.work)
             write_base(folder.work, job.found.model, job.fingerprint, job.config.quantize, names)
             write_generation_config(folder.work, ends=end_tokens(job.tokenizer))

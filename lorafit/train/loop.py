@@ -170,7 +170,9 @@ def _start(
         yield job.rows.look
         yield from (Note(text) for text in job.plan.notes)
         if job.config.from_adapter:
-            yield Note(f"goes on from the adapter `{job.config.from_adapter}`: the loss before is with it")
+            yield Note(
+                f"goes on from the adapter `{job.config.from_adapter}`: the loss before training already includes it"
+            )
     if job.predicted is not None:
         yield job.predicted
     if job.config.optimizer in ("sgd", "lion") and job.config.why("learning_rate"):

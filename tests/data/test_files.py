@@ -696,12 +696,30 @@ def test_a_sequence_to_sequence_model_says_what_it_learns_of_a_conversation(tmp_
     config = settle({"data": (str(path),), "max_length": 64, "holdout": 0.0})[0]
     rows = load(config, shaped("chatml")[0], "seq2seq", 100_000)
     assert any("learns the last answer" in note for note in rows.look.notes)
-    tokenizer = shaped("chatml")[0]
-    tokenizer.src_lang, tokenizer.tgt_lang = "eng_Latn", None  # as NLLB's is: it takes the source's for both
-    rows = load(config, tokenizer, "seq2seq", 100_000)
-    assert any("marks prompts and completions alike as `eng_Latn`" in note for note in rows.look.notes)
-    tokenizer.tgt_lang = "deu_Latn"
-    assert not any("alike" in note for note in load(config, tokenizer, "seq2seq", 100_000).look.notes)
     config = replace(config, loss_on="all")
     with pytest.raises(RequestError, match="--loss-on all: this model reads one text"):
         load(config, shaped("chatml")[0], "seq2seq", 100_000)
+
+
+def test_a_translation_tokenizer_without_a_target_language(tmp_path):
+    """NLLB's and mBART's take the source's, M2M100's none."""
+    path = write(tmp_path, "d.jsonl", *PAIR)
+    config = settle({"data": (str(path),), "max_length": 64, "holdout": 0.0})[0]
+
+    def notes(language, falls_back):
+        tokenizer = shaped("chatml")[0]
+        tokenizer.src_lang, tokenizer.tgt_lang = "eng_Latn", language
+
+        def switch():
+            if tokenizer.tgt_lang is None and not falls_back:
+                raise KeyError(None)
+            tokenizer.tgt_lang = tokenizer.tgt_lang or tokenizer.src_lang
+
+        tokenizer._switch_to_target_mode, tokenizer._switch_to_input_mode = switch, lambda: None
+        return [note for note in load(config, tokenizer, "seq2seq", 100_000).look.notes if "alike" in note]
+
+    (note,) = notes(None, True)
+    assert "marks prompts and completions alike as `eng_Latn`" in note
+    assert not notes("deu_Latn", True) and not notes("deu_Latn", False)
+    with pytest.raises(RequestError, match="marks the language of an answer, and none is set"):
+        notes(None, False)

@@ -78,6 +78,33 @@ def test_piped_lines_are_turns_and_stdout_is_the_answers(trained, talk):
     assert talk([ASKED], trained, "-q").err == ""
 
 
+@pytest.mark.parametrize("extra", ["lm_head.weight", "embed_tokens.weight"])
+def test_the_base_is_asked_where_it_stays_as_it_was(trained, talk, tmp_path, extra):
+    """PEFT keeps the base's own of what is in `modules_to_save`; other weights in the file stay in the base."""
+    from safetensors.torch import load_file, save_file
+
+    from lorafit import demo
+
+    folder = tmp_path / "a"
+    folder.mkdir()
+    config = json.loads((trained / "adapter_config.json").read_text())
+    config["modules_to_save"] = ["lm_head"] if "head" in extra else None
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    tensors = load_file(trained / "adapter_model.safetensors")
+    embedding = load_file(next(demo.MODEL.glob("*.safetensors")))["model.embed_tokens.weight"].float() * 1.5
+    where = (
+        "base_model.model.lm_head.weight" if "head" in extra else "base_model.model.model.embed_tokens.weight"
+    )
+    save_file({**tensors, where: embedding}, folder / "adapter_model.safetensors", {"format": "pt"})
+    done = talk([ASKED, "/base"], folder, "--model", "demo", "--json", "--max-new-tokens", 3)
+    if "head" in extra:
+        assert done.code == 0 and [turn["of"] for turn in done.document["turns"]] == ["adapter", "base"], (
+            done.err
+        )
+    else:
+        assert done.code == 2 and "the adapter's file holds weights of it" in done.err, done.err
+
+
 def test_what_is_forgotten_is_not_asked_of_the_base(trained, talk):
     done = talk([ASKED, "/base", "/reset", "/base"], trained, "--json", "--max-new-tokens", 3)
     assert done.code == 2 and "nothing was asked yet" in done.err

@@ -83,7 +83,7 @@ def test_dropout_in_the_adapters_above_the_cut_is_no_hindrance(tiny, pairs, tmp_
 def test_a_reader_of_lower_layers_is_found_out(tiny, pairs, tmp_path, monkeypatch):
     """A top layer that reads what the first one left behind: the trial on real rows sees it."""
     reads_layer_0(monkeypatch)
-    with pytest.raises(RequestError, match="reads the layers below"):
+    with pytest.raises(RequestError, match="reads the output of layers below"):
         trained(tiny, pairs, tmp_path / "asked", prefix_cache="memory")
 
 

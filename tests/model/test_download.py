@@ -132,12 +132,33 @@ def test_weights_that_cannot_be_had_are_named_with_the_reason(tiny, hub, monkeyp
     monkeypatch.setattr(
         "huggingface_hub.snapshot_download", lambda *_, **how: asked.update(how) or str(weights.parent)
     )
-    with pytest.raises(RequestError, match="are not on this machine, and HF_HUB_OFFLINE is set") as error:
+    with pytest.raises(RequestError, match="are not on this machine, and HF_HUB_OFFLINE is set"):
+        download_weights(source)
+    assert asked["allow_patterns"] == ["config.json", "model.safetensors", "model.safetensors.index.json"]
+    monkeypatch.setattr("lorafit.model.download.why_offline", lambda: "")
+    with pytest.raises(RequestError, match=r"has no \.safetensors files") as error:
         download_weights(source)
     assert "--prefix-residency resident" in error.value.hint
-    assert not any("*.bin" in pattern for pattern in asked["allow_patterns"]) and asked[
-        "ignore_patterns"
-    ] == ["*/*"]
+
+
+def test_the_files_that_an_index_names_are_downloaded_and_no_others(tiny, hub, monkeypatch):
+    home = in_hub_cache(tiny("llama"), hub, linked=False)
+    (weights,) = home.rglob("model.safetensors")
+    source, asked, raw = find("ada/tiny"), [], weights.read_bytes()
+    weights.unlink()
+
+    def snapshot_download(name, revision, allow_patterns):
+        asked.append(allow_patterns)
+        index = {"weight_map": {"a": "odd-2.safetensors", "b": "odd-1.safetensors"}}
+        (weights.parent / "model.safetensors.index.json").write_text(json.dumps(index))
+        for file in allow_patterns:
+            if file.startswith("odd"):
+                (weights.parent / file).write_bytes(raw)
+        return str(weights.parent)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    download_weights(source)
+    assert asked[1:] == [["model.safetensors.index.json", "odd-1.safetensors", "odd-2.safetensors"]]
 
 
 def test_one_whole_file_is_taken_before_an_index_as_transformers_takes_it(tiny, tmp_path):

@@ -240,7 +240,7 @@ def test_checkpointing_that_a_class_does_not_have_is_refused(tmp_path, pairs, ti
         done = run(command, *words, *(("-o", tmp_path / "r") if command == "train" else ()))
         assert (
             done.code == 2
-            and "--gradient-checkpointing: transformers has it not for LlamaForCausalLM" in done.err
+            and "--gradient-checkpointing: transformers does not support it for LlamaForCausalLM" in done.err
         )
     fitted = run("plan", *words[:-1], "--batch-size", 8, "--fit", "1MB", "--no-probe", "--json")
     assert fitted.code == 0 and not any(
