@@ -124,6 +124,8 @@ def test_the_set_up_is_two_one_line_commands():
         "pip install -c constraints.txt '.[test]' && pytest",
     ]
     assert len(README.splitlines()) <= 250
+    (pinned,) = re.findall(r"^(torch==\S+)", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    assert f"`pip install {pinned} --index-url" in README
 
 
 PYTHON = [(name, code) for name, text in TEXTS.items() for code in blocks("python", text)]

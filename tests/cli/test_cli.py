@@ -50,7 +50,7 @@ def test_a_bare_command_shows_its_help_and_no_error(run):
 def test_help_shows_defaults_of_zero_and_none_that_are_not_there(run):
     train, merge = run("train", "--help").out, run("merge", "--help").out
     decay = train[train.index("--weight-decay") :][:400]
-    assert "[0.0]" in decay and "from model, preset" not in merge and "must be named" in merge
+    assert "[0.0]" in decay and "from model, preset" not in merge and "(required)" in merge
 
 
 def test_what_the_prediction_lacks_is_said_before_training(run, pairs, tiny, tmp_path):
