@@ -65,7 +65,7 @@ class Chat:
                 self.turns += [_turn("user", text), _turn("assistant", said)]
 
     def forget(self) -> None:
-        """Begin anew: what was asked and answered is no part of the conversation."""
+        """Start a new conversation: earlier questions and answers are forgotten."""
         self.turns.clear()
         self.asked = ""
 

@@ -272,6 +272,6 @@ def times_text(*sizes: int) -> str:
 
 
 def clip(text: str, most: int = 400) -> str:
-    """The text on one line, at most so many columns of it; `…` where it was cut."""
+    """The text on one line, cut to `most` terminal columns; a cut text ends in `…`."""
     line = " ".join(text.split()).translate(CONTROLS)
     return line if cell_len(line) <= most else f"{set_cell_size(line, most - 1).rstrip()}…"
