@@ -229,7 +229,9 @@ def remove(key: str) -> int:
 def remove_all() -> tuple[int, int]:
     """Remove every entry, and what killed processes left; (how many entries, the bytes in all)."""
     every = [*kept(), *small_kinds()]
-    freed = sum(remove(entry.key) for entry in every)
+    freed = sum(entry.bytes for entry in every)
+    for entry in every:
+        shutil.rmtree(entry.path)
     for kind in KINDS:
         for path in folder(kind).glob(f"*{FILLING}*"):
             if _is_left(path):

@@ -29,13 +29,6 @@ EDITABLE = (EVENTS, RUN_FILE, CARD, PAGE, HELD_OUT, TRACKING)
 FULL = {errno.ENOSPC, errno.EFBIG, getattr(errno, "EDQUOT", errno.ENOSPC)}
 
 
-def called(place: str | Path) -> str:
-    """What a person calls a folder: a snapshot in the Hub's cache by its hub id, any other by its own name."""
-    path = Path(os.path.abspath(Path(place).expanduser()))  # `.` has a name too, and a link keeps its own
-    kind, *parts = path.parent.parent.name.split("--")
-    return "/".join(parts) if path.parent.name == "snapshots" and kind == "models" else path.name
-
-
 def check_target(target: Path, overwrite: bool, reads: Sequence[Path] = ()) -> None:
     """Check that a folder may be made at `target`. `reads` are the files and folders the command reads.
 

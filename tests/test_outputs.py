@@ -8,7 +8,8 @@ import pytest
 
 from lorafit import digests
 from lorafit.errors import RequestError, RunError
-from lorafit.outputs import EDITABLE, called, check_file, check_target, put_in_place, work_folder
+from lorafit.model import called
+from lorafit.outputs import EDITABLE, check_file, check_target, put_in_place, work_folder
 from lorafit.train.run_folder import LAST_GOOD, RunFolder
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lorafit.data.messages import REASONING
+from lorafit.data.messages import REASONING, as_object
 from lorafit.data.template import (
     SENTINEL,
     ChatTemplate,
@@ -129,7 +129,7 @@ def fit_arguments(template: ChatTemplate, messages: list[Message], tools: Sequen
     if not any(turn.get("tool_calls") for turn in messages):
         return messages
     rendered = []
-    for form in (_as_object, _as_text):
+    for form in (as_object, _as_text):
         made = _with_arguments(messages, form)
         text = template.probe(made, tools)
         if text is not None:
@@ -138,16 +138,6 @@ def fit_arguments(template: ChatTemplate, messages: list[Message], tools: Sequen
             rendered.append((made, text))
     # a template of another syntax, as `<parameter=city>`
     return next((made for made, text in rendered if _encoded_once(made, text, quoted=False)), messages)
-
-
-def _as_object(arguments: Any) -> Any:
-    if isinstance(arguments, str):
-        try:
-            found = json.loads(arguments)
-        except ValueError:
-            return arguments
-        return found if isinstance(found, dict) else arguments
-    return arguments
 
 
 def _as_text(arguments: Any) -> Any:
@@ -178,7 +168,7 @@ def _encoded_once(messages: Sequence[Message], text: str, quoted: bool) -> bool:
     for turn in messages:
         for call in turn.get("tool_calls") or ():
             inner = call.get("function", call) if isinstance(call, dict) else {}
-            arguments = _as_object(inner.get("arguments"))
+            arguments = as_object(inner.get("arguments"))
             for key in arguments if isinstance(arguments, dict) else ():
                 name = json.dumps(str(key), ensure_ascii=False)
                 if (name if quoted else str(key)) not in text or json.dumps(name)[1:-1] in text:

@@ -201,15 +201,15 @@ def tools_of(row: Message, where: str, kept_nulls: Iterable[str] = KEPT_NULLS) -
 
 def _schema(tool: Any) -> Any:
     """A tool, where it or its `parameters` are written as JSON text, as it is meant: an object."""
-    tool = _object(tool)
+    tool = as_object(tool)
     if not isinstance(tool, dict):
         return tool
-    if isinstance(inner := _object(tool.get("function")), dict):
+    if isinstance(inner := as_object(tool.get("function")), dict):
         return {**tool, "function": _schema(inner)}
-    return {**tool, "parameters": _object(tool["parameters"])} if "parameters" in tool else tool
+    return {**tool, "parameters": as_object(tool["parameters"])} if "parameters" in tool else tool
 
 
-def _object(value: Any) -> Any:
+def as_object(value: Any) -> Any:
     """The object that a text is as JSON; anything else as it is."""
     if isinstance(value, str):
         with suppress(ValueError, RecursionError):

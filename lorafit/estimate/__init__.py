@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 from lorafit.lazy import door
 
 if TYPE_CHECKING:
-    from lorafit.estimate.device import free_on as free_on
     from lorafit.estimate.device import parse_room as parse_room
     from lorafit.estimate.forecast import Fit as Fit
     from lorafit.estimate.forecast import Forecast as Forecast
@@ -27,7 +26,7 @@ if TYPE_CHECKING:
 __getattr__ = door(
     __name__,
     {
-        "device": "free_on parse_room",
+        "device": "parse_room",
         "forecast": "Fit Forecast predicted prepare",
         "formulas": "flops_per_token",
         "glibc_heap": "give_back_freed keep_freed start_over",

@@ -81,10 +81,8 @@ class Chat:
         if not text and not self.asked:
             raise RequestError("nothing was asked yet", "/base TEXT asks the base")
         try:
-            if not text and self.template is None:
-                text = self.asked
-            elif not text:
-                self.turns, text = before[:-2], before[-2]["content"]
+            if not text:  # again, without its answer
+                self.turns, text = before[:-2], self.asked
             ids = self._fitted(text)
         finally:
             self.turns = before

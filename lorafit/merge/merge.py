@@ -30,10 +30,11 @@ from lorafit.model import (
     ModelMap,
     ModelSource,
     base_folder,
+    called,
     open_file,
     shards,
 )
-from lorafit.outputs import CARD, EDITABLE, called, check_target, put_in_place, work_folder, writing
+from lorafit.outputs import CARD, EDITABLE, check_target, put_in_place, work_folder, writing
 from lorafit.report import Run, merged_card, read_back
 from lorafit.results import MergeReport, Verified, WeightProof
 

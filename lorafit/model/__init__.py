@@ -25,7 +25,9 @@ if TYPE_CHECKING:
     from lorafit.model.headers import open_file as open_file
     from lorafit.model.headers import shards as shards
     from lorafit.model.headers import stored_tensors as stored_tensors
+    from lorafit.model.identity import called as called
     from lorafit.model.identity import fingerprint as fingerprint
+    from lorafit.model.identity import hub_name as hub_name
     from lorafit.model.identity import local_folder as local_folder
     from lorafit.model.identity import sampled as sampled
     from lorafit.model.identity import shard_refusal as shard_refusal
@@ -94,7 +96,7 @@ __getattr__ = door(
         "quantised_linear": "Pretended dequantised is_quantised pretend quantise_pretended",
         "roles": "ATTENTIONS DEFAULT_PARTS FEED_FORWARDS MEANING Part Role",
         "headers": "FLOATS INDEX TensorEntry TensorFile dtype_of open_file shards stored_tensors",
-        "identity": "fingerprint local_folder sampled shard_refusal stream_refusal unreadable weight_files",
+        "identity": "called fingerprint hub_name local_folder sampled shard_refusal stream_refusal unreadable weight_files",
         "safetensors_io": "Change ShardLayout lay_out read_range read_rows read_tensor spans write",
         "sharded": "Sharded load_sharded local",
         "streamed": "Streamed let_go load_streamed",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from lorafit.errors import RequestError
@@ -32,25 +33,14 @@ def base_folder(source: ModelSource) -> Path:
     """The folder of a model's files; downloaded, or the rest of them, when it is one of the Hub. Raises RequestError."""
     if source.local:
         return Path(source.place)
-    from huggingface_hub import snapshot_download
-
-    name, revision = split_revision(source.place)
     try:
-        found = Path(snapshot_download(name, revision=revision or None, allow_patterns=list(FETCHED)))
-        if not shards(found):
-            found = Path(
-                snapshot_download(name, revision=revision or None, allow_patterns=[*FETCHED, "*.bin"])
-            )
-    except RequestError:
-        raise
-    except Exception as error:  # each kind of network and hub error is named
+        found = _fetched(source, FETCHED)
+        return found if shards(found) else _fetched(source, (*FETCHED, "*.bin"))
+    except NotReached:
         kept = local_folder(source.place)
         if kept is not None and weight_files(kept):
             return kept
-        raise RequestError(
-            f"the base `{source.place}`: {not_downloaded(error)}", "check the network"
-        ) from None
-    return found
+        raise
 
 
 def download_weights(source: ModelSource) -> None:
@@ -76,17 +66,19 @@ def download_weights(source: ModelSource) -> None:
     )
 
 
-def _fetched(source: ModelSource, names: list[str]) -> Path:
-    """The folder of these files of a model of the Hub, as far as it has them. Raises RequestError."""
+class NotReached(RequestError):
+    """Files of the Hub that could not be had."""
+
+
+def _fetched(source: ModelSource, names: Sequence[str]) -> Path:
+    """The folder of these files of a model of the Hub, as far as it has them. Raises NotReached."""
     from huggingface_hub import snapshot_download
 
     name, revision = split_revision(source.place)
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=names))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(names)))
     except Exception as error:  # each kind of network and hub error is named
-        raise RequestError(
-            f"the weights of `{source.place}`: {not_downloaded(error)}", "check the network"
-        ) from None
+        raise NotReached(f"the base `{source.place}`: {not_downloaded(error)}", "check the network") from None
 
 
 def _named_in(index: Path) -> list[str]:

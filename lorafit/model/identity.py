@@ -7,6 +7,7 @@ of the hub's cache a large file is a link to a blob whose name is its SHA-256: i
 from __future__ import annotations
 
 import hashlib
+import os
 import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -64,7 +65,7 @@ def weight_files(folder: Path) -> list[Path]:
     try:
         files = shards(folder)
     except NotThere:
-        if not _of_the_hub(folder):
+        if not hub_name(folder):
             raise
         return []
     if files:
@@ -74,9 +75,16 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / PICKLED] if (folder / PICKLED).is_file() else []
 
 
-def _of_the_hub(folder: Path) -> bool:
-    """Whether a folder is a snapshot in the hub's cache."""
-    return folder.parent.name == "snapshots" and folder.parent.parent.name.startswith("models--")
+def hub_name(folder: Path) -> str:
+    """The hub id of a snapshot in the Hub's cache, `owner/name` or `name`; empty for any other folder."""
+    kind, *parts = folder.parent.parent.name.split("--")
+    return "/".join(parts) if folder.parent.name == "snapshots" and kind == "models" else ""
+
+
+def called(place: str | Path) -> str:
+    """What a person calls a folder: a snapshot in the Hub's cache by its hub id, any other by its own name."""
+    path = Path(os.path.abspath(Path(place).expanduser()))  # `.` has a name too, and a link keeps its own
+    return hub_name(path) or path.name
 
 
 def local_folder(place: str) -> Path | None:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from lorafit.adapter import check_converted, common_base, locate, modules_of, named_alone, read_config
 from lorafit.errors import RequestError, RunError
-from lorafit.model import local_folder, split_revision, weight_files
+from lorafit.model import base_folder, local_folder, split_revision, weight_files
 from lorafit.operations.options import GGUF_TYPES
 from lorafit.report import Adapted, why_not_gguf, why_not_merged_gguf
 from lorafit.results import ExportReport
@@ -177,8 +177,6 @@ def export(conversion: Conversion) -> ExportReport:
         again = f"lorafit export {shlex.quote(conversion.place)} --to gguf --llama-cpp llama.cpp"
         raise RequestError(f"llama.cpp's {name} is not on this machine", f"{CLONE}, then {again}")
     if conversion.hub is not None:  # the converter reads a folder
-        from lorafit.model import base_folder
-
         folder = str(base_folder(conversion.hub))
         conversion = replace(conversion, arguments=(folder, *conversion.arguments[1:]))
     target = conversion.target

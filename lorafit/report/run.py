@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lorafit.errors import RequestError
-from lorafit.outputs import EVENTS, RUN_FILE, called
+from lorafit.model import called
+from lorafit.outputs import EVENTS, RUN_FILE
 from lorafit.settings import read_yaml
 from lorafit.units import count
 

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from rich.markup import escape
 
-from lorafit.outputs import called
+from lorafit.model import called, hub_name
 from lorafit.report import name_without
 from lorafit.results import AdapterScore, EvalReport, Group, Score
 from lorafit.screen.console import LABEL, Screen, Table, clip, table_of
@@ -117,8 +118,7 @@ def _scores_table(base: Score, adapters: Sequence[AdapterScore], named: Sequence
     columns = ["model", "loss", "perplexity", "accuracy", *(["exact"] if exact else [])]
     columns += ["difference"] if adapters else []
     table = table_of(*columns, right=len(columns) - 1, fold=0)
-    # a folder in the Hub's cache by its hub id
-    alone = [name if "/" in (name := called(a.path)) else a.path for a in adapters]
+    alone = [hub_name(Path(a.path)) or a.path for a in adapters]
     labels = named if len(adapters) > 1 else alone
     for label, score in ((name_without(adapters), base), *zip(labels, adapters, strict=True)):
         values = [f"{score.loss:.4f}", figures(score.perplexity), f"{score.accuracy:.1%}"]

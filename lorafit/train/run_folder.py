@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
-from lorafit.adapter import WEIGHTS
+from lorafit.adapter import TEMPLATES, TOKENIZER, WEIGHTS, is_one, recorded_tokenizer
 from lorafit.digests import SEAL, seal
 from lorafit.errors import RequestError, RunError
 from lorafit.outputs import EDITABLE, PARTIAL, RUN_FILE, RUNS, check_not_read, check_target, put_in_place
@@ -32,9 +32,7 @@ LAST_GOOD = "last-good"
 # What a run writes into its working folder; anything else there is somebody else's.
 WRITTEN = re.compile(
     r"\.?(adapter_config\.json|adapter_model\.safetensors|base\.json|run\.yaml|events\.jsonl|README\.md|report\.html"
-    r"|digests\.json|tracking\.json|held-out\.safetensors|generation_config\.json|special_tokens_map\.json|added_tokens\.json|merges\.txt|tokenizer[\w.]*"
-    r"|chat_template\.\w+|vocab\.\w+|[\w.-]+\.(model|spm|tiktoken|jinja)|checkpoint-\d+(\.old-\d+)?|last-good"
-    r"|additional_chat_templates)"
+    r"|digests\.json|tracking\.json|held-out\.safetensors|generation_config\.json|checkpoint-\d+(\.old-\d+)?|last-good)"
 )
 
 
@@ -151,8 +149,6 @@ def _not_a_run(folder: Path) -> str:
 def _of_the_tokenizer(folder: Path) -> list[str]:
     """The files in a working folder that a tokenizer is made of, by the kinds that are known, and by what the run says:
     tokenizers may write files of any name."""
-    from lorafit.adapter import TEMPLATES, TOKENIZER, is_one, recorded_tokenizer
-
     known = [path.name for path in folder.iterdir() if is_one(path, (*TOKENIZER, *TEMPLATES))]
     return [*known, *recorded_tokenizer(folder)]
 
